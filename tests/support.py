@@ -1,0 +1,275 @@
+"""What tests need beside ``lab``: a WSGI client under the validator, real server processes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from wsgiref.validate import validator
+
+import psutil
+import urllib3
+
+import gateway
+import lab
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = "+447700900123"
+"""A number that Ofcom keeps free for fiction."""
+
+
+class Answer(NamedTuple):
+    """An answer: status, headers (lower-case names), raw body, and its JSON if it is JSON."""
+
+    status: int
+    headers: dict[str, str]
+    data: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        assert self.headers["content-type"] == "application/json"
+        return json.loads(self.data)
+
+    @property
+    def errno(self) -> int | None:
+        """The errno, after a check that the rest of the error body is as it must be."""
+        body = self.json
+        assert body["code"] == self.status
+        assert body["error"] == gateway.HTTPStatus(self.status).phrase
+        assert body["message"]
+        assert str(body["errno"]) in body["info"]
+        assert ("retryAfter" in body) == (body["errno"] in (114, 116, 201))
+        if "retryAfter" in body:
+            assert self.headers["retry-after"] == str(body["retryAfter"])
+        return int(body["errno"])
+
+
+class WsgiClient:
+    """Calls an application in this process, every time under ``wsgiref.validate``.
+
+    After ``register`` it signs each request with our own client side of Hawk, and checks
+    each ``Server-Authorization``; ``call(…, signed=False)`` does not.
+    """
+
+    host = "127.0.0.1:5000"
+
+    def __init__(self, app: gateway.GatewayApp) -> None:
+        self.app, self.wsgi = app, validator(app)
+        self.gateway: gateway.Gateway = app.gateway
+        self.credentials: gateway.Credentials | None = None
+
+    def another(self) -> WsgiClient:
+        """A second client of the same application."""
+        return type(self)(self.app)
+
+    def raw(
+        self, method: str, path: str, body: bytes = b"", environ: dict[str, Any] | None = None
+    ) -> Answer:
+        """One request; ``environ`` overrides, and ``None`` in it removes."""
+        base, _, query = path.partition("?")
+        env: dict[str, Any] = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": base,
+            "QUERY_STRING": query,
+            "SERVER_NAME": "127.0.0.1",
+            "SERVER_PORT": "5000",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "127.0.0.1",
+            "HTTP_HOST": self.host,
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+        if body:
+            env |= {"CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/json"}
+        env |= environ or {}
+        env = {name: value for name, value in env.items() if value is not None}
+        seen: list[Any] = []
+
+        def start_response(status: str, headers: list[Any], exc_info: Any = None) -> Any:
+            seen[:] = [int(status.split()[0]), {n.lower(): v for n, v in headers}]
+            return lambda data: None
+
+        result = self.wsgi(env, start_response)
+        try:
+            data = b"".join(result)
+        finally:
+            result.close()
+        assert seen[1]["timestamp"].isdecimal()
+        return Answer(seen[0], seen[1], data)
+
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str = "POST",
+        signed: bool = True,
+        environ: dict[str, Any] | None = None,
+        ts: int | None = None,
+        nonce: str = "",
+    ) -> Answer:
+        """One JSON request, signed if there is a session."""
+        data = b"" if body is None else json.dumps(body).encode()
+        env = dict(environ or {})
+        target = gateway.hawk_target(method, f"http://{self.host}{path}")
+        sent = ""
+        if self.credentials and signed:
+            kind = env.get("CONTENT_TYPE", "application/json" if data else "")
+            sent = gateway.build_authorization(
+                self.credentials,
+                target,
+                int(self.gateway.clock()) if ts is None else ts,
+                nonce or secrets.token_hex(6),
+                kind,
+                data,
+            )
+            env.setdefault("HTTP_AUTHORIZATION", sent)
+        answer = self.raw(method, path, data, env)
+        if seal := answer.headers.get("server-authorization", ""):
+            assert self.credentials
+            key, kind = self.credentials.hawk_key, answer.headers.get("content-type", "")
+            assert lab.check_answer(key, sent, seal, target, kind, answer.data)
+        return answer
+
+    def get(self, path: str, **environ: Any) -> Answer:
+        """One GET request."""
+        return self.raw("GET", path, environ=environ)
+
+    def register(self, **body: Any) -> Answer:
+        """Open a session."""
+        answer = self.call("/register", body or None, signed=False)
+        token = bytes.fromhex(answer.json["msisdnSessionToken"])
+        self.credentials = gateway.derive_credentials(gateway.SessionToken(token))
+        return answer
+
+    def ask(self, msisdn: str = NUMBER, **body: Any) -> Answer:
+        """Ask for a PIN."""
+        return self.call("/sms/verify", {"msisdn": msisdn, **body})
+
+    def outbox(self, msisdn: str = NUMBER) -> list[Any]:
+        """What the outbox holds for a number."""
+        found: list[Any] = self.get(f"/outbox?to={msisdn.lstrip('+')}").json
+        return found
+
+    def code(self, msisdn: str = NUMBER) -> str:
+        """The newest code for a number."""
+        return str(self.outbox(msisdn)[-1]["text"].split()[-1])
+
+    def verified(self, msisdn: str = NUMBER) -> WsgiClient:
+        """Go the whole way: register, ask, verify."""
+        self.register()
+        assert self.ask(msisdn).status == 200
+        assert self.call("/sms/verify_code", {"code": self.code(msisdn)}).status == 200
+        return self
+
+
+class GatewayProcess:
+    """A real ``python gateway.py`` on a free port, with its data and keys below ``folder``.
+
+    Args:
+        folder: Holds ``data`` and ``keys`` (give the same one to start again on them).
+        options: More command-line options; they win.
+        port: 0 takes a free one.
+        wait: Wait until it answers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        port: int = 0,
+        wait: bool = True,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        if not port:
+            with contextlib.closing(lab.free_port()) as holder:
+                port = holder.getsockname()[1]
+        self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
+        self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
+        command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
+        command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--workers", "1", *options],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**clean, **(env or {})},
+                cwd=folder,
+            )
+        if wait:
+            self.wait_until_ready()
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far, on stdout and stderr."""
+        return self.log.read_text("utf-8", "replace")
+
+    def wait_until_ready(self, timeout_s: float = 20) -> None:
+        """Wait until it answers; fail with its output if it ends instead."""
+        http = urllib3.PoolManager(retries=False, timeout=5)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended with {self.process.returncode}:\n{self.output}")
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                if http.request("GET", self.url + "/__heartbeat__").status == 200:
+                    return
+            time.sleep(0.01)
+        raise AssertionError(f"not ready after {timeout_s} s:\n{self.output}")
+
+    def family(self) -> list[psutil.Process]:
+        """The main process, its workers and its store."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    def client(self, **options: Any) -> lab.Client:
+        """A client of this gateway."""
+        return lab.Client(self.url, **options)
+
+    def kill(self) -> None:
+        """``kill -9`` of the main process, and of nothing else."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, timeout_s: float = 30) -> int:
+        """Stop it in an orderly way; gives its exit status."""
+        self.process.send_signal(how)
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        """Make sure that nothing of it lives on."""
+        left = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left = self.family()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        _, alive = psutil.wait_procs(left, 5)
+        for process in alive:
+            process.kill()
+
+
+def host_of(url: str) -> str:
+    """Host and port of a URL: the issuer of certificates there."""
+    return urlsplit(url).netloc
