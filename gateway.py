@@ -375,7 +375,7 @@ class Settings:
             if not usable or self.public_url.rstrip("/") != bare:
                 raise self._bad("public_url", "scheme, host and port: https://id.example")
             object.__setattr__(self, "public_url", bare)
-        elif self.host in ("", "0.0.0.0", "::"):
+        elif self.host in ("", "0.0.0.0", "::"):  # noqa: S104 - and refused
             raise self._bad("host", "a wildcard only together with public_url")
         if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
@@ -769,10 +769,14 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
 _HAWK_FIELD: Final = re.compile(r'\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,')
 
 
+def media_type(content_type: str) -> str:
+    """A Content-Type without its parameters, in lower case."""
+    return content_type.split(";")[0].strip().lower()
+
+
 def payload_hash(content_type: str, body: bytes) -> str:
     """Hash a body and its media type, base64 (Hawk 1.0, "Payload Validation")."""
-    media_type = content_type.split(";")[0].strip().lower()
-    text = b"hawk.1.payload\n%b\n%b\n" % (media_type.encode(), body)
+    text = b"hawk.1.payload\n%b\n%b\n" % (media_type(content_type).encode(), body)
     return base64.b64encode(hashlib.sha256(text).digest()).decode()
 
 
@@ -989,7 +993,7 @@ def _jws() -> jwt.PyJWS:
     # BrowserID certificate, which counts milliseconds, for fifty thousand years.
     jws = jwt.PyJWS(algorithms=[])
     for name in ALGORITHMS:
-        hash = hashes.SHA1() if name == "DS128" else hashes.SHA256()
+        hash = hashes.SHA1() if name == "DS128" else hashes.SHA256()  # noqa: S303 - the format's
         rs = name.startswith("RS")
         jws.register_algorithm(name, BrowserIdRsa(hashes.SHA256) if rs else BrowserIdDsa(hash))
     return jws
@@ -1281,7 +1285,10 @@ return 0
 """
 """Counts a message, or says in how many seconds the next one may leave."""
 
-SHA1: Final = {s: hashlib.sha1(s.encode()).hexdigest() for s in (COMMIT_SCRIPT, COUNT_SCRIPT)}
+SHA1: Final = {
+    script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+    for script in (COMMIT_SCRIPT, COUNT_SCRIPT)
+}
 """The names under which a server keeps scripts."""
 
 
@@ -1588,15 +1595,14 @@ def check_inbound(entry: Json, secret: str, params: Json) -> None:
     Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with
     ``&`` and ``=`` in values made ``_``.
     """
-    if wanted := entry.get("path_secret"):
-        if not hmac.compare_digest(str(wanted).encode(), secret.encode()):
-            raise Forbidden("the secret of this webhook is missing or wrong")
-    if key := entry.get("signature_secret"):
-        signed = sorted((name, value) for name, value in params.items() if name != "sig")
-        text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-        expected = hmac.digest(str(key).encode(), text.encode(), "sha256").hex()
-        if not hmac.compare_digest(expected.encode(), str(params.get("sig")).lower().encode()):
-            raise Forbidden("the signature of this webhook is missing or wrong")
+    wanted, key, given = entry.get("path_secret"), entry.get("signature_secret"), params.get("sig")
+    if wanted and not hmac.compare_digest(str(wanted).encode(), secret.encode()):
+        raise Forbidden("the secret of this webhook is missing or wrong")
+    signed = sorted((name, value) for name, value in params.items() if name != "sig")
+    text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
+    expected = hmac.digest(str(key).encode(), text.encode(), "sha256").hex()
+    if key and not hmac.compare_digest(expected.encode(), str(given).lower().encode()):
+        raise Forbidden("the signature of this webhook is missing or wrong")
 
 
 # =============================================================================
@@ -2082,11 +2088,6 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     if len(body) < int(length):
         raise BadJson("the body ended before its Content-Length")
     return body
-
-
-def media_type(content_type: str) -> str:
-    """A Content-Type without its parameters, in lower case."""
-    return content_type.split(";")[0].strip().lower()
 
 
 def json_params(body: bytes, content_type: str) -> Json:

@@ -31,7 +31,7 @@ import urllib3
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import gateway  # noqa: E402 - it lies one folder up
+import gateway
 
 NOW_S = 1_400_000_000.0
 """The time of every lesson (13 May 2014): a clock that stands still repeats its outputs."""
@@ -91,7 +91,7 @@ class Client:
             sent = gateway.build_authorization(self.credentials, target, ts, nonce, kind, data)
             headers["Authorization"] = sent
         answer = self.http.request(method, self.address + path, body=data, headers=headers)
-        reply = Reply(answer.status, answer.headers, answer.data and answer.json() or None)
+        reply = Reply(answer.status, answer.headers, answer.json() if answer.data else None)
         if self.credentials and sent and reply.status < 500 and reply.status != 401:
             kind = answer.headers.get("Content-Type", "")
             seal = answer.headers.get("Server-Authorization", "")

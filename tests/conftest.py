@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 
-import gateway  # noqa: E402 - it lies one folder up
 import lab  # noqa: E402
 from support import GatewayProcess, WsgiClient  # noqa: E402
+
+import gateway  # noqa: E402 - it lies one folder up
 
 
 @pytest.fixture(scope="session")

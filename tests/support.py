@@ -11,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from wsgiref.validate import validator
 
+import lab
 import psutil
 import urllib3
 
 import gateway
-import lab
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = "+447700900123"
@@ -45,7 +46,7 @@ class Answer(NamedTuple):
         """The errno, after a check that the rest of the error body is as it must be."""
         body = self.json
         assert body["code"] == self.status
-        assert body["error"] == gateway.HTTPStatus(self.status).phrase
+        assert body["error"] == HTTPStatus(self.status).phrase
         assert body["message"]
         assert str(body["errno"]) in body["info"]
         assert ("retryAfter" in body) == (body["errno"] in (114, 116, 201))
@@ -105,7 +106,7 @@ class WsgiClient:
             seen[:] = [int(status.split()[0]), {n.lower(): v for n, v in headers}]
             return lambda data: None
 
-        result = self.wsgi(env, start_response)
+        result: Any = self.wsgi(env, start_response)
         try:
             data = b"".join(result)
         finally:

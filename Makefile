@@ -1,0 +1,31 @@
+# Each target does all the set-up that it needs, and nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := $(filter-out notebooks/TEMPLATE.ipynb,$(sort $(wildcard notebooks/*.ipynb)))
+
+.PHONY: help install runserver test lint notebooks
+
+help:  ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: .venv/done  ## make .venv and install the pinned requirements
+
+.venv/done: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+runserver: .venv/done  ## start the gateway on http://127.0.0.1:5000
+	@exec $(BIN)/python gateway.py $(ARGS)
+
+test: .venv/done  ## run all tests, notebooks included
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/done  ## check formatting, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+notebooks: .venv/done  ## execute the notebooks again, in place
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)

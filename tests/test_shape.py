@@ -1,0 +1,225 @@
+"""The shape of gateway.py: what keeps one long module easy to find one's way in."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gateway
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = (ROOT / "gateway.py").read_text("utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+RULE = "# " + "=" * 77
+
+
+def banners() -> dict[int, tuple[int, str]]:
+    """Section number to its first line and title, from the three-line banners."""
+    found = {}
+    for number, line in enumerate(LINES, 1):
+        if line == RULE and number < len(LINES) - 1 and LINES[number + 1] == RULE:
+            section, _, title = LINES[number].removeprefix("# ").partition(". ")
+            found[int(section)] = (number, title)
+    return found
+
+
+def section_of(line: int) -> int:
+    """The section that a line lies in; 0 is the head of the file."""
+    return max((n for n, (start, _) in banners().items() if start <= line), default=0)
+
+
+def definitions() -> dict[str, int]:
+    """Every name that the module defines at its top level, with its section."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        names: list[str] = []
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        found |= dict.fromkeys(names, section_of(node.lineno))
+    return found
+
+
+def functions() -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+
+
+def code_lines(node: ast.FunctionDef) -> int:
+    """Lines of a function that hold code: no docstring, no comment, nothing blank."""
+    assert node.end_lineno
+    documented: set[int] = set()
+    if ast.get_docstring(node):
+        first = node.body[0]
+        documented = set(range(first.lineno, (first.end_lineno or 0) + 1))
+    kept = (
+        LINES[number - 1].strip()
+        for number in range(node.lineno, node.end_lineno + 1)
+        if number not in documented
+    )
+    return sum(bool(line) and not line.startswith("#") for line in kept)
+
+
+def sections_using(word: str) -> set[int]:
+    """The sections whose code (not its docstrings or comments) names ``word``."""
+    return {
+        section_of(node.lineno)
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Name) and node.id == word
+    }
+
+
+def test_contents_are_the_banners() -> None:
+    contents = re.findall(r"^    (\d+)\. (.+?)  +\S.*\?$", gateway.__doc__ or "", re.M)
+    assert [(int(n), title) for n, title in contents] == [
+        (n, title) for n, (_, title) in sorted(banners().items())
+    ]
+
+
+def test_use_flows_upward() -> None:
+    """Code names only what stands above it; annotations, which do not run, may look ahead."""
+    defined, wrong, tree = definitions(), [], ast.parse(SOURCE)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined:
+            here, there = section_of(node.lineno), defined[node.id]
+            if there > here:
+                wrong.append(
+                    f"line {node.lineno} (section {here}) uses {node.id} (section {there})"
+                )
+    assert wrong == []
+
+
+def test_no_changing_state_in_the_module() -> None:
+    assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+    mutable = [
+        ast.unparse(node)
+        for node in TREE.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and isinstance(node.value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp)
+        and not (isinstance(node, ast.AnnAssign) and "Final" in ast.unparse(node.annotation))
+    ]
+    assert mutable == []
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed"),
+    [
+        ("bottle", {14}),  # the protocol knows nothing of HTTP
+        ("redis", {10, 15}),  # storage, and waiting for the embedded server
+        ("jwt", {9}),
+        ("phonenumbers", {4}),
+        ("urllib3", {12}),
+        ("print", {12, 15}),  # the outbox, and commands
+        ("subprocess", {15}),
+    ],
+)
+def test_each_library_has_its_section(word: str, allowed: set[int]) -> None:
+    assert sections_using(word) - {0} <= allowed
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    assert {section_of(n) for n, line in enumerate(LINES, 1) if "os.environ" in line} == {15}
+
+
+def test_time_and_randomness_are_injected() -> None:
+    """Sections 4 to 13 take clock and random bytes as arguments (the outbox has its own)."""
+    found = [
+        f"{n}: {line.strip()}"
+        for n, line in enumerate(LINES, 1)
+        if 4 <= section_of(n) <= 13
+        and section_of(n) not in (5, 12)
+        and re.search(r"time\.time\(\)|secrets\.(token|rand)\w+\(", line)
+    ]
+    assert found == []
+
+
+def test_every_public_thing_is_documented() -> None:
+    bare = []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            nested = any(
+                isinstance(outer, ast.FunctionDef) and node in ast.walk(outer) and outer is not node
+                for outer in ast.walk(TREE)
+            )
+            if not nested and not ast.get_docstring(node):
+                bare.append(node.name)
+    assert bare == []
+
+
+def test_functions_are_short() -> None:
+    sizes = {function.name: code_lines(function) for function in functions()}
+    assert statistics.median(sizes.values()) <= 7
+    assert statistics.quantiles(sizes.values(), n=20)[-1] <= 25
+    assert {name: size for name, size in sizes.items() if size > 40} == {}
+
+
+def test_the_module_stays_readable_in_an_afternoon() -> None:
+    """DESIGN's 2,000 lines, counted as lines of code; a third more is docstrings."""
+    documented: set[int] = set()
+    for node in ast.walk(TREE):
+        body = getattr(node, "body", [])
+        for statement in body if isinstance(body, list) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                documented |= set(range(statement.lineno, (statement.end_lineno or 0) + 1))
+    code = [
+        line
+        for number, line in enumerate(LINES, 1)
+        if number not in documented and line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(code) <= 2000
+    assert max(map(len, LINES)) <= 100
+
+
+def test_importing_does_nothing() -> None:
+    """No thread, no socket, no process, and no file opened for writing."""
+    script = """
+import sys, threading
+bad = []
+def hook(event, args):
+    if event in ("socket.connect", "socket.bind", "subprocess.Popen", "os.mkdir", "os.remove"):
+        bad.append((event, args))
+    if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        bad.append((event, args))
+sys.dont_write_bytecode = True
+import babel.support, bottle, cryptography, jwt, phonenumbers, redis, urllib3
+sys.addaudithook(hook)
+import gateway
+assert threading.active_count() == 1, threading.enumerate()
+assert not bad, bad
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_inline_metadata_is_the_first_part_of_the_requirements() -> None:
+    block = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.M | re.S)
+    assert block
+    metadata = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))
+    to_run, to_learn = (ROOT / "requirements.txt").read_text("utf-8").split("\n\n", 1)
+    pinned = [line.split(" ")[0] for line in to_run.splitlines() if not line.startswith("#")]
+    assert metadata["dependencies"] == pinned
+    assert metadata["requires-python"] == ">=3.11"
+    explained = [line for line in (to_run + "\n" + to_learn).splitlines() if line[:1] not in "# "]
+    assert all(re.fullmatch(r"\S+==\S+  # \S.*", line) for line in explained), explained
+
+
+def test_what_a_dependency_is_pinned_to_is_installed() -> None:
+    from importlib.metadata import version
+
+    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
+        if "==" in line:
+            name, _, pinned = line.split(" ")[0].partition("==")
+            assert version(name) == pinned
