@@ -6,6 +6,7 @@ hand. The notebooks, the tests and ``python gateway.py demo`` all use it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import inspect
 import json
@@ -27,12 +28,15 @@ from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import urllib3
+from cryptography.hazmat.primitives import serialization
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import gateway
 
+TEST_KEYS = ROOT / "notebooks" / "test_keys"
+"""Keys that everybody knows, so that the lessons repeat."""
 NOW_S = 1_400_000_000.0
 """The time of every lesson (13 May 2014): a clock that stands still repeats its outputs."""
 
@@ -86,7 +90,8 @@ class Client:
         default = 443 if self.public_url.startswith("https:") else 80
         headers["Host"] = target.host + (f":{target.port}" if target.port != default else "")
         sent = ""
-        if self.credentials and "Authorization" not in headers:
+        public = method == "GET" or path.endswith(("/register", "/discover"))
+        if self.credentials and not public and "Authorization" not in headers:
             ts, nonce = int(self.clock()), self.nonce()
             sent = gateway.build_authorization(self.credentials, target, ts, nonce, kind, data)
             headers["Authorization"] = sent
@@ -185,6 +190,12 @@ class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """A log line would land in the output of whichever cell is running."""
 
+    def get_environ(self) -> dict[str, Any]:
+        environ = super().get_environ()
+        if "Content-Type" not in self.headers:
+            environ["CONTENT_TYPE"] = ""  # and not the text/plain that wsgiref makes up
+        return environ
+
 
 @contextlib.contextmanager
 def serving(app: Callable[..., Any]) -> Iterator[str]:
@@ -210,15 +221,16 @@ class Lab:
     def __init__(self, seed: int = 0, **settings: Any) -> None:
         self._open = contextlib.ExitStack()
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="lab"))
-        self.settings = gateway.Settings(
-            data_dir=f"{folder}/data",
-            keys_dir=settings.pop("keys_dir", f"{folder}/keys"),
-            public_url=settings.pop("public_url", "http://localhost:5000"),
-            **settings,
-        )
+        given: gateway.Json = {"data_dir": f"{folder}/data", "keys_dir": f"{folder}/keys"}
+        given |= {"public_url": "http://localhost:5000"} | settings
+        self.settings = gateway.Settings(**given)
+        for name in ("browserid.pem", "master.secret"):
+            known = (TEST_KEYS / name).read_bytes
+            gateway.keep_private_file(Path(self.settings.keys_dir, name), known)
+        client_pem = (TEST_KEYS / "client.pem").read_bytes()
+        self.client_key: Any = serialization.load_pem_private_key(client_pem, None)
         self.random = random.Random(seed)
         self.now_s = NOW_S
-        gateway.load_master_secret(self.settings)
         self.store = gateway.EmbeddedStore(self.settings.data_dir)
         self._open.callback(self.store.stop)
         self.app = gateway.create_app(
@@ -239,6 +251,13 @@ class Lab:
         self._open.close()
 
 
+def claims(token: str) -> gateway.Json:
+    """What a token says, unchecked: anybody can read the middle one of its three pieces."""
+    piece = token.split(".")[1]
+    found: gateway.Json = json.loads(base64.urlsafe_b64decode(piece + "=" * (-len(piece) % 4)))
+    return found
+
+
 # -- Showing things -----------------------------------------------------------
 
 
@@ -253,13 +272,15 @@ def short(value: Any, limit: int = 60) -> Any:
     return value
 
 
-def show(reply: Reply, *headers: str) -> None:
-    """Print an answer: its status, the headers named, its body."""
-    print(reply.status, HTTPStatus(reply.status).phrase)
-    for name in headers:
-        print(f"{name}: {reply.headers.get(name, '(absent)')}")
-    if reply.body is not None:
-        print(json.dumps(short(reply.body), indent=2, ensure_ascii=False))
+def show(thing: Any, *headers: str) -> None:
+    """Print a value as JSON; of a reply its status, the headers named, and its body."""
+    if isinstance(thing, Reply):
+        print(thing.status, HTTPStatus(thing.status).phrase)
+        for name in headers:
+            print(f"{name}: {thing.headers.get(name, '(absent)')}")
+        thing = thing.body
+    if thing is not None:
+        print(json.dumps(short(thing), indent=2, ensure_ascii=False))
 
 
 def source(thing: Any) -> None:
