@@ -1,7 +1,6 @@
 # Each target does all the set-up that it needs, and nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTEBOOKS := $(filter-out notebooks/TEMPLATE.ipynb,$(sort $(wildcard notebooks/*.ipynb)))
 
 .PHONY: help install runserver test lint notebooks
 

@@ -1687,7 +1687,12 @@ class Gateway:
                 "the timestamp is stale: set your clock by the Timestamp header",
                 headers={"WWW-Authenticate": told},
             )
-        if header.hash and not hmac.compare_digest(header.hash, payload_hash(content_type, body)):
+        # Some servers make up a media type where there is no body (wsgiref: text/plain).
+        hashes = {
+            payload_hash(content_type, body),
+            payload_hash(content_type if body else "", body),
+        }
+        if header.hash and header.hash not in hashes:
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
