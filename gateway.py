@@ -1138,6 +1138,8 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
     Raises:
         InvalidToken: Not such a token, another signature, or another time.
     """
+    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT overlooks padding
+        raise InvalidToken("not three pieces of base64url")
     try:
         claims = json.loads(_JWS.decode(token, cast(Any, key), [algorithm_of(key)]))
     except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
@@ -1216,9 +1218,10 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     """
     path = Path(settings.keys_dir, "browserid.pem")
     pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
-    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm):
+    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, InvalidParameter):
         key = serialization.load_pem_private_key(pem, None)
         if isinstance(key, PrivateKey) and key.key_size == 2048:
+            parse_public_key(public_key_json(key.public_key()))
             return key, made
     raise StartError(
         f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a back-up, "
@@ -1286,7 +1289,7 @@ class User:
         Raises:
             Unavailable: Another version of the gateway wrote the record.
         """
-        if packed[0] != RECORD_VERSION or len(packed) > RECORD.size:
+        if packed[:1] != bytes((RECORD_VERSION,)) or len(packed) > RECORD.size:
             raise Unavailable("the session was written by another version of the gateway")
         fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
         _, flags, key, sealed, network, sends, expires_s, verified_s, digest, tries = fields
@@ -1711,7 +1714,7 @@ class Gateway:
             BadSignature: A malformed header, or a wrong MAC.
         """
         header = parse_hawk_header(authorization)
-        if not (header.nonce and header.mac and re.fullmatch("[0-9]{1,11}", header.ts)):
+        if not (all(header[:4]) and re.fullmatch("[0-9]{1,11}", header.ts)):
             raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
         hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
@@ -1762,6 +1765,7 @@ class Gateway:
             user, answer = decide(old)
             new = user.pack() if user else b""
             verified = user and user.verified_s != old.verified_s
+            session.spent = True  # or maybe so, if no answer comes: not to be sent again
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
@@ -1939,8 +1943,7 @@ class Gateway:
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user."""
-        number = self._number(session, session.user)
-        self.step(session, lambda user: (None, None))
+        number = self.step(session, lambda user: (None, self._number(session, user)))
         if number:
             self.sms.forget(number)
 
@@ -2006,8 +2009,8 @@ class Gateway:
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
-        if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
-            value = int(value)
+        if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+            value = int(value) if len(value) < 4000 else longest
         if value is not None and (type(value) is not int or value < 1):
             raise InvalidParameter("duration must be whole seconds, at least 1")
         return longest if value is None else min(value, longest)
@@ -2135,11 +2138,11 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     """
     length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
-    if chunked or not re.fullmatch("[0-9]{1,12}", length):
+    if chunked or not re.fullmatch("[0-9]+", length):
         if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
             raise LengthRequired("a body needs a Content-Length in bytes, and no chunks")
         return b""
-    if int(length) > limit_bytes:
+    if len(length) > 4000 or int(length) > limit_bytes:
         raise TooLarge(f"the body has more than {limit_bytes} bytes")
     body = bytes(stream.read(int(length)))
     if len(body) < int(length):
@@ -2199,12 +2202,11 @@ class HawkPlugin:
     def signed(self, callback: Callable[..., Any]) -> Answer:
         """Handle one signed request."""
         app, gateway = self.app, self.app.gateway
-        body, content_type = app.body(), bottle.request.content_type
         session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
 
         def checked() -> Any:
             try:
-                gateway.check_request(session, content_type, body)
+                gateway.check_request(session, bottle.request.content_type, app.body())
                 return callback(session)
             except Exception:
                 gateway.spend_nonce(session)
@@ -2235,7 +2237,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def header(self, name: str) -> str:
         """A request header, or ""."""
-        return str(bottle.request.get_header(name, ""))
+        return str(bottle.request.environ.get(f"HTTP_{name.upper().replace('-', '_')}", ""))
 
     def body(self) -> bytes:
         """The request's body; read once."""
