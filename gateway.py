@@ -1671,6 +1671,7 @@ class Session:
 
     Attributes:
         spent: Whether its nonce is used up, as it must be before anything is answered.
+        unsure: A commit got no answer. It may have run, so it is not sent again.
     """
 
     hawk_id: HawkId
@@ -1681,6 +1682,7 @@ class Session:
     request: HawkRequest
     nonce_ttl_s: int
     spent: bool = False
+    unsure: bool = False
 
     @property
     def user(self) -> User:
@@ -1765,13 +1767,13 @@ class Gateway:
             user, answer = decide(old)
             new = user.pack() if user else b""
             verified = user and user.verified_s != old.verified_s
-            session.spent = True  # or maybe so, if no answer comes: not to be sent again
+            session.unsure = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
                 session.header.nonce, session.nonce_ttl_s,
             )  # fmt: skip
-            session.spent = result is not Commit.CHANGED
+            session.unsure, session.spent = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
@@ -1788,7 +1790,7 @@ class Gateway:
 
     def spend_nonce(self, session: Session) -> None:
         """Use up the nonce of a request that failed before it committed anything."""
-        if not session.spent:
+        if not session.spent and not session.unsure:
             self.step(session, lambda user: (user, None))
 
     # -- The steps ------------------------------------------------------------
@@ -2610,9 +2612,11 @@ class EmbeddedStore:
     def stop(self) -> None:
         """Stop the server in an orderly way, and give the folder free."""
         self._stopping.set()
+        deadline = time.monotonic() + STORE_START_S
         while self._thread.is_alive():
             if self._process:
-                self._process.terminate()
+                hung = time.monotonic() > deadline
+                self._process.send_signal(signal.SIGKILL if hung else signal.SIGTERM)
             self._thread.join(0.1)
         os.close(self._lock)
 
