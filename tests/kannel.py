@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lab
+import redis
+from support import GatewayProcess
 
 MISSING = (
     "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
@@ -87,6 +91,10 @@ class Kannel:
                 subprocess.Popen([*command, str(self.conf)], stdout=log, stderr=log)
             )
 
+    def log(self, box: str) -> str:
+        """What a box has logged so far."""
+        return (self.folder / f"{box}.log").read_text("latin-1")
+
     def close(self) -> None:
         """Stop both."""
         for box in reversed(self.boxes):
@@ -126,3 +134,69 @@ class FakeHandset:
         """Hang up."""
         self.lines.close()
         self.socket.close()
+
+
+class SmppSmsc:
+    """The SMSC of ``smpp_sim.js``, as a process that can be killed and started again."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.log, self.port = folder / "smpp.log", port
+        self.log.touch()
+        self.start()
+
+    def start(self) -> None:
+        """Start it; gives up if it does not listen."""
+        script = Path(__file__).with_name("smpp_sim.js")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                ["node", str(script), str(self.port), str(lab.ROOT)], stdout=log
+            )
+        wait_for(lambda: listens(self.port))
+
+    def received(self, to: str) -> list[str]:
+        """The texts of the messages to a number."""
+        lines = [line for line in self.log.read_text("utf-8").splitlines(True) if "\n" in line]
+        messages = [json.loads(line) for line in lines]
+        return [message["text"] for message in messages if message["to"].endswith(to[1:])]
+
+    def kill(self) -> None:
+        """``kill -9``: the link dies without a word."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Site:
+    """A gateway process, and a Kannel in front of an SMSC.
+
+    Args:
+        smsc: The lines of Kannel's SMSC, beside its port.
+        options: More for the gateway.
+    """
+
+    def __init__(self, folder: Path, smsc: list[str], *options: str) -> None:
+        *ports, self.smsc_port = free_ports(4)
+        self.entry = {"kind": "kannel", "endpoint": f"http://127.0.0.1:{ports[0]}/cgi-bin/sendsms"}
+        self.entry |= {**LOGIN, "receipts": True}
+        inbound = [{"kind": "kannel", "path_secret": "p4th"}]
+        self.gateway = GatewayProcess(
+            folder, "--sms-providers", json.dumps([self.entry]), "--sms-inbound",
+            json.dumps(inbound), "--mt-sender", "+447700900999", "--sends-per-hour", "1000",
+            *options,
+        )  # fmt: skip
+        self.start_smsc(folder)
+        lines = [*smsc, "smsc-id = TEST", f"port = {self.smsc_port}"]
+        self.kannel = Kannel(folder, self.gateway.url, ports, lines)
+
+    def start_smsc(self, folder: Path) -> None:
+        """Start what Kannel will look for at once, if it is not Kannel's own."""
+
+    def receipts(self) -> list[str]:
+        """The outcomes of all messages, as the gateway keeps them."""
+        with redis.Redis(unix_socket_path=f"{self.gateway.folder}/data/store.sock") as store:
+            keys: list[Any] = list(store.scan_iter(b"receipt *"))
+            return sorted(value.decode() for value in store.mget(keys)) if keys else []
+
+    def close(self) -> None:
+        """Stop both."""
+        self.kannel.close()
+        self.gateway.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +11,7 @@ from urllib.parse import unquote_to_bytes
 import kannel
 import lab
 import pytest
-import redis
-from support import NUMBER, GatewayProcess
+from support import NUMBER
 
 import gateway
 
@@ -21,39 +19,22 @@ if not kannel.installed():
     pytest.skip(kannel.MISSING, allow_module_level=True)
 
 
-class Site:
-    """A gateway process, a Kannel in front of a phone."""
+class Site(kannel.Site):
+    """With Kannel's own fake SMSC, and the phone behind it."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        *ports, smsc = kannel.free_ports(4)
-        entry = {"kind": "kannel", "endpoint": f"http://127.0.0.1:{ports[0]}/cgi-bin/sendsms"}
-        entry |= {**kannel.LOGIN, "receipts": True}
-        self.entry = entry
-        inbound = [{"kind": "kannel", "path_secret": "p4th"}]
-        self.gateway = GatewayProcess(
-            folder, "--sms-providers", json.dumps([entry]), "--sms-inbound", json.dumps(inbound),
-            "--mt-sender", "+447700900999", *options,
-        )  # fmt: skip
-        lines = ["smsc = fake", "smsc-id = FAKE", f"port = {smsc}", "connect-allow-ip = 127.0.0.1"]
-        self.kannel = kannel.Kannel(folder, self.gateway.url, ports, lines)
-        self.phone = kannel.FakeHandset(smsc)
-
-    def receipts(self) -> dict[bytes, bytes]:
-        """What the gateway keeps about its messages."""
-        with redis.Redis(unix_socket_path=f"{self.gateway.folder}/data/store.sock") as store:
-            keys: list[Any] = list(store.scan_iter(b"receipt *"))
-            return {key: store.get(key) for key in keys}  # type: ignore[misc]
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, ["smsc = fake", "connect-allow-ip = 127.0.0.1"])
+        self.phone = kannel.FakeHandset(self.smsc_port)
 
     def close(self) -> None:
         self.phone.close()
-        self.kannel.close()
-        self.gateway.close()
+        super().close()
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """One for all tests here; each uses a session of its own."""
-    made = Site(tmp_path_factory.mktemp("kannel"), "--sends-per-hour", "1000")
+    made = Site(tmp_path_factory.mktemp("kannel"))
     yield made
     made.close()
 
@@ -126,14 +107,14 @@ def test_other_alphabets_arrive(site: Site) -> None:
 
 
 def test_receipts_become_the_outcome(site: Site) -> None:
-    kannel.wait_for(lambda: set(site.receipts().values()) <= {b"delivered"})
+    kannel.wait_for(lambda: set(site.receipts()) <= {"delivered"})
     before = len(site.receipts())
     client = site.gateway.client()
     client.register()
     assert client.verify(NUMBER).status == 200
     code = site.phone.receive()[3].split()[-1]
     kannel.wait_for(lambda: len(site.receipts()) == before + 1)
-    kannel.wait_for(lambda: set(site.receipts().values()) == {b"delivered"})
+    kannel.wait_for(lambda: set(site.receipts()) == {"delivered"})
     log = site.gateway.output
     assert "receipt: delivered" in log
     for secret in (code, NUMBER[1:], "k4nnel-secret", "p4th"):
