@@ -1740,7 +1740,7 @@ class HttpSms(SmsProvider):
         try:
             answer = self.pool.urlopen(
                 self.method, **self._request(values), timeout=timeout, redirect=False,
-                preload_content=False, decode_content=False,
+                preload_content=False,
             )  # fmt: skip
             body = answer.read(ANSWER_MAX_BYTES)
             answer.close()

@@ -16,9 +16,7 @@ import lab
 import redis
 from support import GatewayProcess
 
-MISSING = (
-    "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
-)
+MISSING = "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
 SMPP = lab.ROOT / ".parts" / "node_modules" / "smpp"
 MISSING_SMPP = "npm's smpp is not installed: npm install --prefix .parts smpp@0.5.1"
 LOGIN = {"username": "gw", "password": "k4nnel-secret"}
@@ -64,6 +62,7 @@ class Kannel:
 
     def __init__(self, folder: Path, gateway_url: str, ports: list[int], smsc: list[str]) -> None:
         self.folder, (self.sendsms, admin, self.smsbox) = folder, ports
+        momt = f"{gateway_url}/sms/momt/p4th?provider=kannel&from=%p&to=%P&text=%b&id=%I"
         groups = [
             ["group = core", f"admin-port = {admin}", "admin-interface = 127.0.0.1",
              "admin-password = x", f"smsbox-port = {self.smsbox}", "smsbox-interface = 127.0.0.1",
@@ -74,7 +73,7 @@ class Kannel:
             ["group = sendsms-user", *(f"{k} = {v}" for k, v in LOGIN.items()),
              'user-allow-ip = "127.0.0.1"', "max-messages = 3", "concatenation = true"],
             ["group = sms-service", "keyword = default", "catch-all = true", "max-messages = 0",
-             f'get-url = "{gateway_url}/sms/momt/p4th?provider=kannel&from=%p&to=%P&text=%b&id=%I"'],
+             f'get-url = "{momt}"'],
             ["group = smsc", *smsc],
         ]  # fmt: skip
         self.conf = folder / "kannel.conf"
@@ -87,9 +86,7 @@ class Kannel:
     def _start(self, box: str) -> None:
         with (self.folder / f"{box}.log").open("ab") as log:
             command = [shutil.which(box, path="/usr/sbin:/usr/bin") or box, "-v", "1"]
-            self.boxes.append(
-                subprocess.Popen([*command, str(self.conf)], stdout=log, stderr=log)
-            )
+            self.boxes.append(subprocess.Popen([*command, str(self.conf)], stdout=log, stderr=log))
 
     def log(self, box: str) -> str:
         """What a box has logged so far."""
@@ -175,7 +172,8 @@ class Site:
 
     def __init__(self, folder: Path, smsc: list[str], *options: str) -> None:
         *ports, self.smsc_port = free_ports(4)
-        self.entry = {"kind": "kannel", "endpoint": f"http://127.0.0.1:{ports[0]}/cgi-bin/sendsms"}
+        self.entry: dict[str, Any] = {"kind": "kannel"}
+        self.entry |= {"endpoint": f"http://127.0.0.1:{ports[0]}/cgi-bin/sendsms"}
         self.entry |= {**LOGIN, "receipts": True}
         inbound = [{"kind": "kannel", "path_secret": "p4th"}]
         self.gateway = GatewayProcess(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import kannel
+import lab
 import pytest
 
 if not kannel.installed():
@@ -34,7 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.smsc.kill()
 
 
-def ask(site: Site, number: str) -> kannel.lab.Client:
+def ask(site: Site, number: str) -> lab.Client:
     """Have a PIN sent; the answer is what a user gets whose message was taken."""
     client = site.gateway.client()
     client.register()
