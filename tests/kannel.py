@@ -17,8 +17,8 @@ import redis
 from support import GatewayProcess
 
 MISSING = "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
-SMPP = lab.ROOT / ".parts" / "node_modules" / "smpp"
-MISSING_SMPP = "npm's smpp is not installed: npm install --prefix .parts smpp@0.5.1"
+SMPP = lab.ROOT / ".parts" / "smpp" / "node_modules" / "smpp"
+MISSING_SMPP = "npm's smpp is not installed: npm install --prefix .parts/smpp smpp@0.5.1"
 LOGIN = {"username": "gw", "password": "k4nnel-secret"}
 
 

@@ -1,7 +1,7 @@
 // An SMSC over SMPP, on npm's smpp: node smpp_sim.js PORT FOLDER
 // Numbers ending in 11 are rejected, in 58 throttled once, in 13 never delivered.
 // Each message taken is one line of JSON on stdout.
-const smpp = require(process.argv[3] + "/.parts/node_modules/smpp");
+const smpp = require(process.argv[3] + "/.parts/smpp/node_modules/smpp");
 
 const throttled = new Set();
 let next = 1;
