@@ -80,7 +80,6 @@ import hmac
 import html
 import http.client
 import importlib.util
-import io
 import ipaddress
 import json
 import logging
@@ -1673,32 +1672,22 @@ class OutboxSms(SmsProvider):
             path.unlink(missing_ok=True)
 
 
-class _Deadline(io.RawIOBase):
-    """Reads from a socket, but no longer than its time-out in all: a drip does not renew it."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self.raw, self.sock = raw, sock
-        self.end = time.monotonic() + (sock.gettimeout() or SEND_BUDGET_S)
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read what is there, in the time that is left."""
-        self.sock.settimeout(max(self.end - time.monotonic(), 0.001))
-        return self.raw.readinto(buffer)
-
-    def close(self) -> None:
-        """Close what is read from as well."""
-        self.raw.close()
-        super().close()
-
-
 class _Response(http.client.HTTPResponse):
+    """An answer that is read, head and body, for the socket's time-out in all.
+
+    By itself that is the time between two bytes, and a drip could go on for ever.
+    """
+
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Deadline(self.fp.detach(), sock))
+        raw: Any = self.fp.raw  # what fills the buffer of makefile()
+        end, read = time.monotonic() + (sock.gettimeout() or SEND_BUDGET_S), raw.readinto
+
+        def readinto(buffer: Any) -> Any:
+            sock.settimeout(max(end - time.monotonic(), 0.001))
+            return read(buffer)
+
+        raw.readinto = readinto
 
 
 class HttpSms(SmsProvider):
@@ -1722,7 +1711,8 @@ class HttpSms(SmsProvider):
         parts, request = urlsplit(self.entry["endpoint"]), {**self.entry, **self.template}
         if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
             raise self.bad("needs endpoint: a URL that begins with http:// or https://")
-        self.method, self.headers, self.body = (request[k] for k in ("method", "headers", "body"))
+        self.method, self.headers = self.entry.get("method", "POST"), request["headers"]
+        self.body: str = request["body"]
         self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
         headers = {str(k).lower(): v for k, v in self.headers.items()}
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
@@ -1791,17 +1781,12 @@ class HttpSms(SmsProvider):
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
         if not 200 <= answer.status < 300:
-            raise self.refusal(answer.status)(f"{self.kind} answered {answer.status}")
+            error_class = MEANINGS.get(answer.status, SmsFailed)
+            raise error_class(f"{self.kind} answered {answer.status}")
         try:
             return self.taken(body, values["id"])
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise SmsFailed(f"{self.kind} answered {answer.status} without a result") from None
-
-    def refusal(self, status: int) -> type[SmsFailed]:
-        """What an HTTP status that is no success means."""
-        if status in (502, 504):
-            return SmsUnknown  # a proxy that lost the answer, if there was one
-        return SmsRefused if status in (400, 422) else SmsFailed
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
         """Read the body of an answer with 2xx; gives the ids of the message, or raises."""
@@ -1810,6 +1795,10 @@ class HttpSms(SmsProvider):
         return []
 
 
+MEANINGS: Final[Mapping[int, type[SmsFailed]]] = {
+    400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown
+}  # fmt: skip
+"""What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
     FORM["Content-Type"]: partial(quote, safe=""),
@@ -1830,7 +1819,6 @@ class NexmoSms(HttpSms):
     needs = ("api_key", "api_secret")
     takes: ClassVar[Json] = {"endpoint": "https://rest.nexmo.com/sms/json", "receipts": False}
     template: ClassVar[Json] = {
-        "method": "POST",
         "headers": FORM,
         "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
         "&api_key={api_key}&api_secret={api_secret}",
@@ -1861,7 +1849,6 @@ class TwilioSms(HttpSms):
         "receipts": False,
     }
     template: ClassVar[Json] = {
-        "method": "POST",
         "headers": {**FORM, "Authorization": "Basic {basic}"},
         "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
     }
@@ -1883,7 +1870,6 @@ class KannelSms(HttpSms):
     needs = ("endpoint", "username", "password")
     takes: ClassVar[Json] = {"receipts": False}
     template: ClassVar[Json] = {
-        "method": "POST",
         "headers": {
             "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
             "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
@@ -1926,6 +1912,10 @@ class SnsSms(SmsProvider):
         )  # fmt: skip
         where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
         self.client, self.known = boto3.client("sns", **where, config=config), known
+        self.surely_not = (
+            known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError,
+            known.NoCredentialsError, known.ParamValidationError,
+        )  # fmt: skip
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Publish one message."""
@@ -1933,17 +1923,13 @@ class SnsSms(SmsProvider):
         origin = "MM.SMS.OriginationNumber" if number else "SNS.SMS.SenderID"
         attributes = {f"AWS.{origin}": sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
         typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
-        known = self.known
         try:
             answer = self.client.publish(PhoneNumber=to, Message=text, MessageAttributes=typed)
-        except known.ClientError as error:
+        except self.known.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
             refused = code.startswith(("InvalidParameter", "OptedOut"))
             raise (SmsRefused if refused else SmsFailed)(f"sns refused it: {code}") from None
-        except (
-            known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError,
-            known.NoCredentialsError, known.ParamValidationError,
-        ) as error:  # fmt: skip
+        except self.surely_not as error:
             raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
         return [str(answer["MessageId"])]
 
@@ -2061,10 +2047,9 @@ class SmsSender:
             if future.cancel():
                 raise SmsFailed("threads of earlier messages still wait for a provider") from None
             raise SmsUnknown(f"{provider.kind} did not answer in {timeout_s:.1f} s") from None
-        except OSError as error:
-            raise SmsFailed(f"{provider.kind}: {type(error).__name__}") from None
         except Exception as error:  # its text may quote the message
-            raise SmsUnknown(f"{provider.kind}: unforeseen {type(error).__name__}") from None
+            known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
+            raise known(f"{provider.kind}: {type(error).__name__}") from None
 
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
@@ -3316,7 +3301,7 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
             mark = "# " if hidden or real == default else ""
             print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
         else:
-            print(f"{f.name:18} {value:28} {about}")
+            print(f"{f.name:20} {value:28} {about}")
     return 0
 
 
