@@ -2666,7 +2666,13 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; ``null`` and "" count as missing, and no body has none.
+    """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
+    params = json_object(body, content_type)
+    return {name: value for name, value in params.items() if value is not None and value != ""}
+
+
+def json_object(body: bytes, content_type: str) -> Json:
+    """A JSON body as it is; no body is an empty one.
 
     Raises:
         UnsupportedMediaType: It is said to be something else than JSON.
@@ -2682,7 +2688,7 @@ def json_params(body: bytes, content_type: str) -> Json:
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
         raise BadJson('the body must be a JSON object, {"name": value}')
-    return {name: value for name, value in params.items() if value is not None and value != ""}
+    return params
 
 
 def _refuse(constant: str) -> None:
@@ -2914,7 +2920,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             if media_type(content_type) == FORM["Content-Type"]:
                 form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
             else:
-                form = json_params(body, content_type)
+                form = json_object(body, content_type)
         params: Json = query | form
         name, given = params.pop("provider", ""), str(params.pop("secret", ""))
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)

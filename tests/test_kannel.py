@@ -15,8 +15,7 @@ from support import NUMBER
 
 import gateway
 
-if not kannel.installed():
-    pytest.skip(kannel.MISSING, allow_module_level=True)
+kannel.require()
 
 
 class Site(kannel.Site):

@@ -9,10 +9,7 @@ import kannel
 import lab
 import pytest
 
-if not kannel.installed():
-    pytest.skip(kannel.MISSING, allow_module_level=True)
-if not kannel.SMPP.exists():
-    pytest.skip(kannel.MISSING_SMPP, allow_module_level=True)
+kannel.require(smpp=True)
 
 
 class Site(kannel.Site):
