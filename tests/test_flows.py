@@ -185,7 +185,9 @@ def test_a_deployment_behind_a_proxy(make_client: MakeClient) -> None:
         assert opened["verificationUrl"] == "https://id.example/sms/verify"
         asked = client.call("/sms/verify", {"msisdn": NUMBER}, environ=near)
         assert asked.json == {"mtSender": "Gateway"}
-    code = forms[0]["text"].split()[-1]
+    sentence, bound = forms[0]["text"].splitlines()
+    code = sentence.split()[-1]
+    assert bound == f"@id.example #{code}"
     body = {"code": code, "publicKey": KEY}
     cert = client.call("/sms/verify_code", body, environ=near).json["cert"]
     assert believe(client, cert, "id.example", client.gateway.clock())["verifiedMSISDN"] == NUMBER
