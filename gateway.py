@@ -1989,6 +1989,8 @@ class SmsSender:
         half = max(1, settings.threads // 2)
         self._slots = threading.BoundedSemaphore(half)
         self._pool = concurrent.futures.ThreadPoolExecutor(half, "sms")
+        for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     @property
     def outbox(self) -> OutboxSms | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import ipaddress
 import json
+import logging
 import socket
 import ssl
 import subprocess
@@ -302,6 +304,24 @@ def test_connections_are_kept(provider: Provider) -> None:
     [one] = sender.providers
     assert isinstance(one, gateway.HttpSms)
     assert one.pool.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\nX {}\r\nContent-Length: 0\r\n\r\n", b"{} HTTP/1.1\r\n\r\n", b"{}"],
+)
+def test_nothing_of_a_message_is_logged(
+    provider: Provider, caplog: pytest.LogCaptureFixture, answer: bytes
+) -> None:
+    """Not by us, and not by what we use: urllib3 quotes a header line without a colon."""
+    caplog.set_level(logging.DEBUG)
+    provider.answer = cut(answer.replace(b"{}", b"447700900123 hunter2 135790"))
+    entry = {"kind": "http", "endpoint": provider.url + "?t={text}&to={to}", "success": "OK"}
+    with contextlib.suppress(gateway.SmsFailed):
+        sender_of({**entry, "method": "GET"}).send("Gateway", TO, "code: 135790")
+    assert "sms: http" in caplog.text
+    for secret in ("135790", "447700900123", "hunter2"):
+        assert secret not in caplog.text
 
 
 # -- Half-configured ------------------------------------------------------------
