@@ -1903,7 +1903,9 @@ def measure_memory(
 
 
 def _used_bytes(storage: Storage) -> int:
-    return sum(int(told["used_memory"]) for told in storage.info())
+    # What is kept for replicas grows up to a limit of its own, with writes and not with users.
+    shared = "mem_total_replication_buffers"
+    return sum(int(told["used_memory"]) - int(told.get(shared, 0)) for told in storage.info())
 
 
 def _life_of(n: int, settings: Settings, now_s: int) -> list[tuple[bytes, tuple[Any, ...]]]:
