@@ -1736,7 +1736,7 @@ TABLE_START_S: Final = 60.0
 
 
 def _aws_code(error: Exception) -> str:
-    response: Json = getattr(error, "response", {})
+    response: Json = getattr(error, "response", None) or {}  # some errors have none
     return str(response.get("Error", {}).get("Code", type(error).__name__))
 
 

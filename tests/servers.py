@@ -301,16 +301,17 @@ class Single:
 class Dynalite:
     """A process that speaks DynamoDB's protocol, strictly."""
 
-    def __init__(self) -> None:
-        self.port = free_port()
+    def __init__(self, folder: Path) -> None:
+        self.port, self.folder = free_port(), folder
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        """Start it (again, empty), on the same port."""
+        """Start it (again), on the same port and data."""
         parent = os.getpid()
         self.process = subprocess.Popen(
-            [str(DYNALITE), "--host", "127.0.0.1", "--port", str(self.port), "--createTableMs", "200"],
+            [str(DYNALITE), "--host", "127.0.0.1", "--port", str(self.port), "--path",
+             str(self.folder), "--createTableMs", "200", "--deleteTableMs", "200"],
             stdout=subprocess.DEVNULL,
             preexec_fn=lambda: gateway.die_with_parent(parent, signal.SIGKILL),
         )

@@ -71,7 +71,7 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         certificates = ""
         if name == "dynalite":
             stack.enter_context(servers.aws_credentials())
-            dynalite = stack.enter_context(contextlib.closing(servers.Dynalite()))
+            dynalite = stack.enter_context(contextlib.closing(servers.Dynalite(folder / "d")))
             certificates = dynalite.store("phones")
         elif name == "moto":
             moto = pytest.importorskip("moto")
