@@ -59,6 +59,15 @@ def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 20) -> Any:
     raise AssertionError(f"{what} did not happen within {timeout_s} s ({error})")
 
 
+def assert_refused(call: Callable[[], Any]) -> None:
+    """503/201 with Retry-After, within a second."""
+    started = time.monotonic()
+    answer = call()
+    took_s = time.monotonic() - started
+    assert (answer.status, answer.errno) == (503, 201)
+    assert took_s < 1
+
+
 class Server:
     """One Valkey (or Redis) process.
 
@@ -92,9 +101,13 @@ class Server:
             [*command, *self.options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: gateway.die_with_parent(parent, signal.SIGKILL),
+            preexec_fn=lambda: self._in_child(parent),
         )
         wait_for(self._answers, f"the start of {self.folder.name}")
+
+    def _in_child(self, parent: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a limit of files stands in for a full disk
+        gateway.die_with_parent(parent, signal.SIGKILL)
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, (self.folder / "log").read_text()[-500:]

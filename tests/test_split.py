@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import servers
+from servers import assert_refused
 from support import NUMBER, ROOT, WsgiClient
 from test_stores import KEY, NEW, OLD, new_id, together
 
@@ -255,15 +256,6 @@ def test_dynamodb_fails(
         assert split._run("EXISTS", key) == 0
     assert moved.call("/certificate/sign", SIGN).errno == 110
     assert not [item for item in items(split) if item.startswith(key)]
-
-
-def assert_refused(call: Callable[[], Any]) -> None:
-    """503/201 with Retry-After, within a second."""
-    started = time.monotonic()
-    answer = call()
-    took_s = time.monotonic() - started
-    assert (answer.status, answer.errno) == (503, 201)
-    assert took_s < 1
 
 
 def drop_table(table: DynamoTable) -> None:
