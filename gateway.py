@@ -3319,6 +3319,8 @@ def memory(settings: Settings, users: int) -> int:
         bar = "#" * round(done * 40)
         print(f"\r[{bar:40}] {done:4.0%} of {users} users", end="", file=sys.stderr, flush=True)
 
+    if users < 1:
+        raise SettingsError(f"--users is {users}; allowed: at least 1")
     with contextlib.ExitStack() as stack:
         if not (url := settings.storage_url):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memory"))
