@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,7 @@ class Cluster:
     def __init__(self, folder: Path, replicas: bool = True) -> None:
         options = "--cluster-enabled yes --cluster-node-timeout 1500 --repl-diskless-sync-delay 0"
         self.nodes = [
-            Server(
-                folder / str(n), *options.split(), "--cluster-port", str(free_port()), tcp=True
-            )
+            Server(folder / str(n), *options.split(), "--cluster-port", str(free_port()), tcp=True)
             for n in range(6 if replicas else 3)
         ]
         masters = self.nodes[:3]
@@ -175,15 +174,11 @@ class Cluster:
             for other in self.nodes:
                 other.call("CLUSTER", "MEET", "127.0.0.1", node.port, bus)
         for node in self.nodes:
-            wait_for(
-                lambda node=node: self.info(node)["cluster_known_nodes"] == str(len(self.nodes)),
-                "a cluster of all nodes",
-            )
+            told = partial(self.info, node)
+            wait_for(lambda: told()["cluster_known_nodes"] == str(len(self.nodes)), "a cluster")  # noqa: B023
         for n, node in enumerate(self.nodes[3:]):
             name = masters[n].call("CLUSTER", "MYID")
-            wait_for(
-                lambda node=node, name=name: node.call("CLUSTER", "REPLICATE", name), "a replica"
-            )
+            wait_for(partial(node.call, "CLUSTER", "REPLICATE", name), "a replica")
         self.url = "redis+cluster://" + ",".join(f"127.0.0.1:{n.port}" for n in self.nodes[:2])
         self.wait()
 
@@ -243,9 +238,7 @@ class SentinelGroup:
     def __init__(self, folder: Path) -> None:
         options = ("--repl-diskless-sync-delay", "0")
         first = Server(folder / "a", *options, tcp=True)
-        second = Server(
-            folder / "b", *options, "--replicaof", f"127.0.0.1 {first.port}", tcp=True
-        )
+        second = Server(folder / "b", *options, "--replicaof", f"127.0.0.1 {first.port}", tcp=True)
         self.nodes = [first, second]
         self.sentinels = []
         for n in range(3):
@@ -257,9 +250,7 @@ class SentinelGroup:
                 "sentinel down-after-milliseconds phones 1000\n"
                 "sentinel failover-timeout phones 3000\n"
             )
-            self.sentinels.append(
-                Server(home, "--sentinel", tcp=True, config=str(config))
-            )
+            self.sentinels.append(Server(home, "--sentinel", tcp=True, config=str(config)))
         places = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
         self.url = f"redis+sentinel://{places}/phones"
         self.wait()
@@ -323,8 +314,19 @@ class Dynalite:
         """Start it (again), on the same port and data."""
         parent = os.getpid()
         self.process = subprocess.Popen(
-            [str(DYNALITE), "--host", "127.0.0.1", "--port", str(self.port), "--path",
-             str(self.folder), "--createTableMs", "200", "--deleteTableMs", "200"],
+            [
+                str(DYNALITE),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--path",
+                str(self.folder),
+                "--createTableMs",
+                "200",
+                "--deleteTableMs",
+                "200",
+            ],
             stdout=subprocess.DEVNULL,
             preexec_fn=lambda: gateway.die_with_parent(parent, signal.SIGKILL),
         )

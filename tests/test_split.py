@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ from test_stores import KEY, NEW, OLD, new_id, together
 
 import gateway
 from gateway import Commit, DynamoTable, SplitStorage, StorageId, Unavailable
-
-if not servers.WANTED["dynalite"][0]:  # which the end of the run says, once for all
-    pytest.skip("dynalite", allow_module_level=True)
 
 CODE = "123456"
 SIGN = {"publicKey": gateway.public_key_json(KEY.public_key())}
@@ -80,11 +78,11 @@ def waiting_user(client: WsgiClient, verified: bool = False) -> StorageId:
     user = gateway.User(credentials.hawk_key, sealed=seal, sends=1)
     gate.storage.create(key, user.pack(), 1000)
     if verified:
-        done = gateway.replace(user, verified_s=int(time.time()) - 9)
+        done = replace(user, verified_s=int(time.time()) - 9)
         assert gate.storage.commit(key, user.pack(), done.pack(), 1000) is Commit.DONE
         user = done
     digest = gateway.code_digest(gate.secrets.code, key, CODE)
-    asked = gateway.replace(user, code_digest=digest, code_expires_s=int(time.time()) + 600)
+    asked = replace(user, code_digest=digest, code_expires_s=int(time.time()) + 600)
     kept = gate.storage.get(key)
     assert kept
     assert gate.storage.commit(key, kept, asked.pack()) is Commit.DONE
@@ -96,7 +94,7 @@ class Crash(BaseException):
     """The process ends here, as far as what comes after can tell."""
 
 
-# -- Races ------------------------------------------------------------------------------------------
+# -- Races ---------------------------------------------------------------------
 
 
 def test_no_unregistered_user_comes_back_in_500_races(
@@ -112,9 +110,9 @@ def test_no_unregistered_user_comes_back_in_500_races(
             answer = client.call(path, body)
             answers[path] = answer.status if answer.status < 300 else answer.errno
 
-        calls = [("/unregister", None), ("/certificate/sign", SIGN)]
+        calls: list[tuple[str, Any]] = [("/unregister", None), ("/certificate/sign", SIGN)]
         calls += [("/sms/verify_code", {"code": CODE})]
-        together(*(lambda c=c: call(*c) for c in calls))  # type: ignore[misc]
+        together(*(lambda c=c: call(*c) for c in calls))
         assert answers["/unregister"] == 204, answers
         assert answers["/certificate/sign"] in (200, 104, 110), answers
         assert answers["/sms/verify_code"] in (200, 110), answers
@@ -143,7 +141,7 @@ def test_verifications_at_once_leave_one_item(
         assert len(items(split)) == n + 1
 
 
-# -- Crashes ----------------------------------------------------------------------------------------
+# -- Crashes -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verified", [False, True])
@@ -209,7 +207,7 @@ def crash_after(patch: pytest.MonkeyPatch, thing: Any, name: str) -> None:
     patch.setattr(thing, name, run)
 
 
-# -- Faults of DynamoDB -------------------------------------------------------------------------------
+# -- Faults of DynamoDB --------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["hung", "gone", "no table"])
@@ -221,7 +219,7 @@ def test_dynamodb_fails(
     waiting_user(waiting)
     key = waiting_user(moved)
     assert moved.call("/sms/verify_code", {"code": CODE}).status == 200
-    break_it = {
+    break_it: dict[str, Callable[[], Any]] = {
         "hung": lambda: dynalite.process.send_signal(signal.SIGSTOP),
         "gone": dynalite.close,
         "no table": lambda: drop_table(split.table),
@@ -324,7 +322,7 @@ def test_without_its_setting_a_moved_user_is_not_lost(
     assert client.call("/certificate/sign", SIGN).status == 200
 
 
-# -- The start ----------------------------------------------------------------------------------------
+# -- The start -----------------------------------------------------------------
 
 
 def test_a_table_is_made_and_waited_for(dynalite: servers.Dynalite) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import servers
 from redis.crc import key_slot
-from support import ROOT, WsgiClient
+from support import WsgiClient
 
 import gateway
 from gateway import Commit, SplitStorage, Storage, StorageId
@@ -117,7 +115,10 @@ def make(backend: Backend, keys_dir: str, tmp_path: Path) -> Callable[..., WsgiC
     """A client of an application over the backend: ``make(code_tries=5)``."""
 
     def build(**options: Any) -> WsgiClient:
-        given = {"certificate_store": backend.certificates, "clock": lambda: backend.now_s}
+        given: dict[str, Any] = {
+            "certificate_store": backend.certificates,
+            "clock": lambda: backend.now_s,
+        }
         given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), **options}
         injected = {name: given.pop(name) for name in ("clock", "random_bytes") if name in given}
         app = gateway.create_app(gateway.Settings(**given), backend.home.url, **injected)
@@ -143,7 +144,7 @@ def life_s(storage: Storage, key: bytes) -> int:
     return int(storage._run("TTL", key, key=key))
 
 
-# -- Get, compare-and-set, delete ---------------------------------------------------------------
+# -- Get, compare-and-set, delete ----------------------------------------------
 
 
 def test_a_record_is_written_read_changed_and_deleted(storage: Storage) -> None:
@@ -217,7 +218,7 @@ def test_of_many_at_once_one_wins(storage: Storage, backend: Backend) -> None:
     def change(n: int) -> None:
         results.append(storage.commit(key, OLD, b"\x01%d" % n, 5000, str(n), 60))
 
-    together(*(lambda n=n: change(n) for n in range(8)))  # type: ignore[misc]
+    together(*(lambda n=n: change(n) for n in range(8)))
     assert sorted(r.name for r in results) == ["CHANGED"] * 7 + ["DONE"]
     assert len(backend.items(storage)) == bool(backend.certificates)
     assert storage.get(key) is not None
@@ -286,7 +287,7 @@ def test_the_nonce_lies_in_the_slot_of_its_record() -> None:
         assert key_slot(key) == key_slot(gateway._nonce_key(key, str(n))), key.hex()
 
 
-# -- The whole protocol ---------------------------------------------------------------------------
+# -- The whole protocol --------------------------------------------------------
 
 
 def test_a_user_goes_the_whole_way(make: Callable[..., WsgiClient], backend: Backend) -> None:
@@ -366,5 +367,3 @@ def test_memory_refuses_a_store_that_is_not_empty(backend: Backend) -> None:
     with pytest.raises(gateway.StartError, match="empty"):
         gateway.measure_memory(storage, gateway.Settings(), 2000, CLOCK)
     assert storage.get(key) == OLD
-
-
