@@ -1489,10 +1489,10 @@ class Storage:
     """Redis or Valkey, be it one server, a Sentinel group or a cluster: get, compare-and-set.
 
     Each thread has one connection to each node that it uses. No command is ever repeated,
-    because one that timed out may still run; only where a cluster answers that a key has
-    moved, and so did nothing, is its word followed. Instead, a connection that the server
-    has closed is noticed and replaced before it is used, and after every failure a cluster
-    or group is asked anew who holds what.
+    because one that timed out may still run; only what surely did not run, because a node
+    could not be reached or a cluster said that a key has moved, is sent to where it belongs
+    now. A connection that the server has closed is noticed and replaced before it is used,
+    and after every failure a cluster or group is asked anew who holds what.
 
     Every method raises ``Unavailable`` when the store does not answer in time, or refuses.
 
@@ -1548,6 +1548,8 @@ class Storage:
                 connection.disconnect()  # nothing was asked, so this is a farewell
         except redis.RedisError:
             connection.disconnect()
+        if not connection.is_connected:
+            connection.connect()
         return connection
 
     def _table(self) -> list[Node | None]:
@@ -1610,16 +1612,22 @@ class Storage:
     def _run_all(self, key: bytes, *commands: tuple[Any, ...]) -> list[Any]:
         """Run commands, all of them where ``key`` is and on one connection."""
         try:
-            for _ in range(COMMIT_TRIES):
+            for again in range(COMMIT_TRIES):
                 table = self._table()
                 if not (node := table[self._slot(key)]):
                     break
+                connection: Any = None
                 try:
-                    return self._talk(self._connection(node), *commands)
+                    connection = self._connection(node)
+                    return self._talk(connection, *commands)
                 except redis.exceptions.MovedError as error:
                     if self._kind != "cluster":
                         raise
                     table[self._slot(key)] = (error.host or node[0], error.port)
+                except redis.ConnectionError:
+                    if connection or again or not self._kind:
+                        raise
+                    self._nodes = None  # nothing was sent, and another may be there by now
             raise redis.exceptions.ClusterDownError("nobody serves this slot")
         except redis.exceptions.NoScriptError:
             raise

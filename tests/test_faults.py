@@ -357,7 +357,7 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         with pytest.raises(gateway.StartError, match="lets us not in") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
         assert "wrong-word" not in str(caught.value)
-    named = set(ACL.split()[4:])
+    named = {word for word in ACL.split() if word.startswith("+")}
     assert named <= set((ROOT / "README.md").read_text("utf-8").replace("`", " ").split())
 
 
@@ -418,16 +418,16 @@ def measure(*options: str) -> subprocess.CompletedProcess[str]:
     ],
 )  # fmt: skip
 def test_what_a_user_costs(tmp_path: Path, binary: str, most: dict[str, int]) -> None:
-    """With 25,000 users, which fill tables as 8 times as many do: means depend on that."""
+    """With 12,500 users, which fill tables as 16 times as many do: means depend on that."""
     with contextlib.closing(Server(tmp_path / "s", binary=binary)) as server:
-        done = measure("--users", "25000", "--storage-url", server.url)
+        done = measure("--users", "12500", "--storage-url", server.url)
         assert server.call("DBSIZE") == 0
     assert done.returncode == 0, done.stderr
     told = {words[0]: int(words[1]) for line in done.stdout.splitlines()
             if len(words := line.split()) == 2 and words[0] in most}  # fmt: skip
     assert told.keys() == most.keys()
     # What the server needs for itself lies on fewer users here than the 200,000 of the issue.
-    assert all(told[state] <= most[state] + 3 for state in most), told
+    assert all(told[state] <= most[state] + 6 for state in most), told
     assert "100%" in done.stderr
     assert "1216" in done.stdout
     assert "60,000,000" in done.stdout
