@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
 
@@ -246,6 +247,10 @@ class Lab:
         options.setdefault("nonce", lambda: self.random.randbytes(6).hex())
         return Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
 
+    def redis(self) -> Any:
+        """A connection of our own to the store, to look at what the gateway keeps there."""
+        return self._open.enter_context(redis.Redis.from_url(self.store.url))
+
     def close(self) -> None:
         """Stop everything and leave nothing behind."""
         self._open.close()
@@ -281,6 +286,32 @@ def show(thing: Any, *headers: str) -> None:
         thing = thing.body
     if thing is not None:
         print(json.dumps(short(thing), indent=2, ensure_ascii=False))
+
+
+def table(head: str, *rows: Any) -> None:
+    """Print rows below the words of ``head`` (``_`` in them is a space), in columns."""
+    texts = [[str(cell) for cell in row] for row in (head.split(), *rows)]
+    texts[0] = [word.replace("_", " ") for word in texts[0]]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    texts.insert(1, ["-" * width for width in widths])
+    for line in texts:
+        pairs = zip(line, widths, strict=True)
+        print("  ".join(text.ljust(width) for text, width in pairs).rstrip())
+
+
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#777777"
+"""Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito)."""
+
+
+def figure(finding: str, x: str, y: str) -> Any:
+    """Axes of a picture, 7 by 3 inches; its title is what it shows. End with ``plt.show()``."""
+    from matplotlib import pyplot as plt
+
+    axes = plt.subplots(figsize=(7, 3), layout="constrained")[1]
+    axes.set_title(finding, loc="left", fontsize=11)
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def source(thing: Any) -> None:
