@@ -267,12 +267,12 @@ def claims(token: str) -> gateway.Json:
 
 
 def short(value: Any, limit: int = 60) -> Any:
-    """A value with its long texts cut in the middle, for people to look at."""
+    """A value with its long tokens (not its sentences) cut in the middle, to look at."""
     if isinstance(value, dict):
         return {name: short(item, limit) for name, item in value.items()}
     if isinstance(value, list):
         return [short(item, limit) for item in value]
-    if isinstance(value, str) and len(value) > limit:
+    if isinstance(value, str) and len(value) > limit and " " not in value:
         return f"{value[:12]}…{value[-8:]} ({len(value)} characters)"
     return value
 
