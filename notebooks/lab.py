@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import inspect
+import io
 import json
+import logging
 import os
 import random
 import secrets
@@ -232,6 +234,10 @@ class Lab:
         self.client_key: Any = serialization.load_pem_private_key(client_pem, None)
         self.random = random.Random(seed)
         self.now_s = NOW_S
+        self.log = io.StringIO()
+        handler = logging.StreamHandler(self.log)  # so that a log line shows where we print it
+        gateway.LOG.addHandler(handler)
+        self._open.callback(gateway.LOG.removeHandler, handler)
         self.store = gateway.EmbeddedStore(self.settings.data_dir)
         self._open.callback(self.store.stop)
         self.app = gateway.create_app(
