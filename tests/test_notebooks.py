@@ -13,6 +13,7 @@ from typing import Any
 
 import lab
 import pytest
+from urllib3 import HTTPHeaderDict
 
 import gateway
 
@@ -234,7 +235,7 @@ def test_only_tokens_are_shortened() -> None:
 
 
 def test_a_reply_is_shown_with_its_status(capsys: pytest.CaptureFixture[str]) -> None:
-    headers = lab.urllib3.HTTPHeaderDict({"Timestamp": "1"})
+    headers = HTTPHeaderDict({"Timestamp": "1"})
     lab.show(lab.Reply(404, headers, {"a": "é"}), "Timestamp", "Other")
     text = '404 Not Found\nTimestamp: 1\nOther: (absent)\n{\n  "a": "é"\n}\n'
     assert capsys.readouterr().out == text
