@@ -27,4 +27,4 @@ lint: .venv/done  ## check formatting, style and types
 	$(BIN)/mypy
 
 notebooks: .venv/done  ## execute the notebooks again, in place
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True $(wildcard notebooks/*.ipynb)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $(wildcard notebooks/*.ipynb)
