@@ -67,6 +67,8 @@ def test_it_has_the_form_of_the_template(name: str) -> None:
     assert re.match(rf"# {number} · \S.*\n\n\*\*Question\.\*\* [^?]+\?", first)
     assert first.index("**You will**") < first.index("**You need**") < first.index("```\n")
     assert len(re.findall(r"^- [a-z].*", first, re.M)) == 3
+    diagram = first.split("```")[1].split("\n")
+    assert max(map(len, diagram)) <= 75, "wider than a phone can show"
     headings = [line[3:] for text in texts for line in text.split("\n") if line[:3] == "## "]
     assert [h for h in headings if h in HEADINGS] == HEADINGS == headings[-4:]
     numbered = [heading.partition(".")[0] for heading in headings[:-4]]
