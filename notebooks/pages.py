@@ -179,7 +179,7 @@ def prose(docstring: str | None) -> str:
 
 def endpoints() -> Iterator[str]:
     """Every route: methods, both spellings, what its handler and its step say of themselves."""
-    yield '<h2 id="endpoints">Endpoints</h2>'
+    yield '<h2 id="all-endpoints">Endpoints</h2>'
     yield "<p><span class=tag>Hawk</span> = signed. Each is there in both spellings.</p><dl>"
     seen = set()
     for route in gateway.ROUTES:
@@ -196,7 +196,7 @@ def endpoints() -> Iterator[str]:
 
 def errors() -> Iterator[str]:
     """Every errno with its status and the first line of its docstring."""
-    yield '<h2 id="errors">Errors</h2><div class=wide-table><table>'
+    yield '<h2 id="all-errors">Errors</h2><div class=wide-table><table>'
     yield "<tr><th>status<th>errno<th>class<th>when</tr>"
     for error in gateway.error_classes():
         first = (error.__doc__ or "").partition("\n")[0]
@@ -208,7 +208,7 @@ def errors() -> Iterator[str]:
 
 def settings() -> Iterator[str]:
     """Every setting with its default, its sentence and its bounds."""
-    yield '<h2 id="settings">Settings</h2><dl>'
+    yield '<h2 id="all-settings">Settings</h2><dl>'
     defaults = gateway.Settings()
     for f in fields(gateway.Settings):
         default = "cores" if f.name == "workers" else json.dumps(getattr(defaults, f.name))
@@ -229,20 +229,28 @@ def documented_names() -> Iterator[str]:
             thing: Any = gateway
             for part in name.split("."):
                 thing = getattr(thing, part)
-            own = inspect.isclass(thing) or inspect.isroutine(thing)
-            takes = signature(thing) if own else ""
-            yield f"<dt><code>{name}</code>{takes}"
+            own = "." in name or inspect.isclass(thing) or inspect.isfunction(thing)
+            yield f"<dt><code>{name}</code>{signatures().get(name, '')}"
             yield f"<dd>{prose(thing.__doc__ if own else constant_docs().get(name))}"
         yield "</dl>"
 
 
-def signature(thing: Any) -> str:
-    """What a function or class takes, without the self of a method."""
-    try:
-        text = str(inspect.signature(thing)).replace("'", "")
-    except ValueError:  # an exception or an enumeration
-        return ""
-    return html.escape(re.sub(r"^\(self(, )?", "(", text))
+@cache
+def signatures() -> dict[str, str]:
+    """What functions and methods take, as it is written; classes take what __init__ does."""
+    found = {}
+    for node in ast.parse((ROOT / "gateway.py").read_text("utf-8")).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else []
+        for function in (node, *inside):
+            if isinstance(function, ast.FunctionDef):
+                takes = re.sub(r"^(self|cls)(, )?", "", ast.unparse(function.args))
+                gives = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+                name = function.name if function is node else f"{node.name}.{function.name}"  # type: ignore[attr-defined]
+                wraps = [ast.unparse(decorator) for decorator in function.decorator_list]
+                plain = not {"property", "cached_property"} & set(wraps)
+                found[name] = html.escape(f"({takes}){gives}" if plain else gives)
+    inits = {name.removesuffix(".__init__"): text for name, text in found.items()}
+    return {**inits, **found}
 
 
 def api_page() -> str:
@@ -356,7 +364,8 @@ main > pre, .text_cell_render pre { background: var(--soft); border: 1px solid v
   background: #fff; border-radius: 5px }
 table { border-collapse: collapse; margin: 1em 0; font-size: .94em }
 th, td { text-align: left; vertical-align: top; padding: .35em .7em .35em 0;
-  border-bottom: 1px solid var(--edge); overflow-wrap: anywhere }
+  border-bottom: 1px solid var(--edge) }
+li, dd { overflow-wrap: anywhere }
 dt { margin-top: 1.1em; overflow-wrap: anywhere; scroll-margin-top: 1em }
 dd { margin: .2em 0 0 1.2em }
 dd p { margin: .3em 0 } small { opacity: .75 }
@@ -375,7 +384,7 @@ span.linenos { opacity: .6; padding-right: 1em } .highlight span:target { backgr
   margin: 3em 0 1em; padding-top: 1em; border-top: 1px solid var(--edge) }
 @media (max-width: 600px) { body { font-size: 16px } pre { font-size: .72rem; padding: .6em }
   main > pre, .text_cell_render pre { font-size: 1.9vw }
-  th, td { padding-right: .5em; font-size: .85em } span.linenos { padding-right: .4em } }
+  th, td { padding-right: .5em; font-size: .85em; overflow-wrap: anywhere } span.linenos { padding-right: .4em } }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e0; --paper: #16181b; --soft: #1f2226; --edge: #3a3e44; --link: #7cc0ff;
     --mark: #4a3f10 }

@@ -32,7 +32,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("id", "name"):
+            if name == "id":
+                assert value not in self.ids, value
                 self.ids.add(unquote(value or ""))
             elif name == "href" and tag == "a":
                 self.links.append(value or "")
