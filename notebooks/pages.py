@@ -384,7 +384,8 @@ span.linenos { opacity: .6; padding-right: 1em } .highlight span:target { backgr
   margin: 3em 0 1em; padding-top: 1em; border-top: 1px solid var(--edge) }
 @media (max-width: 600px) { body { font-size: 16px } pre { font-size: .72rem; padding: .6em }
   main > pre, .text_cell_render pre { font-size: 1.9vw }
-  th, td { padding-right: .5em; font-size: .85em; overflow-wrap: anywhere } span.linenos { padding-right: .4em } }
+  th, td { padding-right: .5em; font-size: .85em; overflow-wrap: anywhere }
+  span.linenos { padding-right: .4em } }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e0; --paper: #16181b; --soft: #1f2226; --edge: #3a3e44; --link: #7cc0ff;
     --mark: #4a3f10 }
