@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install runserver test lint notebooks docs
+.PHONY: help install runserver test lint notebooks docs update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,17 @@ lint: .venv/done  ## check formatting, style and types
 	$(BIN)/mypy
 
 notebooks: .venv/done  ## execute the notebooks again, in place
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $(wildcard notebooks/*.ipynb)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(wildcard notebooks/*.ipynb)
 
 docs: .venv/done  ## build the pages in docs/, to be opened from disk
 	$(BIN)/python notebooks/pages.py docs
+
+L10N := --no-wrap -N --ignore-obsolete --ignore-pot-creation-date -i locale/messages.pot -d locale
+
+update-l10n: .venv/done  ## extract the message, update and compile all languages (NOVERIFY=yes: do not ask)
+	@[ "$(NOVERIFY)" = yes ] || { printf 'This rewrites the files in locale/. Go on? [y/N] '; read answer; [ "$$answer" = y ]; }
+	$(BIN)/pybabel -q extract --no-location --omit-header -s -c Translators: -o locale/messages.pot gateway.py
+	$(BIN)/pybabel -q update $(L10N)
+	$(BIN)/pybabel -q compile -d locale
+	$(BIN)/python gateway.py messages
