@@ -1514,7 +1514,8 @@ class Storage:
             ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
         """
-        nonce_key = b"{%b}%b" % (key, hashlib.sha256(nonce.encode()).digest()[:12])
+        digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()[:12]
+        nonce_key = b"{%b}%b" % (key, digest)
         args = (key, nonce_key, old, new, ttl_s, nonce_ttl_s)
         return Commit(self._script(COMMIT_SCRIPT, 2, *args))
 
@@ -1647,6 +1648,7 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
+        self._pruned_s = 0.0
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
@@ -1656,18 +1658,28 @@ class OutboxSms(SmsProvider):
         draft = path.with_suffix(".draft")
         write_private_file(draft, json.dumps(message).encode())
         draft.rename(path)
+        if time.time() > self._pruned_s + 60:
+            self.prune()
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
         return []
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
-        for path in self.folder.glob("*.json"):
+        self.prune()
+        found: list[Json] = []
+        for path in sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else ():
+            with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile
+                found.append(json.loads(path.read_bytes()))
+        return found
+
+    def prune(self) -> None:
+        """Remove what is older than an hour."""
+        self._pruned_s = time.time()
+        for path in self.folder.iterdir() if self.folder.exists() else ():
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - HOUR_S:
+                if path.stat().st_mtime < self._pruned_s - HOUR_S:
                     path.unlink()
-        kept = sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else []
-        return [json.loads(path.read_bytes()) for path in kept]
 
     def forget(self, to: Msisdn) -> None:
         """Remove the messages to one number."""
@@ -2349,7 +2361,8 @@ class Gateway:
             # VALIDATE
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
-            return self._next_code(session, replace(user, long=not _choice(params, not user.long)))
+            long = not _choice(params, not user.long)
+            return self._next_code(session, replace(user, long=long, by_phone=False))
 
         return self._send(session, decide, language)
 
@@ -2597,7 +2610,7 @@ PREFLIGHT: Final = {
     "Access-Control-Max-Age": "3600",
 }
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
-FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
+FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
 """What the names of headers that a proxy adds begin with, in WSGI's spelling."""
 UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
 
@@ -2920,9 +2933,10 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             if media_type(content_type) == FORM["Content-Type"]:
                 form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
             else:
-                form = json_object(body, content_type)
+                with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
+                    form = json_object(body, content_type)
         params: Json = query | form
-        name, given = params.pop("provider", ""), str(params.pop("secret", ""))
+        name, given = params.pop("provider", ""), str(params.pop("secret", "") or "")
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
