@@ -24,7 +24,7 @@ FAULTS = {
         b'"exp": now_ms + duration_s * 1000',
         b'"exp": now_ms // 1000 + duration_s',
     ),
-    "a record 40 bytes larger": ("08_storage", b'">BB32s24s3sBII16sB"', b'">BB32s24s3sBII56sB"'),
+    "a record 40 bytes larger": ("08_storage", b'">BB32s24s3sBII16sBH"', b'">BB32s24s3sBII56sBH"'),
     "another errno": ("09_errors", b"WRONG_CODE = 105", b"WRONG_CODE = 205"),
 }
 
