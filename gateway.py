@@ -1305,18 +1305,20 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.url, self._threads = url, threading.local()
 
-    def _client(self) -> redis.Redis:
-        if not hasattr(self._threads, "client"):
-            self._threads.client = redis.Redis.from_url(
-                self.url, single_connection_client=True, retry=Retry(NoBackoff(), 0),
-                socket_timeout=STORAGE_TIMEOUT_S, socket_connect_timeout=STORAGE_TIMEOUT_S,
-                protocol=2, driver_info=None,
+    def _connection(self) -> redis.Connection:
+        if not hasattr(self._threads, "connection"):
+            pool = redis.ConnectionPool.from_url(
+                self.url, retry=Retry(NoBackoff(), 0), socket_timeout=STORAGE_TIMEOUT_S,
+                socket_connect_timeout=STORAGE_TIMEOUT_S, protocol=2, driver_info=None,
             )  # fmt: skip
-        return cast(redis.Redis, self._threads.client)
+            self._threads.connection = pool.make_connection()
+        return cast(redis.Connection, self._threads.connection)
 
     def _run(self, *command: Any) -> Any:
         try:
-            return self._client().execute_command(*command)  # type: ignore[no-untyped-call]
+            connection = self._connection()
+            connection.send_command(*command)  # type: ignore[no-untyped-call]
+            return connection.read_response()
         except redis.exceptions.NoScriptError:
             raise
         except redis.RedisError as error:
