@@ -682,13 +682,13 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
 
 
-def write_private_file(path: Path, content: bytes) -> None:
-    """Write a new file that nobody else can read, down to the disk."""
+def write_private_file(path: Path, content: bytes, to_disk: bool = True) -> None:
+    """Write a new file that nobody else can read; ``to_disk``, it also survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with open(descriptor, "wb") as file:
+    with open(descriptor, "wb", buffering=0) as file:
         file.write(content)
-        file.flush()
-        os.fsync(descriptor)
+        if to_disk:
+            os.fsync(descriptor)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
@@ -1457,7 +1457,7 @@ class OutboxSms(SmsProvider):
         message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
         path = self.folder / f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
         draft = path.with_suffix(".draft")
-        write_private_file(draft, json.dumps(message).encode())
+        write_private_file(draft, json.dumps(message).encode(), to_disk=False)
         draft.rename(path)
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
