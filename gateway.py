@@ -308,14 +308,48 @@ def error_classes() -> list[type[GatewayError]]:
 def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool = False) -> Any:
     kind = list if default is None else type(default)
     metadata = {"about": about, "low": low, "high": high, "kind": kind}
-    return field(default_factory=partial(copy.copy, default), metadata=metadata, repr=not secret)
+    return field(
+        default_factory=partial(copy.deepcopy, default), metadata=metadata, repr=not secret
+    )
 
 
 def is_loopback(host: str) -> bool:
     """Tell whether ``host`` (a name or an address, no port) can only be this machine."""
+    address = _address(host.strip("[]"))
+    return address.is_loopback if address else host.lower() == "localhost"
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host.lower() == "localhost"
+        return ipaddress.ip_address(host)
+    return None
+
+
+def _is_origin(url: str) -> bool:
+    with contextlib.suppress(ValueError):
+        host = r"([\w.-]+|\[[0-9a-f:.]+\])"
+        return bool(
+            re.fullmatch(rf"https?://{host}(:[0-9]+)?", url, re.A) and urlsplit(url).port != 0
+        )
+    return False
+
+
+def _is_store(url: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(re.match("(rediss?|unix)://", url)) and urlsplit(url).port != 0
+    return False
+
+
+def _usable_webhook(entry: Json) -> bool:
+    texts = all(type(text) is str and text for text in entry.values())
+    known = entry.keys() <= {"kind", "path_secret", "signature_secret"}
+    return texts and known and entry["kind"] in ("nexmo", "beepsend")
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):  # a URL: user and password, and what a query may hold
+        return re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", value))
+    return value
 
 
 @dataclass(frozen=True)
@@ -369,21 +403,20 @@ class Settings:
         for f in fields(self):
             self._check(f.name, getattr(self, f.name), **f.metadata)
         if self.public_url:
-            url = urlsplit(self.public_url)
-            bare = f"{url.scheme}://{url.netloc}"
-            usable = url.scheme in ("http", "https") and url.hostname and "@" not in url.netloc
-            if not usable or self.public_url.rstrip("/") != bare:
+            if not _is_origin(self.public_url.removesuffix("/")):
                 raise self._bad("public_url", "scheme, host and port: https://id.example")
-            object.__setattr__(self, "public_url", bare)
-        elif self.host in ("", "0.0.0.0", "::"):  # noqa: S104 - and refused
+            object.__setattr__(self, "public_url", self.public_url.removesuffix("/"))
+        elif not self.host or getattr(_address(self.host), "is_unspecified", self.host == "0"):
             raise self._bad("host", "a wildcard only together with public_url")
+        if self.storage_url and not _is_store(self.storage_url):
+            raise self._bad("storage_url", "a redis://, rediss:// or unix:// URL")
         if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
         if not self.on_loopback:
             if any(entry["kind"] == "outbox" for entry in self.sms_providers):
                 real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
                 raise self._bad("sms_providers", real)
-            if any(not {"path_secret", "signature_secret"} & e.keys() for e in self.inbound):
+            if any(len(entry) < 2 for entry in self.inbound):  # the kind alone
                 raise self._bad("sms_inbound", "entries with a path_secret or signature_secret")
 
     def _check(self, name: str, value: Any, about: str, low: int, high: int, kind: Any) -> None:
@@ -394,8 +427,14 @@ class Settings:
         if name.startswith("sms_"):
             if not all(isinstance(e, dict) and type(e.get("kind")) is str for e in value or ()):
                 raise self._bad(name, 'a list of objects that each have a "kind"')
+            if name == "sms_inbound" and not all(map(_usable_webhook, value or ())):
+                raise self._bad(
+                    name, "kind nexmo or beepsend, with a path_secret or signature_secret"
+                )
         elif kind is list and any(type(v) is not str or v == "null" for v in value):
             raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
+        if name == "host" and not (re.fullmatch(r"[\w.-]*", value, re.A) or _address(value)):
+            raise self._bad(name, "a name or an address, without a port")
         for key, text in value.items() if kind is dict else ():
             if not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key) or type(text) is not str:
                 raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
@@ -430,14 +469,19 @@ class Settings:
         """The value of one setting as JSON, with what is secret in it hidden."""
         value = getattr(self, name)
         if name.endswith("_url"):
-            value = re.sub("//[^/]*@", "//…@", str(value))
+            value = _without_secrets(str(value))
         elif name == "master_secret" and value:
             value = "…"
         elif name.startswith("sms_") and isinstance(value, list):
             told = ("kind", "endpoint", "priority")
             entries = [entry for entry in value if isinstance(entry, dict)]
-            value = [{k: v if k in told else "…" for k, v in e.items()} for e in entries]
-        return json.dumps(value, ensure_ascii=False)
+            value = [
+                {k: _without_secrets(v) if k in told else "…" for k, v in e.items()}
+                for e in entries
+            ]
+        elif name.startswith("sms_") and value is not None:
+            value = "…"
+        return json.dumps(value, ensure_ascii=False, default=str)
 
 
 _KINDS: Final[Mapping[type, str]] = {
@@ -480,17 +524,17 @@ def load_settings(
         if name not in kinds:
             raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
         if told is not None:
-            values[name] = _from_text(source, told, kinds[name])
+            values[name] = _from_text(source, told, kinds[name], name.startswith("sms_"))
     return Settings(**values)
 
 
-def _from_text(source: str, text: str, kind: type) -> Any:
+def _from_text(source: str, text: str, kind: type, secret: bool) -> Any:
     value: Any = text
     if kind is not str:
         with contextlib.suppress(ValueError):
             value = json.loads(text)
         if type(value) is not kind and not (kind is list and value is None):
-            shown = text if kind in (int, bool) else "something else"  # it may hold a secret
+            shown = "something else" if secret else text
             raise SettingsError(f"{source} is {shown}; allowed: {_KINDS[kind]}")
     return value
 
@@ -509,14 +553,15 @@ class Network(NamedTuple):
     def pack(self) -> bytes:
         """3 bytes: the MCC, and the MNC such that ``07`` and ``007`` differ."""
         mnc = int(self.mnc) + (1 if len(self.mnc) == 2 else 101) if self.mnc else 0
-        return (int(self.mcc or 0) * 1101 + mnc).to_bytes(3, "big")
+        mcc = int(self.mcc) + 1 if self.mcc else 0
+        return (mcc * 1101 + mnc).to_bytes(3, "big")
 
     @classmethod
     def unpack(cls, packed: bytes) -> Network:
         """The inverse of ``pack``."""
         mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
         digits = "" if not mnc else f"{mnc - 1:02}" if mnc < 101 else f"{mnc - 101:03}"
-        return cls(f"{mcc:03}" if packed.strip(b"\0") else "", digits)
+        return cls(f"{mcc - 1:03}" if mcc else "", digits)
 
 
 def parse_msisdn(value: object) -> Msisdn:
@@ -533,9 +578,11 @@ def parse_msisdn(value: object) -> Msisdn:
     if isinstance(value, str) and re.fullmatch(r"\s*\+[0-9 ().\-]{5,40}", value):
         with contextlib.suppress(phonenumbers.NumberParseException):
             number = phonenumbers.parse(value)
-            if phonenumbers.is_possible_number(number):
-                e164 = phonenumbers.PhoneNumberFormat.E164
-                return Msisdn(phonenumbers.format_number(number, e164))
+            e164 = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+            possible = phonenumbers.is_possible_number_with_reason(number)
+            # Not "local only", which lacks an area code; E.164 ends at 15 digits.
+            if possible == phonenumbers.ValidationResult.IS_POSSIBLE and len(e164) <= 16:
+                return Msisdn(e164)
     raise InvalidParameter(
         "msisdn is no possible phone number: write it with + and country code, +447700900123"
     )
@@ -550,9 +597,9 @@ def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
     Raises:
         InvalidParameter: ``mcc`` is not 3 digits, or ``mnc`` not 2 or 3.
     """
-    if mcc and not (isinstance(mcc, str) and re.fullmatch("[0-9]{3}", mcc)):
+    if mcc not in (None, "") and not (isinstance(mcc, str) and re.fullmatch("[0-9]{3}", mcc)):
         raise InvalidParameter('mcc must be a string of three digits, like "234"')
-    if mnc and not (isinstance(mnc, str) and re.fullmatch("[0-9]{2,3}", mnc)):
+    if mnc not in (None, "") and not (isinstance(mnc, str) and re.fullmatch("[0-9]{2,3}", mnc)):
         if not lenient:
             raise InvalidParameter('mnc must be a string of two or three digits, like "15"')
         mnc = None
@@ -561,8 +608,10 @@ def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
 
 def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
     """The mobile country codes of a number's country, or none."""
-    region = phonenumbers.region_code_for_number(phonenumbers.parse(msisdn)) or "??"
-    found = re.search(rf"\b{re.escape(region)}([0-9,]+)", MCCS_BY_REGION)
+    number = phonenumbers.parse(msisdn)
+    region = phonenumbers.region_code_for_number(number)  # none in ranges that nobody has yet
+    region = region or phonenumbers.region_code_for_country_code(number.country_code or 0)
+    found = re.search(rf"\b{region}([0-9,]+)", MCCS_BY_REGION)
     return tuple(found[1].split(",")) if found else ()
 
 
@@ -667,14 +716,15 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            write_private_file(draft, made := make())
+            made = make()
             try:
+                write_private_file(draft, made)
                 os.link(draft, path)  # unlike a rename, a link never replaces
                 return made, True
             except FileExistsError:
                 pass  # another start was faster: theirs counts
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
         if path.stat().st_mode & 0o077:
             raise StartError(f"others can read {path}: chmod 600 it, or replace it")
         return path.read_bytes(), False
@@ -766,7 +816,9 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
     return HawkHeader(**values)
 
 
-_HAWK_FIELD: Final = re.compile(r'\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,')
+_HAWK_FIELD: Final = re.compile(
+    r'(?<!\s)\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,'
+)
 
 
 def media_type(content_type: str) -> str:
@@ -893,7 +945,7 @@ def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """
     wanted: list[tuple[float, str]] = []
     for item in accept_language.lower().split(","):
-        found = re.fullmatch(r"\s*([a-z0-9\-*]+)\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?))?\s*", item)
+        found = re.fullmatch(r"\s*([a-z0-9\-*]+)\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
         if found and float(found[2] or 1) > 0:
             wanted.append((-float(found[2] or 1), found[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
@@ -2393,8 +2445,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
-        rows = (f"<dt id={e.errno}>{e.status}/{e.errno}<dd>{e.__doc__}" for e in error_classes())
-        return html_answer("Errors", f"<dl>{''.join(rows)}</dl>")
+        rows: dict[int, str] = {}
+        for e in error_classes():
+            anchor = "" if e.errno in rows else f" id={e.errno}"
+            rows[e.errno or 0] = rows.get(e.errno or 0, "") + (
+                f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
+            )
+        return html_answer("Errors", f"<dl>{''.join(rows.values())}</dl>")
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS : messages of the last hour, for this machine alone."""
@@ -2701,8 +2758,9 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
     for f in fields(settings):
         about, value = f.metadata["about"], settings.shown(f.name)
         if as_toml:
-            default = cast(Callable[[], Any], f.default_factory)()
-            mark = "# " if getattr(settings, f.name) == default else ""
+            default, real = cast(Callable[[], Any], f.default_factory)(), getattr(settings, f.name)
+            hidden = json.loads(value) != real  # as a value "…" would do harm
+            mark = "# " if hidden or real == default else ""
             print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
         else:
             print(f"{f.name:18} {value:28} {about}")
@@ -2729,7 +2787,9 @@ def demo(settings: Settings, msisdn: str) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage)."""
-    parser = argparse.ArgumentParser("gateway.py", description="Prove control of a phone number.")
+    parser = argparse.ArgumentParser(
+        "gateway.py", description="Prove control of a phone number.", allow_abbrev=False
+    )
     commands = ("serve", "demo", "generate-keypair", "settings")
     parser.add_argument("command", nargs="?", default="serve", choices=commands)
     parser.add_argument("--config", default="", help="a TOML file of settings")

@@ -1,0 +1,860 @@
+"""Settings: the contract's table, who wins, what is refused, and that no secret is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support import GatewayProcess
+
+import gateway
+from gateway import Settings, SettingsError
+
+CONTRACT: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "port": 5000,
+    "workers": os.cpu_count(),
+    "threads": 64,
+    "public_url": "",
+    "storage_url": "",
+    "data_dir": "data",
+    "keys_dir": "keys",
+    "allowed_origins": ["*"],
+    "request_max_bytes": 10240,
+    "short_code_digits": 6,
+    "long_code_bytes": 16,
+    "code_tries": 3,
+    "code_ttl_s": 600,
+    "session_ttl_s": 86400,
+    "verified_ttl_s": 31536000,
+    "certificate_max_s": 86400,
+    "hawk_skew_s": 60,
+    "sends_per_session": 5,
+    "sends_per_hour": 100,
+    "sms_providers": [{"kind": "outbox"}],
+    "mt_sender": "Gateway",
+    "mt_sender_map": {},
+    "mo_verifier": "",
+    "mo_verifier_map": {},
+    "display_version": True,
+}
+"""CONTRACT section 6. ``sms_inbound`` depends on the place; ``limits`` and
+``certificate_store`` come with their own issues."""
+
+ABROAD: dict[str, Any] = {
+    "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
+    "sms_inbound": [],
+}
+"""What a gateway needs that is not on loopback."""
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's own settings reach these tests."""
+    for name in [name for name in os.environ if name.startswith("GATEWAY_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run ``python gateway.py`` in this process."""
+
+    def call(*argv: str) -> Ended:
+        capsys.readouterr()
+        try:
+            status = gateway.main(list(argv))
+        except SystemExit as end:  # argparse
+            status = end.code if isinstance(end.code, int) else 1
+        return Ended(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Callable[[str], str]:
+    """Write a settings file."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "gateway.toml"
+        path.write_text(text, "utf-8")
+        return str(path)
+
+    return write
+
+
+# -- The table ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_default(name: str) -> None:
+    value = getattr(Settings(), name)
+    assert value == CONTRACT[name]
+    assert type(value) is type(CONTRACT[name])
+
+
+def test_every_setting_has_a_sentence() -> None:
+    for f in dataclasses.fields(Settings):
+        assert len(f.metadata["about"].split()) >= 3, f.name
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().port = 1  # type: ignore[misc]
+
+
+def test_defaults_are_not_shared() -> None:
+    """One table written to would change every later Settings()."""
+    Settings().mt_sender_map["310"] = "x"
+    Settings().allowed_origins.append("x")
+    assert (Settings().mt_sender_map, Settings().allowed_origins) == ({}, ["*"])
+    assert Settings().sms_providers[0] is not Settings().sms_providers[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, ["nexmo", "beepsend"]),
+        ({"host": "::1"}, ["nexmo", "beepsend"]),
+        ({"host": "localhost", "public_url": "http://127.0.0.1:80"}, ["nexmo", "beepsend"]),
+        ({"sms_inbound": []}, []),
+        ({"sms_inbound": [{"kind": "beepsend"}]}, ["beepsend"]),
+        ({"public_url": "https://id.example", **ABROAD, "sms_inbound": None}, []),
+        ({"host": "192.0.2.1", **ABROAD, "sms_inbound": None}, []),
+    ],
+)
+def test_open_webhooks_depend_on_the_place(values: dict[str, Any], expected: list[str]) -> None:
+    assert [entry["kind"] for entry in Settings(**values).inbound] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "base", "issuer"),
+    [
+        ({}, "http://127.0.0.1:5000", "127.0.0.1:5000"),
+        ({"port": 80}, "http://127.0.0.1:80", "127.0.0.1:80"),
+        ({"host": "::1"}, "http://[::1]:5000", "[::1]:5000"),
+        ({"public_url": "http://localhost:8123"}, "http://localhost:8123", "localhost:8123"),
+        ({"public_url": "http://localhost/"}, "http://localhost", "localhost"),
+        ({"public_url": "http://[::1]:81"}, "http://[::1]:81", "[::1]:81"),
+        ({"public_url": "https://id.example", **ABROAD}, "https://id.example", "id.example"),
+    ],
+)
+def test_what_clients_call_us(values: dict[str, Any], base: str, issuer: str) -> None:
+    assert (Settings(**values).base_url, Settings(**values).issuer) == (base, issuer)
+
+
+# -- Who wins -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("in_environment", [False, True])
+@pytest.mark.parametrize("in_options", [False, True])
+def test_later_source_wins(
+    toml: Callable[[str], str],
+    run: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+    in_file: bool,
+    in_environment: bool,
+    in_options: bool,
+) -> None:
+    """Default, file, environment, option: through the real command line."""
+    expected, argv = 5000, ["settings"]
+    if in_file:
+        expected = 5001
+        argv += ["--config", toml("port = 5001")]
+    if in_environment:
+        expected = 5002
+        monkeypatch.setenv("GATEWAY_PORT", "5002")
+    if in_options:
+        expected = 5003
+        argv += ["--port", "5003"]
+    ended = run(*argv)
+    assert ended.status == 0
+    [line] = [line for line in ended.out.splitlines() if line.split()[0] == "port"]
+    assert line.split()[1] == str(expected)
+
+
+def test_sources_add_up(toml: Callable[[str], str]) -> None:
+    """What a later source does not name stays as the earlier one had it."""
+    path = toml('port = 5001\nthreads = 7\nmt_sender = "file"')
+    environ = {"GATEWAY_CONFIG": path, "GATEWAY_THREADS": "8", "GATEWAY_MT_SENDER": "env"}
+    loaded = gateway.load_settings({"mt_sender": "option"}, environ)
+    assert (loaded.port, loaded.threads, loaded.mt_sender) == (5001, 8, "option")
+    assert loaded == Settings(port=5001, threads=8, mt_sender="option")
+
+
+def test_option_config_wins_over_the_environment(toml: Callable[[str], str]) -> None:
+    environ = {"GATEWAY_CONFIG": "/nowhere/at/all"}
+    assert gateway.load_settings({}, environ, toml("port = 5001")).port == 5001
+
+
+def test_other_variables_are_none_of_ours() -> None:
+    environ = {"PORT": "1", "XGATEWAY_PORT": "2", "GATEWAYPORT": "3", "PATH": "/bin"}
+    assert gateway.load_settings({}, environ) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("host", "localhost", "localhost"),
+        ("mt_sender", "12345", "12345"),  # a text stays one
+        ("mt_sender", "null", "null"),
+        ("port", "8080", 8080),
+        ("display_version", "false", False),
+        ("allowed_origins", '["https://a.example"]', ["https://a.example"]),
+        ("mt_sender_map", '{"310": "+1555", "20810": "x"}', {"310": "+1555", "20810": "x"}),
+        ("sms_inbound", "null", None),
+        ("sms_inbound", "[]", []),
+    ],
+)
+def test_text_of_environment_and_option(name: str, text: str, expected: object) -> None:
+    for loaded in (
+        gateway.load_settings({}, {f"GATEWAY_{name.upper()}": text}),
+        gateway.load_settings({name: text}, {}),
+    ):
+        assert getattr(loaded, name) == expected
+
+
+def test_tables_in_toml(toml: Callable[[str], str]) -> None:
+    path = toml('[mt_sender_map]\n310 = "+1555"\n[[sms_providers]]\nkind = "outbox"\n')
+    loaded = gateway.load_settings({}, {}, path)
+    assert loaded == Settings(mt_sender_map={"310": "+1555"})
+
+
+# -- What is refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 0),
+        ("port", -1),
+        ("port", 65536),
+        ("port", "5000"),
+        ("port", 5000.0),
+        ("port", True),  # an int, as Python sees it
+        ("port", None),
+        ("workers", 0),
+        ("threads", 0),
+        ("request_max_bytes", 0),
+        ("request_max_bytes", -1),
+        ("short_code_digits", 0),
+        ("short_code_digits", 1000),
+        ("long_code_bytes", 0),
+        ("code_tries", 0),
+        ("code_tries", 256),  # one byte in the record
+        ("code_ttl_s", 0),
+        ("session_ttl_s", 0),  # would be "for ever" in the store
+        ("verified_ttl_s", -1),  # would be "keep the old one" in the store
+        ("certificate_max_s", 0),
+        ("hawk_skew_s", -1),
+        ("sends_per_session", -1),
+        ("sends_per_session", 256),  # one byte in the record
+        ("sends_per_hour", -1),
+        ("display_version", 1),
+        ("display_version", "true"),
+        ("host", 127),
+        ("host", None),
+        ("mt_sender", None),
+        ("data_dir", 5),
+        ("allowed_origins", "*"),  # would match letter by letter
+        ("allowed_origins", ["null"]),
+        ("allowed_origins", [1]),
+        ("allowed_origins", [None]),
+        ("mt_sender_map", {"31": "x"}),
+        ("mt_sender_map", {"3101": "x"}),
+        ("mt_sender_map", {"3101234": "x"}),
+        ("mt_sender_map", {"": "x"}),
+        ("mt_sender_map", {"US": "x"}),
+        ("mt_sender_map", {"٣١٠": "x"}),
+        ("mt_sender_map", {"310": 5}),
+        ("mo_verifier_map", {"310": None}),
+        ("mo_verifier_map", ["310"]),
+    ],
+)
+def test_impossible_value_is_named(name: str, value: object) -> None:
+    """The text has the setting, its value, and what is allowed."""
+    with pytest.raises(SettingsError) as refused:
+        Settings(**{name: value})  # type: ignore[arg-type]
+    text = str(refused.value)
+    assert text.startswith(name)
+    before, _, allowed = text.partition("allowed: ")
+    assert json.dumps(value, ensure_ascii=False) in before
+    assert allowed
+
+
+def test_zero_means_for_ever_where_the_contract_says_so() -> None:
+    assert Settings(verified_ttl_s=0).verified_ttl_s == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "http"),
+        ("port", ""),
+        ("port", "5e3"),
+        ("port", "0x1388"),
+        ("port", "1_000"),
+        ("port", "NaN"),
+        ("port", "true"),
+        ("port", "null"),
+        ("port", "70000"),
+        ("port", "٥٠٠٠"),
+        ("display_version", "yes"),
+        ("display_version", "False"),
+        ("display_version", "0"),
+        ("allowed_origins", "https://app.example"),
+        ("allowed_origins", "*"),
+        ("mt_sender_map", "310=+1555"),
+        ("mt_sender_map", "[]"),
+        ("mt_sender_map", "null"),
+    ],
+)
+def test_impossible_text_is_named(run: Callable[..., Ended], name: str, text: str) -> None:
+    """The same from the environment (by its variable) and from an option (by its name)."""
+    option = "--" + name.replace("_", "-")
+    ended = run("settings", f"{option}={text}")
+    assert (ended.status, ended.out) == (2, "")
+    assert option in ended.err or name in ended.err
+    assert text in ended.err
+    assert "allowed" in ended.err
+    variable = "GATEWAY_" + name.upper()
+    with pytest.raises(SettingsError) as refused:
+        gateway.load_settings({}, {variable: text})
+    assert variable in str(refused.value) or name in str(refused.value)
+    assert text in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'port = "5000"',
+        "port = 70000",
+        "port = 2026-11-22",  # a date has no JSON form to be shown in
+        "display_version = 1",
+        "allowed_origins = [2026-11-22]",
+        "mt_sender_map = { 310 = 12:00:00 }",
+        "mt_sender = { 310 = 'x' }",
+        "workers = inf",
+        "sms_providers = [2026-11-22]",
+        "sms_providers = [{ kind = 2026-11-22 }]",
+        "sms_inbound = 'nexmo'",
+    ],
+)
+def test_impossible_value_in_a_file(
+    run: Callable[..., Ended], toml: Callable[[str], str], text: str
+) -> None:
+    ended = run("settings", "--config", toml(text))
+    assert (ended.status, ended.out) == (2, "")
+    assert text.split()[0] in ended.err
+    assert "allowed" in ended.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "limit_s = 5",  # no such setting
+        "Port = 5000",
+        "PORT = 5000",
+        '"port " = 5000',
+        "[server]\nport = 5000",  # a table that we don't have
+        "config = 'other.toml'",
+        'command = "demo"',
+        "_check = 1",
+        "inbound = []",  # a property, not a setting
+        "base_url = 'http://localhost'",
+    ],
+)
+def test_unknown_name_in_a_file(
+    run: Callable[..., Ended], toml: Callable[[str], str], text: str
+) -> None:
+    ended = run("settings", "--config", toml(text))
+    assert (ended.status, ended.out) == (2, "")
+    name = text.split("=")[0].split("]")[0].strip('[" ')
+    assert name in ended.err
+
+
+@pytest.mark.parametrize("variable", ["GATEWAY_PROT", "GATEWAY_", "GATEWAY_PORT_", "GATEWAY__PORT"])
+def test_unknown_name_in_the_environment(
+    run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "5000")
+    ended = run("settings")
+    assert (ended.status, ended.out) == (2, "")
+    assert variable in ended.err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--prot=5001",
+        "--por=5001",  # argparse guesses; a later setting would change what is meant
+        "--sms-prov=[]",
+        "--request_max_bytes=9000",  # dashes, says the contract
+        "-p",
+        "--",
+    ],
+)
+def test_unknown_option(run: Callable[..., Ended], option: str) -> None:
+    ended = run("settings", option, "x") if option == "--" else run("settings", option)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err
+
+
+@pytest.mark.parametrize("text", ['limits = "off"', 'certificate_store = "dynamodb://users"'])
+def test_what_is_not_there_yet_is_refused(toml: Callable[[str], str], text: str) -> None:
+    """Their issues bring them; until then nobody may believe that they are in force."""
+    with pytest.raises(SettingsError, match=text.split()[0]):
+        gateway.load_settings({}, {}, toml(text))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://h/db",
+        "localhost:6379",
+        "redis",
+        "://",
+        "redis:/h",
+        "redis://h:port",
+        "redis://[::1",
+    ],
+)
+def test_storage_url_that_nothing_reads(keys_dir: str, url: str) -> None:
+    """Refused at the start, not with a 500 to every client."""
+    with pytest.raises(SettingsError, match="storage_url"):
+        gateway.create_app(Settings(storage_url=url, keys_dir=keys_dir, data_dir=keys_dir))
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h", "redis://u:p@h:6379/2", "rediss://h:6380", "unix:///run/valkey.sock?db=1"]
+)
+def test_storage_url_that_is_read(keys_dir: str, url: str) -> None:
+    """Nothing is connected to before the first request."""
+    settings = Settings(storage_url=url, keys_dir=keys_dir, data_dir=keys_dir)
+    app = gateway.create_app(settings)
+    assert app.gateway.storage.url == url
+
+
+# -- Where we are and what we are called ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://id.example/gateway",
+        "https://id.example/?a=b",
+        "https://id.example?",
+        "https://id.example#x",
+        "https://user@id.example",
+        "https://user:pw@id.example",
+        "https://@id.example",
+        "//id.example",
+        "id.example",
+        "ftp://id.example",
+        "javascript:alert(1)",
+        "https://",
+        "https://:443",
+        "https:///",
+        "https:id.example",
+        "https://id.example:port",
+        "https://id.example:99999",
+        "https://id.example:-1",
+        "https://[::1",
+        "https://::1",
+        "https://id example",
+        "https://id.example\\x",
+        "https://id.example\n",
+        "\thttps://id.example",
+        " https://id.example",
+        "https://id.example\r\nX-Evil: 1",
+        'https://id.example"onclick=',
+    ],
+)
+def test_bad_public_url(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"public_url.*allowed"):
+        Settings(public_url=url, **ABROAD)
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "0", "::0", "0:0:0:0:0:0:0:0", "[::]"])
+def test_wildcard_host_needs_a_public_url(host: str) -> None:
+    """Else clients would be sent to http://0.0.0.0:5000; it has more than one spelling."""
+    with pytest.raises(SettingsError, match=r"host.*allowed"):
+        Settings(host=host, **ABROAD)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:5000", "http://localhost", "localhost/", "[::1", "a b", "user@h", "h\n"]
+)
+def test_host_that_is_none(host: str) -> None:
+    """The likeliest is a port or a scheme too many."""
+    with pytest.raises(SettingsError, match=r"host.*allowed"):
+        Settings(host=host, **ABROAD)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+def test_wildcard_host_with_a_public_url(host: str) -> None:
+    settings = Settings(host=host, public_url="https://id.example", **ABROAD)
+    assert settings.issuer == "id.example"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.255.255.254", "::1", "[::1]", "localhost", "LOCALHOST"]
+)
+def test_loopback(host: str) -> None:
+    assert gateway.is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "", "0.0.0.0", "::", "192.0.2.1", "10.0.0.1", "128.0.0.1", "id.example",
+        "localhost.example", "notlocalhost", "127.0.0.1.example", "127.0.0.1:5000", "1.0.0.127",
+        "169.254.0.1", "fe80::1", "::2", "127", "2130706433", "0x7f.1", "١٢٧.0.0.1",
+        "localhost\n", "localhost, 192.0.2.1", "::ffff:192.0.2.1",
+    ],
+)  # fmt: skip
+def test_not_loopback(host: str) -> None:
+    """Whatever is in doubt is not this machine alone."""
+    assert not gateway.is_loopback(host)
+
+
+ELSEWHERE: list[dict[str, Any]] = [
+    {"host": "192.0.2.1"},
+    {"host": "192.0.2.1", "public_url": "http://localhost:5000"},
+    {"public_url": "https://id.example"},
+    {"public_url": "https://localhost.example"},
+    {"public_url": "http://192.0.2.1:5000"},
+    {"host": "0.0.0.0", "public_url": "http://127.0.0.1:5000"},
+    {"host": "::", "public_url": "https://id.example"},
+]
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize(
+    "providers",
+    [
+        [{"kind": "outbox"}],
+        [*ABROAD["sms_providers"], {"kind": "outbox", "priority": -1}],  # as the last resort
+    ],
+)
+def test_outbox_stays_on_loopback(place: dict[str, Any], providers: list[gateway.Json]) -> None:
+    with pytest.raises(SettingsError, match="outbox"):
+        Settings(**place, sms_providers=providers, sms_inbound=[])
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_webhook_off_loopback_needs_a_secret(place: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="sms_inbound"):
+        Settings(**{**place, **ABROAD, "sms_inbound": [{"kind": "nexmo"}]})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "nexmo", "path_secret": ""},  # named but empty: open to everybody
+        {"kind": "nexmo", "signature_secret": ""},
+        {"kind": "nexmo", "path_secret": None},
+        {"kind": "nexmo", "path_secret": False},
+        {"kind": "nexmo", "secret": "x"},
+        {"kind": "nexmo", "Path_Secret": "x"},
+        {"kind": "beepsend"},  # the second of two
+    ],
+)
+def test_open_webhook_off_loopback(entry: gateway.Json) -> None:
+    values = {**ABROAD, "sms_inbound": [{"kind": "nexmo", "path_secret": "right"}, entry]}
+    with pytest.raises(SettingsError, match="sms_inbound"):
+        Settings(public_url="https://id.example", **values)
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+@pytest.mark.parametrize("field", ["path_secret", "signature_secret"])
+def test_webhook_off_loopback_with_a_secret(place: dict[str, Any], field: str) -> None:
+    inbound = [{"kind": "nexmo", field: "right"}]
+    settings = Settings(**{**place, **ABROAD, "sms_inbound": inbound})
+    assert settings.inbound == inbound
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sms_providers": []},
+        {"sms_providers": "outbox"},
+        {"sms_providers": ["outbox"]},
+        {"sms_providers": [{}]},
+        {"sms_providers": [{"kind": 5}]},
+        {"sms_providers": [{"kind": "carrier pigeon"}]},
+        {"sms_providers": [{"kind": "outbox", "folder": "/tmp"}]},  # no field of it
+        {"sms_providers": [{"kind": "outbox", "priority": "high"}]},
+        {"sms_providers": [{"kind": "nexmo"}]},
+        {"sms_providers": [{"kind": "nexmo", "api_key": "k"}]},
+        {"sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": 5}]},
+        {"sms_inbound": [{}]},
+        {"sms_inbound": ["nexmo"]},
+        {"sms_inbound": {"kind": "nexmo"}},
+        {"sms_inbound": [{"kind": "nexom", "path_secret": "x"}]},  # would open no webhook
+        {"sms_inbound": [{"kind": "nexmo", "signature-secret": "x"}]},  # would check nothing
+    ],
+)
+def test_bad_sms_entries(make_app: Callable[..., Any], values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(values))):
+        make_app(**values)
+
+
+# -- Secrets ------------------------------------------------------------------
+
+NEXMO = 'kind = "nexmo", api_key = "k"'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'storage_url = "redis://user:hunter2@h:6379/0"',
+        'storage_url = "rediss://:p@hunter2@h"',
+        'storage_url = "redis://:p/hunter2@h:6379/0"',  # a slash in a password
+        'storage_url = "redis://h:6379/0?password=hunter2"',  # redis-py reads it there too
+        'storage_url = "unix://:hunter2@/run/valkey.sock"',
+        'storage_url = "unix:///run/valkey.sock?db=1&password=hunter2"',
+        'storage_url = ["redis://:hunter2@h"]',
+        'master_secret = "hunter2"',
+        'master_secret = ["hunter2"]',
+        "master_secret = hunter2",  # no TOML at all
+        'public_url = "https://user:hunter2@id.example"',
+        f'sms_providers = [{{{NEXMO}, api_secret = "hunter2"}}]',
+        'sms_providers = [{kind = "nexmo", api_key = "hunter2"}]',
+        f'sms_providers = [{{{NEXMO}, api_secret = "s", endpoint = "https://u:hunter2@h/"}}]',
+        f'sms_providers = [{{{NEXMO}, api_secret = "s", endpoint = "https://h/?k=hunter2"}}]',
+        f'[sms_providers]\n{NEXMO.replace(", ", chr(10))}\napi_secret = "hunter2"',  # one [ too few
+        'sms_providers = "nexmo hunter2"',
+        'sms_providers = [["nexmo", "hunter2"]]',
+        'sms_providers = [{api_secret = "hunter2"}]',
+        'sms_inbound = [{kind = "nexmo", path_secret = "hunter2"}]',
+        'sms_inbound = [{kind = "nexmo", signature_secret = "hunter2"}]',
+        '[sms_inbound]\nkind = "nexmo"\npath_secret = "hunter2"',
+    ],
+)
+def test_secret_is_never_shown(
+    run: Callable[..., Ended], toml: Callable[[str], str], text: str
+) -> None:
+    """Not in a table, a file to start from, a repr or a refusal; right or wrong as it is."""
+    path = toml(text)
+    for argv in (["settings"], ["settings", "--toml"]):
+        ended = run(*argv, "--config", path)
+        assert ended.out or ended.err
+        assert "hunter2" not in ended.out + ended.err
+    try:
+        shown = repr(gateway.load_settings({}, {}, path))
+    except SettingsError as refused:
+        shown = repr(refused)
+    assert "hunter2" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sms_providers", '[{"kind": "nexmo", "api_secret": "hunter2"'),  # a bracket is missing
+        ("sms_providers", '{"kind": "nexmo", "api_secret": "hunter2"}'),
+        ("sms_inbound", '"hunter2"'),
+        ("master_secret", "hunter2"),
+        ("storage_url", "redis://:hunter2@h:6379:6379"),
+    ],
+)
+def test_secret_in_a_refused_text_is_not_shown(
+    run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    ended = run("settings", "--" + name.replace("_", "-"), text)
+    assert "hunter2" not in ended.out + ended.err
+    monkeypatch.setenv("GATEWAY_" + name.upper(), text)
+    ended = run("settings")
+    assert "hunter2" not in ended.out + ended.err
+
+
+def test_master_secret_is_hidden_and_used() -> None:
+    settings = Settings(master_secret="c0ffee" * 10 + "beef")
+    assert "c0ffee" not in repr(settings) + settings.shown("master_secret")
+    assert gateway.load_master_secret(settings)[0].hex() == "c0ffee" * 10 + "beef"
+
+
+@pytest.mark.parametrize("length", [1, 32, 63, 65, 128])
+def test_master_secret_has_64_digits(length: int) -> None:
+    with pytest.raises(SettingsError, match="master_secret"):
+        Settings(master_secret="a" * length)
+
+
+# -- The command "settings" ---------------------------------------------------
+
+
+def test_table_lists_every_setting_with_its_value(run: Callable[..., Ended]) -> None:
+    ended = run("settings", "--mt-sender", "Test 1", "--mt-sender-map", '{"310": "+1555"}')
+    assert (ended.status, ended.err) == (0, "")
+    lines = {line.split()[0]: line for line in ended.out.splitlines()}
+    assert lines.keys() >= CONTRACT.keys() | {"sms_inbound", "master_secret"}
+    assert '"Test 1"' in lines["mt_sender"]
+    assert '{"310": "+1555"}' in lines["mt_sender_map"]
+    assert "86400" in lines["session_ttl_s"]
+
+
+def test_toml_of_the_defaults_loads_back(
+    run: Callable[..., Ended], toml: Callable[[str], str]
+) -> None:
+    ended = run("settings", "--toml")
+    assert (ended.status, ended.err) == (0, "")
+    assert all(line[:1] in ("#", "") for line in ended.out.splitlines())  # all is as it is anyway
+    assert gateway.load_settings({}, {}, toml(ended.out)) == Settings()
+    active = [line.removeprefix("# ") for line in ended.out.splitlines() if " = " in line]
+    names = {line.split(" = ")[0] for line in active}
+    assert names >= CONTRACT.keys()
+
+
+def test_toml_with_its_marks_removed_loads_back(
+    run: Callable[..., Ended], toml: Callable[[str], str]
+) -> None:
+    """Somebody who makes every line active gets the gateway that was described."""
+    names = {f.name for f in dataclasses.fields(Settings)} - {"sms_inbound"}
+    lines = [line.removeprefix("# ") for line in run("settings", "--toml").out.splitlines()]
+    text = "\n".join(line for line in lines if line.split(" = ")[0] in names)
+    assert gateway.load_settings({}, {}, toml(text)) == Settings()
+
+
+CHANGED: dict[str, Any] = {
+    "host": "::1",
+    "port": 5001,
+    "public_url": "http://localhost:8080",
+    "allowed_origins": ["https://a.example", "https://b.example"],
+    "sms_inbound": [],
+    "mt_sender": 'a "quoted" \\ back\\slash = # [x] Ünï ☎ 🎉',
+    "mt_sender_map": {"310": "+1555", "20810": 'q"'},
+    "mo_verifier_map": {"234": "+44"},
+    "verified_ttl_s": 0,
+    "display_version": False,
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_toml_of_a_change_loads_back(
+    run: Callable[..., Ended], toml: Callable[[str], str], name: str
+) -> None:
+    value = CHANGED[name]
+    text = value if isinstance(value, str) else json.dumps(value)
+    ended = run("settings", "--toml", "--" + name.replace("_", "-"), text)
+    assert ended.status == 0
+    loaded = gateway.load_settings({}, {}, toml(ended.out))
+    assert loaded == Settings(**{name: value})
+
+
+def test_toml_without_its_secrets_loads_back(
+    run: Callable[..., Ended], toml: Callable[[str], str]
+) -> None:
+    """A hidden value must not come back as the value “…”: it is a comment."""
+    text = f"""
+        port = 5001
+        master_secret = "{"ab" * 32}"
+        storage_url = "redis://:hunter2@h:6379/0"
+        sms_providers = [{{kind = "nexmo", api_key = "k", api_secret = "hunter2"}}]
+        sms_inbound = [{{kind = "nexmo", path_secret = "hunter2"}}]
+        """
+    ended = run("settings", "--toml", "--config", toml(text))
+    assert ended.status == 0
+    loaded = gateway.load_settings({}, {}, toml(ended.out))
+    assert loaded.port == 5001
+    assert "…" not in str(dataclasses.asdict(loaded))
+
+
+# -- Exit status --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["serv"],  # no such command
+        ["settings", "serve"],  # two
+        ["settings", "--port"],  # no value
+        ["settings", "--port", "0"],
+        ["settings", "--config", "/nowhere/gateway.toml"],
+        ["settings", "--config", "/"],  # a folder
+        ["settings", "--host", "0.0.0.0"],
+        ["--host", "192.0.2.1"],  # serve, with the outbox
+        ["demo", "--port", "x"],
+        ["generate-keypair", "--algorithm", "ES"],
+        ["generate-keypair", "--algorithm", "rs"],
+    ],
+)
+def test_wrong_usage_ends_with_2(run: Callable[..., Ended], argv: list[str]) -> None:
+    ended = run(*argv)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("data", [b"port = ", b"\xff\xfe", b"port = 1\nport = 2", b"[[[", b"\0"])
+def test_damaged_file_ends_with_2(
+    run: Callable[..., Ended], tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(data)
+    monkeypatch.setenv("GATEWAY_CONFIG", str(path))
+    ended = run("settings")
+    assert (ended.status, ended.out) == (2, "")
+    assert str(path) in ended.err
+
+
+def test_help_ends_with_0(run: Callable[..., Ended]) -> None:
+    ended = run("--help")
+    assert (ended.status, ended.err) == (0, "")
+    for name in CONTRACT:
+        assert "--" + name.replace("_", "-") in ended.out
+
+
+def test_key_pair_is_made_once(run: Callable[..., Ended], tmp_path: Path) -> None:
+    """0 and the public half on stdout; then 1, and the pair is as it was."""
+    folder = tmp_path / "keys"
+    argv = ("generate-keypair", "--keys-dir", str(folder))
+    made = run(*argv)
+    assert made.status == 0
+    assert json.loads(made.out)["algorithm"] == "RS"
+    assert made.err
+    [path] = folder.iterdir()
+    pem = path.read_bytes()
+    again = run(*argv, "--algorithm", "DS")
+    assert (again.status, again.out) == (1, "")
+    assert str(path) in again.err
+    assert path.read_bytes() == pem
+
+
+def test_start_that_fails_ends_with_1(
+    start_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    """A half-written master secret, met by a real process."""
+    path = tmp_path / "keys" / "master.secret"
+    path.parent.mkdir(mode=0o700)
+    path.touch(0o600)
+    path.write_text("c0ffee" * 5)
+    process = start_gateway(wait=False)
+    assert process.process.wait(20) == 1
+    assert str(path) in process.output
+    assert "Traceback" not in process.output
+    assert "c0ffee" not in process.output
+    assert path.read_text() == "c0ffee" * 5
+    assert not (tmp_path / "data" / "appendonlydir").exists()
+
+
+def test_wrong_usage_of_a_real_process_ends_with_2(
+    start_gateway: Callable[..., GatewayProcess], tmp_path: Path
+) -> None:
+    process = start_gateway(wait=False, env={"GATEWAY_CODE_TRYS": "3"})
+    assert process.process.wait(20) == 2
+    assert "GATEWAY_CODE_TRYS" in process.output
+    assert "Traceback" not in process.output
+    assert not (tmp_path / "keys").exists()  # nothing was made
