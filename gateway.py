@@ -878,21 +878,18 @@ def build_authorization(
     """The Authorization header of a request: the client's side of Hawk."""
     hash = payload_hash(content_type, body)
     header = HawkHeader(credentials.hawk_id, str(ts), nonce, "", hash, ext)
-    return _hawk_text(header, hawk_mac("header", credentials.hawk_key, header, request))
+    mac = hawk_mac("header", credentials.hawk_key, header, request)
+    named = header._replace(mac=mac)._asdict().items()
+    return "Hawk " + ", ".join(f'{name}="{value}"' for name, value in named if value)
 
 
 def server_authorization(
     key: HawkKey, header: HawkHeader, request: HawkRequest, content_type: str, body: bytes
 ) -> str:
     """The Server-Authorization header of the answer ``body`` to a signed request."""
-    signed = header._replace(hash=payload_hash(content_type, body), ext="")
-    mac = hawk_mac("response", key, signed, request)
-    return _hawk_text(HawkHeader(hash=signed.hash), mac)
-
-
-def _hawk_text(header: HawkHeader, mac: str) -> str:
-    named = header._replace(mac=mac)._asdict().items()
-    return "Hawk " + ", ".join(f'{name}="{value}"' for name, value in named if value)
+    hash = payload_hash(content_type, body)
+    mac = hawk_mac("response", key, header._replace(hash=hash, ext=""), request)
+    return f'Hawk mac="{mac}", hash="{hash}"'
 
 
 # =============================================================================
