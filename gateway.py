@@ -97,7 +97,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
@@ -556,12 +556,13 @@ class Network(NamedTuple):
         mcc = int(self.mcc) + 1 if self.mcc else 0
         return (mcc * 1101 + mnc).to_bytes(3, "big")
 
-    @classmethod
-    def unpack(cls, packed: bytes) -> Network:
+    @staticmethod
+    @lru_cache  # in every record, and there are a few hundred
+    def unpack(packed: bytes) -> Network:
         """The inverse of ``pack``."""
         mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
         digits = "" if not mnc else f"{mnc - 1:02}" if mnc < 101 else f"{mnc - 101:03}"
-        return cls(f"{mcc - 1:03}" if mcc else "", digits)
+        return Network(f"{mcc - 1:03}" if mcc else "", digits)
 
 
 def parse_msisdn(value: object) -> Msisdn:
@@ -1670,18 +1671,13 @@ class Session:
     """
 
     hawk_id: HawkId
-    hawk_key: HawkKey
+    user: User
     storage_id: StorageId
     record: bytes
     header: HawkHeader
     request: HawkRequest
     nonce_ttl_s: int
     spent: bool = False
-
-    @property
-    def user(self) -> User:
-        """The record, unpacked."""
-        return User.unpack(self.record)
 
 
 class Gateway:
@@ -1717,13 +1713,13 @@ class Gateway:
         record = self.storage.get(storage_id) if hawk_id else None
         if record is None:
             raise UnknownSession("this session is unknown: /register opens one")
-        key = User.unpack(record).hawk_key
-        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+        user = User.unpack(record)
+        if not hmac.compare_digest(hawk_mac("header", user.hawk_key, header, request), header.mac):
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
         nonce_ttl_s = min(max(left_s, 1) + 1, DAY_S)
-        return Session(hawk_id, key, storage_id, record, header, request, nonce_ttl_s)
+        return Session(hawk_id, user, storage_id, record, header, request, nonce_ttl_s)
 
     def check_request(self, session: Session, content_type: str, body: bytes) -> None:
         """Check what else a Hawk header promises: its time, and the hash of the body.
@@ -1731,7 +1727,7 @@ class Gateway:
         Raises:
             BadSignature: Stale, or not the body that was signed.
         """
-        now_s, key, header = int(self.clock()), session.hawk_key, session.header
+        now_s, key, header = int(self.clock()), session.user.hawk_key, session.header
         if abs(now_s - int(header.ts)) > self.settings.hawk_skew_s:
             told = f'Hawk ts="{now_s}", tsm="{time_mac(key, now_s)}", error="Stale timestamp"'
             raise BadSignature(
@@ -1739,11 +1735,8 @@ class Gateway:
                 headers={"WWW-Authenticate": told},
             )
         # Some servers make up a media type where there is no body (wsgiref: text/plain).
-        hashes = {
-            payload_hash(content_type, body),
-            payload_hash(content_type if body else "", body),
-        }
-        if header.hash and header.hash not in hashes:
+        types = [content_type] if body else [content_type, ""]
+        if header.hash and header.hash not in (payload_hash(kind, body) for kind in types):
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
@@ -1757,10 +1750,9 @@ class Gateway:
                 is raised after the commit; one that it raises commits nothing yet.
         """
         for _ in range(COMMIT_TRIES):
-            old = session.user
-            user, answer = decide(old)
+            user, answer = decide(session.user)
             new = user.pack() if user else b""
-            verified = user and user.verified_s != old.verified_s
+            verified = user and user.verified_s != session.user.verified_s
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
@@ -1770,7 +1762,7 @@ class Gateway:
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
-                session.record = new
+                session.user, session.record = user or session.user, new
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
@@ -1778,7 +1770,7 @@ class Gateway:
             if record is None:
                 session.spent = True
                 raise UnknownSession("this session is unknown: /register opens one")
-            session.record = record
+            session.user, session.record = User.unpack(record), record
         raise Unavailable("too many requests change this session at once; try again")
 
     def spend_nonce(self, session: Session) -> None:
@@ -1869,8 +1861,8 @@ class Gateway:
                 # The id of the message stands in for a nonce: each one is handled once.
                 header = HawkHeader(nonce="sms " + message.message_id)
                 ttl_s = DAY_S if message.message_id else 0
-                key, request = User.unpack(record).hawk_key, HawkRequest("", "", "", 0)
-                session = Session(hawk_id, key, storage_id, record, header, request, ttl_s)
+                user, request = User.unpack(record), HawkRequest("", "", "", 0)
+                session = Session(hawk_id, user, storage_id, record, header, request, ttl_s)
                 self._answer_sms(session, msisdn, message.network)
 
     def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
@@ -2158,7 +2150,7 @@ def json_params(body: bytes, content_type: str) -> Json:
     if media_type(content_type) not in ("application/json", ""):
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
-        params = json.loads(body.decode(), parse_constant=_refuse)
+        params = _JSON.decode(body.decode())
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
@@ -2168,6 +2160,20 @@ def json_params(body: bytes, content_type: str) -> Json:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
+
+
+_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+
+
+@lru_cache
+def split_host(host: str, scheme: str) -> tuple[str, int]:
+    """Host and port that a Host header names; "" if it is unusable."""
+    default = 443 if scheme == "https" else 80
+    try:
+        parts = urlsplit("//" + host)
+        return parts.hostname or "", parts.port or default
+    except ValueError:
+        return "", default
 
 
 class AnswerPlugin:
@@ -2199,7 +2205,7 @@ class HawkPlugin:
         """Handle one signed request."""
         app, gateway = self.app, self.app.gateway
         body, content_type = app.body(), bottle.request.content_type
-        session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
+        session = gateway.authenticate(app.header("HTTP_AUTHORIZATION"), app.hawk_request())
 
         def checked() -> Any:
             try:
@@ -2211,7 +2217,7 @@ class HawkPlugin:
 
         answer = app.answer(checked)
         content = (answer.content_type, answer.body)
-        seal = server_authorization(session.hawk_key, session.header, session.request, *content)
+        seal = server_authorization(session.user.hawk_key, session.header, session.request, *content)
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
@@ -2233,8 +2239,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     # -- The request ----------------------------------------------------------
 
     def header(self, name: str) -> str:
-        """A request header, or ""."""
-        return str(bottle.request.get_header(name, ""))
+        """A request header, by its name in WSGI's spelling, or ""."""
+        return str(bottle.request.environ.get(name, ""))
 
     def body(self) -> bytes:
         """The request's body; read once."""
@@ -2249,18 +2255,15 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
-        default = 443 if bottle.request.environ["wsgi.url_scheme"] == "https" else 80
-        try:
-            parts = urlsplit("//" + self.header("Host"))
-            return parts.hostname or "", parts.port or default
-        except ValueError:
-            return "", default
+        environ = bottle.request.environ
+        return split_host(environ.get("HTTP_HOST", ""), environ["wsgi.url_scheme"])
 
     def hawk_request(self) -> HawkRequest:
         """What Hawk signs of this request, under the name that clients call us by."""
         environ, method = bottle.request.environ, bottle.request.method
         path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
-        path += "?" * bool(environ.get("QUERY_STRING")) + environ.get("QUERY_STRING", "")
+        if query := environ.get("QUERY_STRING"):
+            path += "?" + query
         if self.settings.public_url:
             return hawk_target(method, self.settings.public_url + path)
         return HawkRequest(method, path, *self.host())
@@ -2291,18 +2294,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def write(self, answer: Answer) -> bytes:
         """Give an answer, and the headers that every one has, to Bottle's response."""
-        response = bottle.response
+        response, headers = bottle.response, {**self.common_headers(), **answer.headers}
         response.status = answer.status
         if answer.content_type:
-            response.content_type = answer.content_type
-        for name, value in {**self.common_headers(), **answer.headers}.items():
+            headers["Content-Type"] = answer.content_type
+        for name, value in headers.items():
             response.set_header(name, value)
         return answer.body
 
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock()))}
-        allowed, origin = self.settings.allowed_origins, self.header("Origin")
+        allowed, origin = self.settings.allowed_origins, self.header("HTTP_ORIGIN")
         if bottle.request.path.endswith("/outbox"):
             return headers
         if allowed != ["*"]:
@@ -2360,18 +2363,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_mt_verify(self, session: Session) -> None:
         """POST /sms/mt/verify : send a long code."""
-        language = self.header("Accept-Language")
+        language = self.header("HTTP_ACCEPT_LANGUAGE")
         self.gateway.send_code(session, self.params(), short=False, language=language)
 
     def sms_verify(self, session: Session) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        language = self.header("Accept-Language")
+        language = self.header("HTTP_ACCEPT_LANGUAGE")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
         return {"mtSender": sender}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        language = self.header("Accept-Language")
+        language = self.header("HTTP_ACCEPT_LANGUAGE")
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
     def sms_momt(self, secret: str = "") -> Json:
