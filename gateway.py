@@ -996,7 +996,7 @@ PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The half of it that everybody may know."""
-SMALL_FACTORS: Final = math.prod(range(3, 2000, 2))
+SMALL_FACTORS: Final = math.lcm(*range(3, 2000, 2))
 """A modulus that shares a factor with this number is no RSA key."""
 
 
@@ -1784,7 +1784,7 @@ class Gateway:
         """Open a session: its token, and the ways to verify if a network is named."""
         # VALIDATE
         details = self.discover(params) if "mcc" in params else {}
-        if "msisdn" in params:
+        if "msisdn" in params and not details:
             parse_msisdn(params["msisdn"])
         # ACT
         token = new_session_token(self.random_bytes)
@@ -2217,7 +2217,8 @@ class HawkPlugin:
 
         answer = app.answer(checked)
         content = (answer.content_type, answer.body)
-        seal = server_authorization(session.user.hawk_key, session.header, session.request, *content)
+        key, header, request = session.user.hawk_key, session.header, session.request
+        seal = server_authorization(key, header, request, *content)
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
