@@ -1146,6 +1146,8 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
     Raises:
         InvalidToken: Not such a token, another signature, or another time.
     """
+    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT overlooks padding
+        raise InvalidToken("not three pieces of base64url")
     try:
         claims = json.loads(_JWS.decode(token, cast(Any, key), [algorithm_of(key)]))
     except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
@@ -1224,9 +1226,10 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     """
     path = Path(settings.keys_dir, "browserid.pem")
     pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
-    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm):
+    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, InvalidParameter):
         key = serialization.load_pem_private_key(pem, None)
         if isinstance(key, PrivateKey) and key.key_size == 2048:
+            parse_public_key(public_key_json(key.public_key()))
             return key, made
     raise StartError(
         f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a back-up, "
@@ -1294,7 +1297,7 @@ class User:
         Raises:
             Unavailable: Another version of the gateway wrote the record.
         """
-        if packed[0] != RECORD_VERSION or len(packed) > RECORD.size:
+        if packed[:1] != bytes((RECORD_VERSION,)) or len(packed) > RECORD.size:
             raise Unavailable("the session was written by another version of the gateway")
         fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
         _, flags, key, sealed, network, sends, expires_s, verified_s, digest, tries = fields
@@ -1679,6 +1682,7 @@ class Session:
 
     Attributes:
         spent: Whether its nonce is used up, as it must be before anything is answered.
+        unsure: A commit got no answer. It may have run, so it is not sent again.
     """
 
     hawk_id: HawkId
@@ -1689,6 +1693,7 @@ class Session:
     request: HawkRequest
     nonce_ttl_s: int
     spent: bool = False
+    unsure: bool = False
 
 
 class Gateway:
@@ -1717,7 +1722,7 @@ class Gateway:
             BadSignature: A malformed header, or a wrong MAC.
         """
         header = parse_hawk_header(authorization)
-        if not (header.nonce and header.mac and re.fullmatch("[0-9]{1,11}", header.ts)):
+        if not (all(header[:4]) and re.fullmatch("[0-9]{1,11}", header.ts)):
             raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
         hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
@@ -1764,12 +1769,13 @@ class Gateway:
             user, answer = decide(session.user)
             new = user.pack() if user else b""
             verified = user and user.verified_s != session.user.verified_s
+            session.unsure = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
                 session.header.nonce, session.nonce_ttl_s,
             )  # fmt: skip
-            session.spent = result is not Commit.CHANGED
+            session.unsure, session.spent = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
@@ -1786,7 +1792,7 @@ class Gateway:
 
     def spend_nonce(self, session: Session) -> None:
         """Use up the nonce of a request that failed before it committed anything."""
-        if not session.spent:
+        if not session.spent and not session.unsure:
             self.step(session, lambda user: (user, None))
 
     # -- The steps ------------------------------------------------------------
@@ -1941,8 +1947,7 @@ class Gateway:
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user."""
-        number = self._number(session, session.user)
-        self.step(session, lambda user: (None, None))
+        number = self.step(session, lambda user: (None, self._number(session, user)))
         if number:
             self.sms.forget(number)
 
@@ -2008,8 +2013,8 @@ class Gateway:
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
-        if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
-            value = int(value)
+        if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+            value = int(value) if len(value) < 4000 else longest
         if value is not None and (type(value) is not int or value < 1):
             raise InvalidParameter("duration must be whole seconds, at least 1")
         return longest if value is None else min(value, longest)
@@ -2137,11 +2142,11 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     """
     length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
-    if chunked or not re.fullmatch("[0-9]{1,12}", length):
+    if chunked or not re.fullmatch("[0-9]+", length):
         if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
             raise LengthRequired("a body needs a Content-Length in bytes, and no chunks")
         return b""
-    if int(length) > limit_bytes:
+    if len(length) > 4000 or int(length) > limit_bytes:
         raise TooLarge(f"the body has more than {limit_bytes} bytes")
     body = bytes(stream.read(int(length)))
     if len(body) < int(length):
@@ -2215,12 +2220,11 @@ class HawkPlugin:
     def signed(self, callback: Callable[..., Any]) -> Answer:
         """Handle one signed request."""
         app, gateway = self.app, self.app.gateway
-        body, content_type = app.body(), bottle.request.content_type
-        session = gateway.authenticate(app.header("HTTP_AUTHORIZATION"), app.hawk_request())
+        session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
 
         def checked() -> Any:
             try:
-                gateway.check_request(session, content_type, body)
+                gateway.check_request(session, bottle.request.content_type, app.body())
                 return callback(session)
             except Exception:
                 gateway.spend_nonce(session)
@@ -2251,8 +2255,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     # -- The request ----------------------------------------------------------
 
     def header(self, name: str) -> str:
-        """A request header, by its name in WSGI's spelling, or ""."""
-        return str(bottle.request.environ.get(name, ""))
+        """A request header, or ""."""
+        return str(bottle.request.environ.get(f"HTTP_{name.upper().replace('-', '_')}", ""))
 
     def body(self) -> bytes:
         """The request's body; read once."""
@@ -2317,7 +2321,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock()))}
-        allowed, origin = self.settings.allowed_origins, self.header("HTTP_ORIGIN")
+        allowed, origin = self.settings.allowed_origins, self.header("Origin")
         if bottle.request.path.endswith("/outbox"):
             return headers
         if allowed != ["*"]:
@@ -2375,18 +2379,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_mt_verify(self, session: Session) -> None:
         """POST /sms/mt/verify : send a long code."""
-        language = self.header("HTTP_ACCEPT_LANGUAGE")
+        language = self.header("Accept-Language")
         self.gateway.send_code(session, self.params(), short=False, language=language)
 
     def sms_verify(self, session: Session) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        language = self.header("HTTP_ACCEPT_LANGUAGE")
+        language = self.header("Accept-Language")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
         return {"mtSender": sender}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        language = self.header("HTTP_ACCEPT_LANGUAGE")
+        language = self.header("Accept-Language")
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
     def sms_momt(self, secret: str = "") -> Json:
@@ -2622,9 +2626,11 @@ class EmbeddedStore:
     def stop(self) -> None:
         """Stop the server in an orderly way, and give the folder free."""
         self._stopping.set()
+        deadline = time.monotonic() + STORE_START_S
         while self._thread.is_alive():
             if self._process:
-                self._process.terminate()
+                hung = time.monotonic() > deadline
+                self._process.send_signal(signal.SIGKILL if hung else signal.SIGTERM)
             self._thread.join(0.1)
         os.close(self._lock)
 
