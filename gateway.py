@@ -736,8 +736,9 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
 def write_private_file(path: Path, content: bytes, to_disk: bool = True) -> None:
     """Write a new file that nobody else can read; ``to_disk``, it also survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with open(descriptor, "wb", buffering=0) as file:
+    with open(descriptor, "wb") as file:
         file.write(content)
+        file.flush()
         if to_disk:
             os.fsync(descriptor)
 
