@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install runserver test lint notebooks
+.PHONY: help install runserver test lint notebooks bench
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,3 +28,6 @@ lint: .venv/done  ## check formatting, style and types
 
 notebooks: .venv/done  ## execute the notebooks again, in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)
+
+bench: .venv/done  ## measure what each request costs (half an hour; ARGS="--help" tells more)
+	$(BIN)/python tests/bench/bench.py $(ARGS)

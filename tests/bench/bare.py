@@ -16,13 +16,13 @@ from granian.constants import HTTPModes, Interfaces
 app = bottle.Bottle()
 
 
-@app.get("/")
+@app.get("/")  # type: ignore[untyped-decorator]
 def home() -> dict[str, str]:
     """A small JSON object."""
     return {"name": "bare", "description": "A Bottle route and nothing else."}
 
 
-@app.post("/sms/json")
+@app.post("/sms/json")  # type: ignore[untyped-decorator]
 def sms() -> dict[str, Any]:
     """What Vonage answers when it has taken a message."""
     bottle.request.body.read()

@@ -11,7 +11,8 @@ the same work differs by a half between a quiet and a busy machine:
     P   one POST by a pooled urllib3    > CPU of this process, which does nothing else
     S   one GET of the store           /
 
-Prints tables, and writes ``bench.json`` and ``bench.svg`` into the folder that ``--out`` names.
+Prints tables; ``--out FOLDER`` also writes all of it as ``bench.json``, and ``bench.svg``.
+Where the gateways keep their data, ``TMPDIR`` decides.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +55,7 @@ import gateway  # noqa: E402
 NUMBER = gateway.Msisdn("+447700900123")
 CODE = "146193"
 CONNECTIONS = 16
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 CLIENT_KEY = json.dumps(gateway.public_key_json(gateway.generate_key("RS256").public_key()))
 SIGNING_KEY = rsa.generate_private_key(65537, 2048)
 
@@ -95,15 +98,16 @@ class World:
             used[process.name().startswith("valkey")] += times.user + times.system
         return used[False], used[True]
 
-    def rss_mb(self) -> dict[str, float]:
-        """Resident memory: the main process, the mean of its workers, the store."""
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory, and what of it is shared with nobody: main, a worker, store."""
         main, *others = self.process.family()
         store = [p for p in others if p.name().startswith("valkey")]
-        # A worker's only child is nobody; multiprocessing's helpers are small and not counted.
-        workers = sorted((p.memory_info().rss for p in others if p not in store), reverse=True)
-        serving = [rss for rss in workers if rss > 30e6] or workers
-        mb = {"main": main.memory_info().rss, "worker": statistics.mean(serving)}
-        return {name: round(value / 1e6, 1) for name, value in mb.items()}
+        worker = max((p for p in others if p not in store), key=lambda p: p.memory_info().rss)
+        found = {}
+        for name, process in (("main", main), ("worker", worker), ("store", store[0])):
+            found[name + " resident"] = process.memory_info().rss / 1e6
+            found[name + " own"] = process.memory_full_info().uss / 1e6
+        return found
 
     # -- The store
 
@@ -112,16 +116,27 @@ class World:
         self.store.sendall(_resp(*words))
         return self.store.recv(4096)
 
-    def reset(self, users: int) -> None:
+    def info(self, section: str) -> dict[str, str]:
+        """What the store tells about itself."""
+        lines = self.command(b"INFO", section.encode()).decode().splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def clear_outbox(self) -> None:
+        """Put the outbox aside. (Deleted, ext4 would be slow to hand out inodes for a while.)"""
+        outbox = self.folder / "data" / "outbox"
+        if outbox.exists():
+            outbox.rename(self.folder / f"outbox-{time.time_ns()}")
+
+    def reset(self, users: int = 1000) -> None:
         """Empty store and outbox, and write ``users`` others who stand around."""
         self.command(b"FLUSHALL", b"SYNC")
-        outbox = self.folder / "data" / "outbox"
-        if outbox.exists():  # not deleted: ext4 is slow to give out inodes just after it took many
-            outbox.rename(self.folder / f"outbox-{time.time_ns()}")
+        self.clear_outbox()
         for start in range(0, users, 50_000):
             ids = [secrets.token_bytes(16) for _ in range(min(50_000, users - start))]
             record = self._user(verified=True)
             self.write({one: record(secrets.token_bytes(32), "") for one in ids})
+        while self.info("persistence")["aof_rewrite_in_progress"] == "1":
+            time.sleep(0.1)
 
     def write(self, records: dict[bytes, bytes]) -> None:
         """Write records as /register does."""
@@ -188,7 +203,9 @@ class World:
         mac = _b64(hmac.digest(one.hawk_key.hex().encode(), text.encode(), "sha256"))
         if wrong:
             mac = mac[::-1][1:] + "="
-        header = f'Hawk id="{one.hawk_id}", ts="{ts}", nonce="{nonce}", hash="{hashed}", mac="{mac}"'
+        header = (
+            f'Hawk id="{one.hawk_id}", ts="{ts}", nonce="{nonce}", hash="{hashed}", mac="{mac}"'
+        )
         return self.request(path, body, header)
 
 
@@ -254,6 +271,11 @@ WORKLOADS = (
 )  # fmt: skip
 
 
+def workload(name: str) -> Workload:
+    """One of ``WORKLOADS``."""
+    return next(one for one in WORKLOADS if one.name == name)
+
+
 @dataclass
 class Row:
     """One workload, measured in several rounds."""
@@ -269,7 +291,7 @@ class Row:
     def add(self, server_us: float, store_us: float, run: clients.Run, good: int) -> None:
         """One more round, with ``good`` the status that was expected."""
         total = sum(run.statuses.values())
-        self.server_us.append(server_us)
+        self.server_us.append(max(server_us, 0.1))  # the kernel counts in 10 ms
         self.store_us.append(store_us)
         self.runs.append(run)
         self.rates.append(total / run.seconds)
@@ -303,6 +325,7 @@ class Bench:
     client: str
     count: int
     rounds: int
+    users: int = 1_000_000
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     steps: int = 0
     step: int = 0
@@ -311,6 +334,7 @@ class Bench:
         """Start a gateway."""
         world = World(self.folder / name, *options)
         self.stack.callback(world.close)
+        self.warm_up(world)
         return world
 
     def say(self, what: str) -> None:
@@ -318,41 +342,33 @@ class Bench:
         self.step += 1
         left = f"{self.step}/{self.steps} " if self.step <= self.steps else ""
         line = f"  {left}{what}"
-        print(f"\r{line:78.78}" if sys.stderr.isatty() else line, end="\r" if sys.stderr.isatty()
-              else "\n", file=sys.stderr, flush=True)  # fmt: skip
+        if sys.stderr.isatty():
+            print(f"\r{line:78.78}", end="\r", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def measure(
-        self, workload: Workload, world: World, row: Row, port: int = 0, cpu: Any = None,
+        self, what: Workload, world: World, row: Row, bare: Bare | None = None,
         connections: int = CONNECTIONS,
     ) -> None:  # fmt: skip
-        """One round of one row."""
-        requests = workload.requests(world, self.count * workload.times)
+        """One round of one row, on a gateway or on the ``bare`` server."""
+        requests = what.requests(world, self.count * what.times)
         edges: list[tuple[float, float]] = []
-        read = cpu or world.cpu_s
-        run = clients.replay(
-            port or world.port, requests, connections, lambda: edges.append(read()), self.client
-        )
-        server, store = ((b - a) / len(requests) * 1e6 for a, b in zip(*edges, strict=True))
-        row.add(server, store, run, workload.status)
+        server = bare or world
+        edge = lambda: edges.append(server.cpu_s())  # noqa: E731
+        run = clients.replay(server.port, requests, connections, edge, self.client)
+        server_us, store_us = ((b - a) / len(requests) * 1e6 for a, b in zip(*edges, strict=True))
+        row.add(server_us, store_us, run, what.status)
 
     def warm_up(self, world: World) -> None:
         """Let every thread connect, before anything is counted."""
-        workload = next(w for w in WORKLOADS if w.name == "/sms/verify_code")
-        requests = workload.requests(world, 1000)
+        requests = workload("/sms/verify_code").requests(world, min(1000, 10 * self.count))
         clients.run_python(world.port, requests, 64, lambda: None)
 
 
 # -- The parts of the benchmark -----------------------------------------------
 
-
-def probe(times: int, call: Callable[[], object]) -> float:
-    """CPU µs of this thread for one call."""
-    for _ in range(max(times // 10, 1)):
-        call()
-    started = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - started) / times * 1e6
+Report = dict[str, Any]
 
 
 class Bare:
@@ -383,7 +399,17 @@ class Bare:
         self.process.wait()
 
 
-def endpoints(bench: Bench, report: dict[str, Any]) -> None:
+def probe(times: int, call: Callable[[], object]) -> float:
+    """CPU µs of this thread for one call."""
+    for _ in range(max(times // 10, 1)):
+        call()
+    started = time.thread_time()
+    for _ in range(times):
+        call()
+    return (time.thread_time() - started) / times * 1e6
+
+
+def endpoints(bench: Bench, report: Report) -> None:
     """Every endpoint, beside T, B, R, P and S."""
     bare = Bare(bench.folder, gateway.Settings().threads)
     bench.stack.callback(bare.close)
@@ -393,88 +419,242 @@ def endpoints(bench: Bench, report: dict[str, Any]) -> None:
         "gateway": bench.start("one"),
         "paying": bench.start("paying", "--sms-providers", json.dumps([entry])),
     }
-    for world in worlds.values():
-        bench.warm_up(world)
-    http = urllib3.PoolManager()
+    http, sample = urllib3.PoolManager(), b"x" * 500
     form = urlencode({"from": "Gateway", "to": NUMBER[1:], "text": "0" * 32, **entry})
-    storage = gateway.Storage(worlds["gateway"].process.folder.as_uri().replace("file://", "unix://")
-                              + "/data/store.sock")  # fmt: skip
-    sample, sign = b"x" * 500, (padding.PKCS1v15(), hashes.SHA256())
+    storage = gateway.Storage(f"unix://{worlds['gateway'].folder}/data/store.sock")
     probes: dict[str, Callable[[], object]] = {
-        "R": lambda: SIGNING_KEY.sign(sample, *sign),
-        "P": lambda: http.request("POST", url, body=form, headers=gateway.FORM).json(),
+        "R": lambda: SIGNING_KEY.sign(sample, padding.PKCS1v15(), hashes.SHA256()),
+        "P": lambda: http.request("POST", url, body=form, headers=FORM).json(),
         "S": lambda: storage.get(gateway.StorageId(bytes(16))),
     }
     rows = [Row(w.name, w.limit) for w in WORKLOADS]
     units: dict[str, list[float]] = {name: [] for name in probes}
-    bench.steps, bench.step = bench.rounds * len(rows), 0
+    bench.steps = bench.rounds * len(rows)
     for number in range(bench.rounds):
         for name, call in probes.items():
             units[name].append(probe(min(bench.count, 1000), call))
-        for workload, row in zip(WORKLOADS, rows, strict=True):
-            bench.say(f"round {number + 1}: {workload.name}")
-            world = worlds.get(workload.server, worlds["gateway"])
-            world.reset(1000)
-            if workload.server == "bare":
-                bench.measure(workload, world, row, bare.port, bare.cpu_s)
-            else:
-                bench.measure(workload, world, row)
+        for what, row in zip(WORKLOADS, rows, strict=True):
+            bench.say(f"round {number + 1}: {what.name}")
+            world = worlds.get(what.server, worlds["gateway"])
+            world.reset()
+            bench.measure(what, world, row, bare if what.server == "bare" else None)
     units |= {"T": rows[0].server_us, "B": rows[1].server_us}
     report["units"] = {name: statistics.median(each) for name, each in units.items()}
     report["endpoints"] = [row.json() | judged(row, units) for row in rows]
+    shown = ", ".join(f"{name} {value:.0f}" for name, value in report["units"].items())
+    show(f"One worker, {CONNECTIONS} connections. CPU µs: {shown}", report["endpoints"])
 
 
-def judged(row: Row, units: dict[str, list[float]]) -> dict[str, Any]:
+def judged(row: Row, units: dict[str, list[float]]) -> Report:
     """A row in multiples of T, and of its limit; medians over rounds, each with its own T."""
     times, _, plus = row.limit.partition(" + ")
     more = units.get(plus, [0.0] * len(units["T"]))
-    ratios = [
+    ratio = statistics.median(
         (cpu - extra) / t for cpu, extra, t in zip(row.server_us, more, units["T"], strict=True)
-    ]
-    ratio = statistics.median(ratios)
+    )
     return {"in_T": ratio, "holds": ratio <= float(times) if times else None}
+
+
+def compare(
+    bench: Bench, worlds: dict[str, World], whats: Sequence[Workload], connections: Sequence[int]
+) -> list[Report]:
+    """The same workloads on several gateways or over several connections, interleaved."""
+    found = {(w.name, name, c): Row(w.name) for w in whats for name in worlds for c in connections}
+    bench.steps = bench.rounds * len(found)
+    for number in range(bench.rounds):
+        for what in whats:
+            for name, world in worlds.items():
+                for c in connections:
+                    bench.say(f"round {number + 1}: {what.name}, {name}, {c} connections")
+                    world.clear_outbox()
+                    bench.measure(what, world, found[what.name, name, c], connections=c)
+    rows = []
+    for (what_name, name, c), row in found.items():
+        first = found[what_name, next(iter(worlds)), connections[0]]
+        pairs = zip(row.server_us, first.server_us, strict=True)
+        rates = zip(row.rates, first.rates, strict=True)
+        label = f"{what_name}, {name}" if len(worlds) > 1 else f"{what_name}, {c}"
+        more = {"times_first": statistics.median(a / b for a, b in pairs),
+                "rate_times_first": statistics.median(a / b for a, b in rates)}  # fmt: skip
+        rows.append(row.json() | more | {"name": label})
+    return rows
+
+
+GATEWAY_ROWS = [w for w in WORKLOADS if w.server == "gateway"]
+
+
+def users(bench: Bench, report: Report) -> None:
+    """Every endpoint with 1,000 and with 1,000,000 users in the store."""
+    worlds = {f"{n:,}": bench.start(f"users{n}") for n in (1000, bench.users)}
+    memory = []
+    for world, n in zip(worlds.values(), (1000, bench.users), strict=True):
+        bench.say(f"writing {n:,} users")
+        before = int(world.info("memory")["used_memory"])
+        world.reset(n)
+        memory.append((int(world.info("memory")["used_memory"]) - before) / n)
+    report["store_bytes_per_verified_user"] = memory[-1]
+    report["users"] = compare(bench, worlds, GATEWAY_ROWS, [CONNECTIONS])
+    show(f"Users in the store ({memory[-1]:.0f} bytes each)", report["users"])
+
+
+def connections(bench: Bench, report: Report) -> None:
+    """From 1 to 256 connections."""
+    whats, world = [workload("GET /"), workload("/sms/verify_code")], bench.start("connections")
+    report["connections"] = compare(bench, {"": world}, whats, [1, 4, 16, 64, 256])
+    show("Connections", report["connections"])
+
+
+def workers(bench: Bench, report: Report) -> None:
+    """One worker and two."""
+    worlds = {f"{n} workers": bench.start(f"workers{n}", "--workers", str(n)) for n in (1, 2)}
+    for world in worlds.values():
+        world.reset()
+    report["workers"] = compare(bench, worlds, GATEWAY_ROWS, [CONNECTIONS])
+    for row in report["workers"]:
+        used = row["server_us"] + row["store_us"] + row["client_us"]
+        row["client_share"] = row["client_us"] / used
+        row["cores_used"] = used * row["requests_per_s"] / 1e6
+    show("Workers", report["workers"])
+
+
+def latency(bench: Bench, report: Report) -> None:
+    """Latency at half of what saturates it; then 100,000 requests of all kinds."""
+    world, rows = bench.start("latency"), []
+    names = ["/register", "/sms/mt/verify, outbox", "/sms/verify_code", "/certificate/sign"]
+    bench.steps = 2 * len(names) * bench.rounds + 1
+    for name in names:
+        full, half = Row(name), Row(name + ", half")
+        for number in range(bench.rounds):
+            for row in (full, half):
+                bench.say(f"round {number + 1}: {row.name}")
+                world.reset()
+                if row is full:
+                    bench.measure(workload(name), world, row)
+                    continue
+                requests = workload(name).requests(world, bench.count)
+                rate = full.rates[-1] / 2
+                run = clients.run_python(world.port, requests, 64, lambda: None, rate)
+                row.add(0.0, 0.0, run, workload(name).status)
+        rows += [full.json(), half.json()]
+    report["latency"] = rows
+    show("At half of the saturation rate (latency from when a request was due)", rows)
+    bench.say("100,000 requests")
+    world.reset()
+    each = min(100_000, 100 * bench.count) // len(GATEWAY_ROWS)
+    parts = [what.requests(world, each) for what in GATEWAY_ROWS]
+    mixed = [request for several in zip(*parts, strict=True) for request in several]
+    run = clients.replay(world.port, mixed, CONNECTIONS, lambda: None, bench.client)
+    due = Counter({what.status: 0 for what in GATEWAY_ROWS})
+    for what in GATEWAY_ROWS:
+        due[what.status] += each
+    wrong = sum(((run.statuses - due) + (due - run.statuses)).values())
+    rate = len(mixed) / run.seconds
+    report["mixed"] = {"requests": len(mixed), "wrong": wrong, "requests_per_s": rate,
+                       "p50_ms": run.p50_ms, "p99_ms": run.p99_ms}  # fmt: skip
+    print(f"{len(mixed):,} requests of all kinds: {wrong} not as expected, {rate:.0f}/s, "
+          f"p50 {run.p50_ms:.1f} ms, p99 {run.p99_ms:.1f} ms\n")  # fmt: skip
+
+
+def start(bench: Bench, report: Report) -> None:
+    """How long a start takes, and what memory a gateway has."""
+    timed = "import time; a = time.perf_counter(); import gateway; print(time.perf_counter() - a)"
+    imports, ready, memory = [], [], {}
+    bench.steps = bench.rounds
+    for number in range(bench.rounds):
+        bench.say(f"round {number + 1}: start")
+        run = subprocess.run([sys.executable, "-c", timed], cwd=HERE.parent.parent,
+                             capture_output=True, check=True)  # fmt: skip
+        imports.append(float(run.stdout) * 1e3)
+        began = time.perf_counter()
+        world = World(bench.folder / f"start{number}" if number else bench.folder / "start")
+        ready.append((time.perf_counter() - began) * 1e3)
+        if number == 0:
+            bench.warm_up(world)
+            memory = world.memory_mb()
+        world.close()
+    report["start"] = {"import_ms": statistics.median(imports), "memory_mb": memory,
+                       "ready_ms": statistics.median(ready), "ready_ms_each": ready}  # fmt: skip
+    shown = ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items())
+    print(f"import gateway: {statistics.median(imports):.0f} ms; first answer after "
+          f"{statistics.median(ready):.0f} ms, with new keys\nMB: {shown}\n")  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Bench, Report], None]] = {
+    part.__name__: part for part in (endpoints, users, connections, workers, latency, start)
+}
+
+
+# -- What is shown ------------------------------------------------------------
+
+
+def show(title: str, rows: list[Report]) -> None:
+    """A table for people."""
+    print(title)
+    print(f"{'':32}{'server':>8}{'in T':>7} {'limit':9}{'x first':>8}{'store':>7}"
+          f"{'client':>7}{'req/s':>7}{'x first':>8}{'p50 ms':>8}{'p99 ms':>8}{'errors':>7}"
+          )  # fmt: skip
+    for row in rows:
+        in_t = f"{row['in_T']:.2f}" if "in_T" in row else ""
+        limit = row["limit"] + " !" * (row.get("holds") is False)
+        times, rate = (
+            f"{row[key]:.2f}" if key in row else "" for key in ("times_first", "rate_times_first")
+        )
+        print(f"{row['name']:32}{row['server_us']:8.0f}{in_t:>7} {limit:9}{times:>8}"
+              f"{row['store_us']:7.0f}{row['client_us']:7.0f}{row['requests_per_s']:7.0f}{rate:>8}"
+              f"{row['p50_ms']:8.2f}{row['p99_ms']:8.2f}{row['errors']:7}")  # fmt: skip
+    print(flush=True)
+
+
+def chart(report: Report) -> str:
+    """What each endpoint costs in multiples of T, as SVG; a tick marks its limit."""
+    rows = [row for row in report["endpoints"] if row["limit"]]
+    t, units = report["units"]["T"], report["units"]
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {30 * len(rows) + 30}" '
+             'font-family="sans-serif" font-size="13">']  # fmt: skip
+    for i, row in enumerate(rows):
+        times, _, plus = row["limit"].partition(" + ")
+        y, more = 30 * i + 10, units.get(plus, 0.0) / t
+        width, limit = 30 * row["server_us"] / t, 30 * (float(times) + more)
+        parts.append(f'<text x="190" y="{y + 14}" text-anchor="end">{row["name"]}</text>'
+                     f'<rect x="200" y="{y}" width="{width:.0f}" height="18" fill="#69c"/>'
+                     f'<path d="M{200 + limit:.0f} {y - 3}v24" stroke="#c33" stroke-width="3"/>'
+                     f'<text x="{210 + max(width, limit):.0f}" y="{y + 14}">'
+                     f'{row["server_us"]:.0f} µs</text>')  # fmt: skip
+    note = f"one bar unit is T = {t:.0f} µs, the cost of GET /; the red mark is the limit"
+    parts.append(f'<text x="200" y="{30 * len(rows) + 25}">{note}</text></svg>')
+    return "\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("bench.py", description="What does a request cost?")
-    parser.add_argument("parts", nargs="*", default=["endpoints"], help="; ".join(PARTS))
+    told = "; ".join(f"{name}: {part.__doc__}" for name, part in PARTS.items())
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"default all. {told}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=3000, help="of each row in each round")
-    parser.add_argument("--client", choices=("wrk", "python"), default="wrk" if clients.WRK else
-                        "python")  # fmt: skip
+    parser.add_argument("--users", type=int, default=1_000_000, help="in the larger store")
+    parser.add_argument("--client", choices=("wrk", "python"), help="default: wrk, if it is there")
     parser.add_argument("--out", default="", help="folder for bench.json and bench.svg")
     given = parser.parse_args(argv)
-    report: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count(),
-                              "python": platform.python_version(), "client": given.client}  # fmt: skip
+    client = given.client or ("wrk" if clients.WRK else "python")
+    if client == "python":
+        print("No wrk (apt-get install wrk): the client is Python. It is slower, and takes CPU\n"
+              "from the server; compare costs, not rates.\n")  # fmt: skip
+    report: Report = {"machine": platform.platform(), "cores": os.cpu_count(), "client": client,
+                      "python": platform.python_version(), "rounds": given.rounds}  # fmt: skip
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench")))
         for part in given.parts:
-            bench = Bench(folder / part, given.client, given.requests, given.rounds)
+            bench = Bench(folder / part, client, given.requests, given.rounds, given.users)
             bench.folder.mkdir()
             with bench.stack:
                 PARTS[part](bench, report)
-            print_part(part, report)
     if given.out:
+        Path(given.out).mkdir(parents=True, exist_ok=True)
         Path(given.out, "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+        if "endpoints" in report:
+            Path(given.out, "bench.svg").write_text(chart(report), "utf-8")
     return 0
-
-
-PARTS: dict[str, Callable[[Bench, dict[str, Any]], None]] = {"endpoints": endpoints}
-
-
-def print_part(part: str, report: dict[str, Any]) -> None:
-    """A table for people."""
-    units = report["units"]
-    print("CPU µs: " + ", ".join(f"{name} {value:.0f}" for name, value in units.items()))
-    print(f"{'':28}{'server':>8}{'in T':>7}  {'limit':8}{'store':>6}{'client':>7}"
-          f"{'req/s':>7}{'p50 ms':>8}{'p99 ms':>8}{'errors':>7}")  # fmt: skip
-    for row in report[part]:
-        mark = {None: "", True: "", False: " !"}[row["holds"]]
-        print(f"{row['name']:28}{row['server_us']:8.0f}{row['in_T']:7.2f}  "
-              f"{row['limit'] + mark:8}{row['store_us']:6.0f}{row['client_us']:7.0f}"
-              f"{row['requests_per_s']:7.0f}{row['p50_ms']:8.2f}{row['p99_ms']:8.2f}"
-              f"{row['errors']:7}")  # fmt: skip
 
 
 if __name__ == "__main__":
