@@ -1521,7 +1521,7 @@ class OutboxSms(SmsProvider):
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
         path = self.folder / f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
-        draft = path.with_suffix(".draft")
+        draft = path.with_name(f"draft-{path.name}")  # where forget() does not take it from us
         write_private_file(draft, json.dumps(message).encode(), to_disk=False)
         draft.rename(path)
         if self.console:
