@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install runserver test lint notebooks bench
+.PHONY: help install runserver test lint notebooks bench update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,3 +31,12 @@ notebooks: .venv/done  ## execute the notebooks again, in place
 
 bench: .venv/done  ## measure what each request costs (half an hour; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+L10N := --no-wrap -N --ignore-obsolete --ignore-pot-creation-date -i locale/messages.pot -d locale
+
+update-l10n: .venv/done  ## extract the message, update and compile all languages (NOVERIFY=yes: do not ask)
+	@[ "$(NOVERIFY)" = yes ] || { printf 'This rewrites the files in locale/. Go on? [y/N] '; read answer; [ "$$answer" = y ]; }
+	$(BIN)/pybabel -q extract --no-location --omit-header -s -c Translators: -o locale/messages.pot gateway.py
+	$(BIN)/pybabel -q update $(L10N)
+	$(BIN)/pybabel -q compile -d locale
+	$(BIN)/python gateway.py messages

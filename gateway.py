@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -76,6 +77,8 @@ import errno
 import fcntl
 import hashlib
 import hmac
+import html
+import http.client
 import importlib.util
 import ipaddress
 import json
@@ -95,7 +98,7 @@ import time
 import tomllib
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
@@ -108,6 +111,7 @@ import jwt
 import phonenumbers
 import redis
 import urllib3
+from babel.languages import get_official_languages
 from babel.support import NullTranslations, Translations
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -340,16 +344,24 @@ def _is_store(url: str) -> bool:
     return False
 
 
+SMS_LISTS: Final = ("sms_providers", "sms_inbound")
+"""The two settings that are lists of objects with a kind, and that may hold secrets."""
+SIGNED: Final = ("nexmo", "twilio")
+"""The inbound kinds whose providers sign their calls."""
+INBOUND: Final = (*SIGNED, "kannel", "beepsend", "http")
+"""What ``kind`` may be in ``sms_inbound``."""
+
+
 def _usable_webhook(entry: Json) -> bool:
     texts = all(type(text) is str and text for text in entry.values())
-    known = entry.keys() <= {"kind", "path_secret", "signature_secret"}
-    return texts and known and entry["kind"] in ("nexmo", "beepsend")
+    known = {"kind", "path_secret", *["signature_secret"] * (entry["kind"] in SIGNED)}
+    return texts and entry.keys() <= known and entry["kind"] in INBOUND
 
 
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, str):  # a URL: user and password, and what a query may hold
-        return re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", value))
-    return value
+def _shown_field(name: str, value: Any) -> Any:
+    """A field of an entry: of an endpoint the host, because all the rest may hold a secret."""
+    host = re.match(r"https?://[^/@?#\s]+(?=[/?#]|$)", str(value)) if name == "endpoint" else None
+    return host[0] + "/…" if host else value if name in ("kind", "priority") else "…"
 
 
 @dataclass(frozen=True)
@@ -393,6 +405,16 @@ class Settings:
     sms_inbound: list[Json] | None = _setting(
         None, "open SMS webhooks; null = nexmo and beepsend on loopback, else none", secret=True
     )
+    sms_send_tries: int = _setting(3, "providers tried for one message, in 12 s in all", 1, 10)
+    sms_cool_down_s: int = _setting(
+        30, "seconds a failed or slow provider is tried after the others", 1, HOUR_S
+    )
+    sms_host_line: str = _setting(
+        "auto", "@host #code as last line, for browsers: on, off; auto = on for https"
+    )
+    language_by_country: bool = _setting(
+        False, "without a usable Accept-Language: the number's country chooses, not English"
+    )
     mt_sender: str = _setting("Gateway", "what messages are sent from")
     mt_sender_map: dict[str, str] = _setting({}, "the same by MCC or MCC+MNC")
     mo_verifier: str = _setting("", "number that devices text to; empty = no MO flow")
@@ -412,6 +434,8 @@ class Settings:
             raise self._bad("storage_url", "a redis://, rediss:// or unix:// URL")
         if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
+        if self.sms_host_line not in ("auto", "on", "off"):
+            raise self._bad("sms_host_line", "auto, on, off")
         if not self.on_loopback:
             if any(entry["kind"] == "outbox" for entry in self.sms_providers):
                 real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
@@ -424,12 +448,14 @@ class Settings:
             raise self._bad(name, _KINDS[kind])
         if kind is int and not low <= value <= high:
             raise self._bad(name, f"whole numbers from {low} to {high}")
-        if name.startswith("sms_"):
+        if name in SMS_LISTS:
             if not all(isinstance(e, dict) and type(e.get("kind")) is str for e in value or ()):
                 raise self._bad(name, 'a list of objects that each have a "kind"')
             if name == "sms_inbound" and not all(map(_usable_webhook, value or ())):
                 raise self._bad(
-                    name, "kind nexmo or beepsend, with a path_secret or signature_secret"
+                    name,
+                    f"kind {', '.join(INBOUND)}, with a path_secret or, for "
+                    f"{' and '.join(SIGNED)}, a signature_secret",
                 )
         elif kind is list and any(type(v) is not str or v == "null" for v in value):
             raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
@@ -459,6 +485,13 @@ class Settings:
         return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
 
     @property
+    def line_host(self) -> str:
+        """The host in the last line of short messages, or "" for none."""
+        url = urlsplit(self.base_url)
+        on = url.scheme == "https" if self.sms_host_line == "auto" else self.sms_host_line == "on"
+        return (url.hostname or "") if on else ""
+
+    @property
     def inbound(self) -> list[Json]:
         """The webhooks in force: ``sms_inbound``, or its default for this place."""
         if self.sms_inbound is not None:
@@ -469,17 +502,13 @@ class Settings:
         """The value of one setting as JSON, with what is secret in it hidden."""
         value = getattr(self, name)
         if name.endswith("_url"):
-            value = _without_secrets(str(value))
+            value = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", str(value)))
         elif name == "master_secret" and value:
             value = "…"
-        elif name.startswith("sms_") and isinstance(value, list):
-            told = ("kind", "endpoint", "priority")
+        elif name in SMS_LISTS and isinstance(value, list):
             entries = [entry for entry in value if isinstance(entry, dict)]
-            value = [
-                {k: _without_secrets(v) if k in told else "…" for k, v in e.items()}
-                for e in entries
-            ]
-        elif name.startswith("sms_") and value is not None:
+            value = [{k: _shown_field(k, v) for k, v in entry.items()} for entry in entries]
+        elif name in SMS_LISTS and value is not None:
             value = "…"
         return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -487,6 +516,7 @@ class Settings:
 _KINDS: Final[Mapping[type, str]] = {
     str: "a text",
     int: "a whole number",
+    float: "a number",
     bool: "true or false",
     list: "a JSON list",
     dict: "a JSON object",
@@ -524,7 +554,7 @@ def load_settings(
         if name not in kinds:
             raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
         if told is not None:
-            values[name] = _from_text(source, told, kinds[name], name.startswith("sms_"))
+            values[name] = _from_text(source, told, kinds[name], name in SMS_LISTS)
     return Settings(**values)
 
 
@@ -607,12 +637,18 @@ def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
     return Network(str(mcc or ""), str(mnc or "") if mcc else "")
 
 
+def country_of(msisdn: Msisdn) -> str:
+    """The ISO 3166 region of a number, even where countries share a code; "" if none."""
+    number = phonenumbers.parse(msisdn)
+    region = phonenumbers.region_code_for_number(number)
+    if region is None:  # no number in use that libphonenumber knows of
+        region = phonenumbers.region_code_for_country_code(number.country_code or 0)
+    return "" if region in ("ZZ", "001") else str(region)
+
+
 def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
     """The mobile country codes of a number's country, or none."""
-    number = phonenumbers.parse(msisdn)
-    region = phonenumbers.region_code_for_number(number)  # none in ranges that nobody has yet
-    region = region or phonenumbers.region_code_for_country_code(number.country_code or 0)
-    found = re.search(rf"\b{region}([0-9,]+)", MCCS_BY_REGION)
+    found = re.search(rf"\b{country_of(msisdn) or 'none'}([0-9,]+)", MCCS_BY_REGION)
     return tuple(found[1].split(",")) if found else ()
 
 
@@ -937,7 +973,7 @@ def load_catalogues(folder: Path = ROOT / "locale") -> Catalogues:
 def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """The tag of the catalogue that serves an Accept-Language header best, else ``en``.
 
-    Source: RFC 9110 section 12.5.4; RFC 4647 section 3.4 ("lookup").
+    Source: RFC 9110 section 12.5.4; RFC 4647 section 3.4 ("lookup"); ``LANGUAGE_ALIASES``.
 
     >>> negotiate_language("fr-CA, de;q=0.8, *;q=0.1", {"en": ..., "de": ...})
     'de'
@@ -949,15 +985,87 @@ def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
             wanted.append((-float(found[2] or 1), found[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
         while tag and tag not in catalogues:
-            tag = tag.rpartition("-")[0]
+            alias = LANGUAGE_ALIASES.get(tag, "")
+            tag = alias if alias in catalogues else tag.rpartition("-")[0]
         if tag:
             return tag
     return "en"
 
 
-def message_text(code: str, catalogue: NullTranslations) -> str:
-    """The sentence of a short message; the code is the last word of its line."""
-    return catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
+LANGUAGE_ALIASES: Final = {
+    "zh": "zh-hans", "zh-tw": "zh-hant", "zh-hk": "zh-hant", "zh-mo": "zh-hant", "no": "nb",
+    "iw": "he", "in": "id", "tl": "fil", "mo": "ro", "sh": "sr-latn", "sr-me": "sr-latn",
+}  # fmt: skip
+"""Tags that mean another one: old codes, and a script that follows from a country (CLDR)."""
+
+
+def country_languages(region: str) -> str:
+    """The languages of a country, to be put behind an Accept-Language header: of least weight."""
+    found = get_official_languages(region, de_facto=True)
+    return "".join(f",{language.replace('_', '-')}-{region};q=0.001" for language in found)
+
+
+class Size(NamedTuple):
+    """What a text takes as an SMS: ``GSM-7`` or ``UCS-2``, its units, and segments of these."""
+
+    encoding: str
+    units: int
+    segments: int
+
+
+GSM7: Final = frozenset(
+    "@£$¥èéùìòÇ\nØø\rÅåΔ_ΦΓΛΩΠΨΣΘΞÆæßÉ !\"#¤%&'()*+,-./0123456789:;<=>?¡ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    "ÄÖÑÜ§¿abcdefghijklmnopqrstuvwxyzäöñüà"
+)
+"""The GSM 7-bit default alphabet. Source: 3GPP TS 23.038, section 6.2.1."""
+GSM7_TWICE: Final = frozenset("\f^{}\\[~]|€")
+"""Its extension table (6.2.1.1): two units each."""
+
+
+def measure(text: str) -> Size:
+    """Count the units and segments of an SMS (3GPP TS 23.040: 140 bytes each)."""
+    if set(text) <= GSM7 | GSM7_TWICE:
+        encoding, one, more = "GSM-7", 160, 153
+        units = len(text) + sum(char in GSM7_TWICE for char in text)
+    else:
+        encoding, one, more = "UCS-2", 70, 67
+        units = len(text.encode("utf-16-be", "surrogatepass")) // 2
+    return Size(encoding, units, 1 if units <= one else math.ceil(units / more))
+
+
+def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
+    """The sentence of a short message; the code is the last word of its line.
+
+    Args:
+        host: Ends it with a line by which browsers give the code to this host only (WICG,
+            "Origin-bound one-time codes"), unless that takes a second segment.
+    """
+    # Translators: keep the code the last word of the line; rephrase if your verb wants to be.
+    text = catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
+    bound = f"{text}\n@{host} #{code}"
+    return bound if host and measure(bound).segments == 1 else text
+
+
+def load_messages(digits: int, folder: Path = ROOT / "locale") -> Catalogues:
+    """Every catalogue, once it is sure that each makes one good SMS with a code of ``digits``.
+
+    Raises:
+        StartError: A catalogue does not; the text names it and what is wrong.
+    """
+    catalogues, code = load_catalogues(folder), "8" * digits
+    english = message_text(code, NullTranslations())
+    for tag, catalogue in catalogues.items():
+        try:
+            text = message_text(code, catalogue)
+        except (KeyError, TypeError, ValueError):
+            text = ""  # another placeholder, or a broken one
+        if text.count(code) != 1 or text.split()[-1:] != [code] or "\n" in text or "%" in text:
+            raise StartError(f"locale {tag}: %(code)s must be there once, as the last word")
+        if text == english and not tag.startswith("en"):
+            raise StartError(f"locale {tag}: the message is not translated")
+        if (size := measure(text)).segments > 1:
+            raise StartError(f"locale {tag}: {size.units} units of {size.encoding}, over one SMS")
+    return catalogues
 
 
 # =============================================================================
@@ -1250,6 +1358,7 @@ def _pem(key: PrivateKey) -> bytes:
 # storage id, 16 bytes           one User, packed            session_ttl_s, then verified_ttl_s
 # "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
 #                                id of an SMS, that was used
+# "receipt " 12 bytes            what became of a message    a day
 # "sends"                        times of messages sent      an hour
 # "heartbeat"                    the last health check       a minute
 
@@ -1268,6 +1377,7 @@ class User:
         verified_s: When the number was last verified; 0 = never.
         code_digest: 16 bytes while a code is alive, else empty.
         tries: Wrong codes returned while it is alive.
+        tried: The SMS providers that messages were given to, one bit each.
     """
 
     hawk_key: HawkKey
@@ -1280,15 +1390,16 @@ class User:
     verified_s: int = 0
     code_digest: bytes = b""
     tries: int = 0
+    tried: int = 0
 
     def pack(self) -> bytes:
-        """The record: 34 bytes once registered, 87 while a code is alive, 70 when verified.
+        """The record: 34 bytes once registered, 87 or 89 while a code is alive, then 70 or 89.
 
         What is not there yet is zero, and stands at the end, where zeros are left out.
         """
         start = (RECORD_VERSION, self.long + 2 * self.by_phone, self.hawk_key)
         number = (self.sealed, self.network.pack(), self.sends, self.code_expires_s)
-        rest = (self.verified_s, self.code_digest, self.tries)
+        rest = (self.verified_s, self.code_digest, self.tries, self.tried)
         return RECORD.pack(*start, *number, *rest).rstrip(b"\0")
 
     @classmethod
@@ -1301,14 +1412,14 @@ class User:
         if packed[:1] != bytes((RECORD_VERSION,)) or len(packed) > RECORD.size:
             raise Unavailable("the session was written by another version of the gateway")
         fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
-        _, flags, key, sealed, network, sends, expires_s, verified_s, digest, tries = fields
+        _, flags, key, sealed, network, sends, expires_s, verified_s, digest, *tries = fields
         sealed, digest = (value if any(value) else b"" for value in (sealed, digest))
         kind = (bool(flags & 1), bool(flags & 2), sealed, Network.unpack(network))
-        return cls(key, *kind, sends, expires_s, verified_s, digest, tries)
+        return cls(key, *kind, sends, expires_s, verified_s, digest, *tries)
 
 
-RECORD: Final = struct.Struct(">BB32s24s3sBII16sB")
-"""Version, flags, key; number, network, sends, code expiry; verified; code digest, tries."""
+RECORD: Final = struct.Struct(">BB32s24s3sBII16sBH")
+"""Version, flags, key; number, network, sends, code expiry; verified; code digest, tries; tried."""
 
 
 class Commit(enum.Enum):
@@ -1427,9 +1538,26 @@ class Storage:
         """Take back the count of a message that surely did not leave."""
         self._run("LPOP", "sends")
 
+    def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
+        """Keep for a day what became of a message, by its provider's id for it.
+
+        Args:
+            sent: Only that it was sent; a receipt that was faster counts more.
+        """
+        self._run("SET", _receipt_key(kind, message_id), outcome, "EX", DAY_S, *["NX"] * sent)
+
+    def outcome(self, kind: str, message_id: str) -> str:
+        """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
+        return (self._run("GET", _receipt_key(kind, message_id)) or b"").decode()
+
     def ping(self, now_s: float) -> None:
         """Prove that a write works; a replica that takes none answers a PING all the same."""
         self._run("SET", "heartbeat", int(now_s), "EX", 60)
+
+
+def _receipt_key(kind: str, message_id: str) -> bytes:
+    text = f"{kind} {message_id}".encode("utf-8", "replace")
+    return b"receipt " + hashlib.sha256(text).digest()[:12]
 
 
 # =============================================================================
@@ -1462,6 +1590,10 @@ class SmsFailed(Exception):
     """The provider surely did not take the message. The text holds nothing secret."""
 
 
+class SmsRefused(SmsFailed):
+    """The provider is well, but will not take this message: no reason to avoid it for others."""
+
+
 class SmsUnknown(SmsFailed):
     """The provider did not say in time: it may or may not have taken the message."""
 
@@ -1470,7 +1602,8 @@ class SmsProvider:
     """Something that sends SMS, made from its entry in ``sms_providers``.
 
     Attributes:
-        needs, takes: The fields that its entry must and may have, and their defaults.
+        needs, takes: The fields that its entry must and may have, and their defaults; all
+            may have ``priority``, ``connect_timeout_s`` and ``timeout_s`` (the whole send).
         paid: Whether its messages may cost money.
     """
 
@@ -1479,19 +1612,24 @@ class SmsProvider:
     paid: ClassVar[bool] = True
 
     def __init__(self, entry: Json, settings: Settings) -> None:
-        known = {"kind": "", "priority": 0, **dict.fromkeys(self.needs, ""), **self.takes}
-        self.entry, self.settings = {**known, **entry}, settings
+        known = {"kind": "", "priority": 0, "connect_timeout_s": 2.0, "timeout_s": 5.0}
+        known |= dict.fromkeys(self.needs, "") | self.takes
+        self.kind, self.settings, self.entry = entry["kind"], settings, {**known, **entry}
         for name, value in self.entry.items():
             if name not in known:
-                raise SettingsError(f"sms_providers: {entry['kind']} has no field {name}")
+                raise self.bad(f"has no field {name}")
             kinds = (type(known[name]), int if type(known[name]) is float else type(known[name]))
             if type(value) not in kinds or (name in self.needs and not value):
-                raise SettingsError(
-                    f"sms_providers: {entry['kind']} needs {name}: {_KINDS[kinds[1]]}"
-                )
+                raise self.bad(f"needs {name}: {_KINDS[kinds[0]]}")
+            if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
+                raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
 
-    def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Hand one message over.
+    def bad(self, what: str) -> SettingsError:
+        """The error that refuses the entry; it quotes none of its values."""
+        return SettingsError(f"sms_providers: {self.kind} {what}")
+
+    def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
+        """Hand one message over, in ``timeout_s``; gives the ids that receipts will name.
 
         Raises:
             SmsFailed: It surely was not taken.
@@ -1501,6 +1639,12 @@ class SmsProvider:
 
     def forget(self, to: Msisdn) -> None:
         """Drop what is kept here about a number."""
+
+
+SEND_BUDGET_S: Final = 12.0
+"""How long one message may take with all providers that are tried for it."""
+ANSWER_MAX_BYTES: Final = 65536
+"""The largest answer of a provider that is read."""
 
 
 class OutboxSms(SmsProvider):
@@ -1516,7 +1660,7 @@ class OutboxSms(SmsProvider):
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
 
-    def send(self, sender: str, to: Msisdn, text: str) -> None:
+    def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
@@ -1526,6 +1670,7 @@ class OutboxSms(SmsProvider):
         draft.rename(path)
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
+        return []
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
@@ -1542,53 +1687,293 @@ class OutboxSms(SmsProvider):
             path.unlink(missing_ok=True)
 
 
-class NexmoSms(SmsProvider):
+class _Response(http.client.HTTPResponse):
+    """An answer that is read, head and body, for the socket's time-out in all.
+
+    By itself that is the time between two bytes, and a drip could go on for ever.
+    """
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        raw: Any = self.fp.raw  # what fills the buffer of makefile()
+        end, read = time.monotonic() + (sock.gettimeout() or SEND_BUDGET_S), raw.readinto
+
+        def readinto(buffer: Any) -> Any:
+            sock.settimeout(max(end - time.monotonic(), 0.001))
+            return read(buffer)
+
+        raw.readinto = readinto
+
+
+class HttpSms(SmsProvider):
+    """Any provider that takes a message by one HTTP request, which is made from templates.
+
+    In ``endpoint``, ``headers`` and ``body`` stand ``{from}`` and ``{to}`` (``{from_digits}``,
+    ``{to_digits}``: without +), ``{text}``, ``{coding}`` (2 if the text needs UCS-2, else 0),
+    ``{type}`` (``unicode`` if so, else empty) and ``{id}`` (a random one), each quoted as its
+    place needs: a body by its Content-Type, a form (without fields that are empty), JSON, XML
+    or plain text. Taken is what is answered with 2xx and a body that the regular expression
+    ``success`` finds something in. The other kinds are this one, with templates of their own.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("endpoint",)
+    takes: ClassVar[Json] = {"method": "POST", "headers": {}, "body": "", "success": ""}
+    template: ClassVar[Json] = {}
+    receipt_query: ClassVar[str] = ""
+
+    def __init__(self, entry: Json, settings: Settings) -> None:
+        super().__init__(entry, settings)
+        parts, request = urlsplit(self.entry["endpoint"]), {**self.entry, **self.template}
+        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
+            raise self.bad("needs endpoint: a URL that begins with http:// or https://")
+        self.method, self.headers = self.entry.get("method", "POST"), request["headers"]
+        self.body: str = request["body"]
+        self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
+        headers = {str(k).lower(): v for k, v in self.headers.items()}
+        self.content_type = media_type(str(headers.get("content-type", "text/plain")))
+        self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
+        where = f"{parts.scheme}://{parts.netloc}"
+        try:  # a request as it will be: it shows unknown places and types
+            self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
+            re.compile(self.entry.get("success", ""))
+            self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
+        except (LookupError, TypeError, ValueError, re.error, urllib3.exceptions.HTTPError):
+            raise self.bad(
+                "needs templates of known names ({from}, {to}, {text}, …), a body of one of the "
+                f"types {', '.join(ESCAPES)}, and a regular expression as success"
+            ) from None
+        cls = self.pool.ConnectionCls
+        self.pool.ConnectionCls = type(cls.__name__, (cls,), {"response_class": _Response})
+
+    def _receipt_url(self) -> str:
+        for entry in self.settings.inbound:
+            if entry["kind"] == self.kind:
+                path = f"/sms/receipt/{quote(entry.get('path_secret', ''), safe='')}"
+                query = f"?provider={self.kind}{self.receipt_query}"
+                return self.settings.base_url + path + query
+        raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
+
+    def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
+        wide, own_id = measure(text).encoding == "UCS-2", secrets.token_hex(8)
+        login = {name: self.entry[name] for name in self.needs}
+        basic = base64.b64encode(":".join(login.values()).encode()).decode()
+        return login | {
+            "from": sender, "from_digits": sender.removeprefix("+"), "to": to, "to_digits": to[1:],
+            "text": text, "type": "unicode" * wide, "coding": "2" if wide else "0", "id": own_id,
+            "basic": basic, "receipt_url": self.receipt_url.replace("{id}", own_id),
+            "receipt_mask": "31" * bool(self.receipt_url),
+        }  # fmt: skip
+
+    def _request(self, values: dict[str, str]) -> Json:
+        def fill(template: str, escape: Callable[[str], str]) -> str:
+            return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
+
+        body = fill(self.body, ESCAPES[self.content_type])
+        if self.content_type == FORM["Content-Type"]:
+            body = urlencode(parse_qsl(body))  # which leaves out what is empty
+        filled = {name: fill(value, str) for name, value in self.headers.items()}
+        headers = {name: value for name, value in filled.items() if value}
+        target = fill(self.target, partial(quote, safe=""))
+        return {"url": target, "headers": headers, "body": body.encode() or None}
+
+    def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
+        """Send one message; the time-out covers connecting and the whole answer."""
+        connect_s = min(timeout_s, self.entry["connect_timeout_s"])
+        timeout = urllib3.Timeout(total=timeout_s, connect=connect_s)
+        values = self._values(sender, to, text)
+        try:
+            answer = self.pool.urlopen(
+                self.method, **self._request(values), timeout=timeout, redirect=False,
+                preload_content=False,
+            )  # fmt: skip
+            body = answer.read(ANSWER_MAX_BYTES)
+            answer.close()
+        except (
+            urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError,
+            urllib3.exceptions.SSLError, ValueError,  # the last: no header can say this
+        ) as error:  # fmt: skip
+            raise SmsFailed(f"{self.kind} cannot be reached: {type(error).__name__}") from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
+        if not 200 <= answer.status < 300:
+            error_class = MEANINGS.get(answer.status, SmsFailed)
+            raise error_class(f"{self.kind} answered {answer.status}")
+        try:
+            return self.taken(body, values["id"])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise SmsFailed(f"{self.kind} answered {answer.status} without a result") from None
+
+    def taken(self, body: bytes, own_id: str) -> list[str]:
+        """Read the body of an answer with 2xx; gives the ids of the message, or raises."""
+        if not re.search(self.entry["success"], body.decode("utf-8", "replace")):
+            raise SmsFailed(f"{self.kind} answered without what stands for success")
+        return []
+
+
+MEANINGS: Final[Mapping[int, type[SmsFailed]]] = {
+    400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown
+}  # fmt: skip
+"""What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
+FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
+ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
+    FORM["Content-Type"]: partial(quote, safe=""),
+    "application/json": lambda text: json.dumps(text)[1:-1],
+    "application/xml": html.escape,
+    "text/xml": html.escape,
+    "text/plain": str,
+}
+"""How a value is written into a body of each Content-Type."""
+
+
+class NexmoSms(HttpSms):
     """The Vonage (once Nexmo) SMS API; a form by POST, so that no URL holds code or secret.
 
     Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
     """
 
     needs = ("api_key", "api_secret")
+    takes: ClassVar[Json] = {"endpoint": "https://rest.nexmo.com/sms/json", "receipts": False}
+    template: ClassVar[Json] = {
+        "headers": FORM,
+        "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
+        "&api_key={api_key}&api_secret={api_secret}",
+    }
+    REFUSED: ClassVar = {"3", "6", "7", "15", "29", "33"}
+    """Statuses that are about this one message: its number, its sender, its text."""
+
+    def taken(self, body: bytes, own_id: str) -> list[str]:
+        """Each part that the message was split into must have been taken."""
+        parts = json.loads(body)["messages"]
+        statuses = [part["status"] for part in parts]
+        if statuses and all(status == "0" for status in statuses):
+            return [str(part.get("message-id", "")) for part in parts]
+        told = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
+        about_this = bool(told) and self.REFUSED.issuperset(map(str, told))
+        raise (SmsRefused if about_this else SmsFailed)(f"nexmo refused it, status {told}")
+
+
+class TwilioSms(HttpSms):
+    """Twilio's Programmable Messaging.
+
+    Source: Twilio, "Message resource": 201 with a sid; 4xx with a code.
+    """
+
+    needs = ("account_sid", "auth_token")
     takes: ClassVar[Json] = {
-        "endpoint": "https://rest.nexmo.com/sms/json", "connect_timeout_s": 2.0, "timeout_s": 5.0
+        "endpoint": "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json",
+        "receipts": False,
+    }
+    template: ClassVar[Json] = {
+        "headers": {**FORM, "Authorization": "Basic {basic}"},
+        "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
+    }
+
+    def taken(self, body: bytes, own_id: str) -> list[str]:
+        """A message has a sid, and has not failed at once."""
+        answer = json.loads(body)
+        if answer.get("status") in ("failed", "undelivered", "canceled"):
+            raise SmsFailed("twilio took the message, and then failed to send it")
+        return [str(answer["sid"])]
+
+
+class KannelSms(HttpSms):
+    """A Kannel of one's own (smsbox), with its login in headers, where no log shows it.
+
+    Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers".
+    """
+
+    needs = ("endpoint", "username", "password")
+    takes: ClassVar[Json] = {"receipts": False}
+    template: ClassVar[Json] = {
+        "headers": {
+            "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
+            "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
+            "X-Kannel-Coding": "{coding}", "X-Kannel-DLR-Mask": "{receipt_mask}",
+            "X-Kannel-DLR-Url": "{receipt_url}",
+        },
+        "body": "{text}",
     }  # fmt: skip
+    receipt_query = "&id={id}&status=%d"  # and not %A, which quotes the message
+
+    def taken(self, body: bytes, own_id: str) -> list[str]:
+        """``0`` is taken; ``3``: its link is down, and the message may leave later."""
+        if body.startswith(b"3"):
+            raise SmsUnknown("kannel keeps the message until its link is up again")
+        if not body.startswith(b"0"):
+            raise SmsFailed("kannel answered without a result")
+        return [own_id] if self.receipt_url else []
+
+
+class SnsSms(SmsProvider):
+    """Amazon SNS, by boto3, which only this kind needs; keys as boto3 finds them by itself.
+
+    Source: SNS API reference, "Publish"; SMS attributes in the developer guide.
+    """
+
+    needs = ("region",)
+    takes: ClassVar[Json] = {"endpoint": "", "type": "Transactional"}
 
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
-        timeout = urllib3.Timeout(self.entry["timeout_s"], self.entry["connect_timeout_s"])
-        self.http = urllib3.PoolManager(maxsize=settings.threads, timeout=timeout, retries=False)
-
-    def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Send one message; each part that it is split into must have been taken."""
-        form = {"from": sender.lstrip("+"), "to": to[1:], "text": text}
-        form |= {name: self.entry[name] for name in self.needs}
-        if not text.isascii():
-            form["type"] = "unicode"
         try:
-            answer = self.http.request(
-                "POST", self.entry["endpoint"], body=urlencode(form), headers=FORM
-            )
-            statuses = [part["status"] for part in answer.json()["messages"]]
-        except (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError):
-            raise SmsFailed("nexmo cannot be reached") from None
-        except urllib3.exceptions.HTTPError as error:
-            raise SmsUnknown(f"nexmo did not answer: {type(error).__name__}") from None
-        except (ValueError, LookupError, TypeError):
-            raise SmsFailed(f"nexmo answered {answer.status} without a result") from None
-        if not statuses or any(status != "0" for status in statuses):
-            told = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
-            raise SmsFailed(f"nexmo refused the message, status {told}")
+            import boto3
+            import botocore.exceptions as known
+            from botocore.config import Config
+        except ImportError:
+            raise self.bad("needs boto3: pip install boto3") from None
+        config = Config(
+            connect_timeout=self.entry["connect_timeout_s"], read_timeout=self.entry["timeout_s"],
+            retries={"total_max_attempts": 1}, max_pool_connections=settings.threads,
+        )  # fmt: skip
+        where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
+        self.client, self.known = boto3.client("sns", **where, config=config), known
+        self.surely_not = (
+            known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError,
+            known.NoCredentialsError, known.ParamValidationError,
+        )  # fmt: skip
+
+    def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
+        """Publish one message."""
+        number = sender.removeprefix("+").isdecimal()
+        origin = "MM.SMS.OriginationNumber" if number else "SNS.SMS.SenderID"
+        attributes = {f"AWS.{origin}": sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
+        typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
+        try:
+            answer = self.client.publish(PhoneNumber=to, Message=text, MessageAttributes=typed)
+        except self.known.ClientError as error:
+            code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
+            refused = code.startswith(("InvalidParameter", "OptedOut"))
+            raise (SmsRefused if refused else SmsFailed)(f"sns refused it: {code}") from None
+        except self.surely_not as error:
+            raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
+        return [str(answer["MessageId"])]
 
 
-FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
-PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {"outbox": OutboxSms, "nexmo": NexmoSms}
+PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
+    "outbox": OutboxSms, "nexmo": NexmoSms, "twilio": TwilioSms, "kannel": KannelSms,
+    "sns": SnsSms, "http": HttpSms,
+}  # fmt: skip
 """What ``kind`` may be in ``sms_providers``."""
 
 
+class Sent(NamedTuple):
+    """A message that was taken, or may have been.
+
+    Attributes:
+        kind, ids: Who took it, and the ids that receipts will name; empty if nobody said so.
+        tried: The providers tried for this session so far, one bit each.
+    """
+
+    kind: str
+    ids: list[str]
+    tried: int
+
+
 class SmsSender:
-    """The providers of a gateway, tried by falling priority."""
+    """The providers of a gateway: by falling priority, those that failed of late at the end."""
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.providers: list[SmsProvider] = []
         for entry in settings.sms_providers:
             if entry["kind"] not in PROVIDERS:
@@ -1597,25 +1982,89 @@ class SmsSender:
                 )
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
-        if not self.providers:
-            raise SettingsError("sms_providers is empty; name at least one")
+        if not 1 <= len(self.providers) <= 16:
+            raise SettingsError("sms_providers must name at least one provider, at most 16")
         self.paid = any(provider.paid for provider in self.providers)
+        self.resting: dict[int, float] = {}
+        half = max(1, settings.threads // 2)
+        self._slots = threading.BoundedSemaphore(half)
+        self._pool = concurrent.futures.ThreadPoolExecutor(half, "sms")
 
     @property
     def outbox(self) -> OutboxSms | None:
         """The outbox, where codes can be seen, if it is in force."""
         return next((p for p in self.providers if isinstance(p, OutboxSms)), None)
 
-    def send(self, sender: str, to: Msisdn, text: str) -> None:
-        """Send by the first provider that takes the message (raises as a provider does)."""
-        for provider in self.providers:
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[None]:
+        """A place for one send; half of our threads stay free for everything else.
+
+        Raises:
+            Unavailable: All are taken. Nobody waits for one.
+        """
+        if not self._slots.acquire(blocking=False):
+            raise Unavailable("as many messages as may be are being sent; try again")
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def send(self, sender: str, to: Msisdn, text: str, tried: int = 0) -> Sent:
+        """Send by the first provider that takes the message, in ``SEND_BUDGET_S`` at most.
+
+        Args:
+            tried: The providers that had a message of this session before, one bit each.
+
+        Raises:
+            SmsFailed: Surely nobody took it. If somebody may have, that counts as sent.
+        """
+        rest_s, unknown = self.settings.sms_cool_down_s, False
+        end = time.monotonic() + SEND_BUDGET_S
+        if tried == 2 ** len(self.providers) - 1:
+            tried = 0  # once round: each has its chance again
+        for n in self._order(tried)[: self.settings.sms_send_tries]:
+            provider, started = self.providers[n], time.monotonic()
+            if end - started < 1:
+                break
+            if n in self.resting:  # rested: this one message tries whether it is well again
+                self.resting[n] = started + rest_s
+            tried |= 1 << n
+            timeout_s = min(provider.entry["timeout_s"], end - started)
             try:
-                return provider.send(sender, to, text)
-            except SmsUnknown:
-                raise
-            except (SmsFailed, OSError) as error:
-                LOG.warning("sms: %s", error if isinstance(error, SmsFailed) else "outbox")
+                ids = self._attempt(provider, timeout_s, sender, to, text)
+            except SmsFailed as error:
+                LOG.warning("sms: %s", error)
+                unknown |= isinstance(error, SmsUnknown)
+                if not isinstance(error, SmsRefused):
+                    self.resting[n] = time.monotonic() + rest_s
+                continue
+            self.resting.pop(n, None)
+            if time.monotonic() - started > timeout_s / 2:
+                self.resting[n] = time.monotonic() + rest_s  # slow
+            return Sent(provider.kind, ids, tried)
+        if unknown:
+            return Sent("", [], tried)
         raise SmsFailed("no provider took the message")
+
+    def _order(self, tried: int) -> list[int]:
+        now, everyone = time.monotonic(), range(len(self.providers))
+        return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
+
+    def _attempt(self, provider: SmsProvider, timeout_s: float, *message: Any) -> list[str]:
+        # In a thread of its own, because nothing else bounds how long a name server takes.
+        send: Callable[..., list[str]] = provider.send
+        future = self._pool.submit(send, *message, timeout_s)
+        try:
+            return future.result(timeout_s)
+        except SmsFailed:
+            raise
+        except TimeoutError:
+            if future.cancel():
+                raise SmsFailed("threads of earlier messages still wait for a provider") from None
+            raise SmsUnknown(f"{provider.kind} did not answer in {timeout_s:.1f} s") from None
+        except Exception as error:  # its text may quote the message
+            known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
+            raise known(f"{provider.kind}: {type(error).__name__}") from None
 
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
@@ -1632,44 +2081,86 @@ class InboundSms(NamedTuple):
     message_id: str
 
 
+def _text(params: Json, *names: str) -> str:
+    return next((str(v) for v in map(params.get, names) if isinstance(v, str | int) and v), "")
+
+
 def parse_inbound(params: Json) -> InboundSms:
-    """Read a provider's webhook: Vonage's fields, or BeepSend's; what is missing is "".
+    """Read a provider's webhook; what is missing is "".
 
     Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
+    Twilio: ``From``, ``Body``, ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``.
     BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
     """
-
-    def text(*names: str, of: Json = params) -> str:
-        values = (of.get(name) for name in names)
-        return next((str(v) for v in values if isinstance(v, str | int) and v), "")
-
-    code, pair = text("network-code"), params.get("mccmnc")
+    code, pair = _text(params, "network-code"), params.get("mccmnc")
     pair = pair if isinstance(pair, dict) else params
     network = Network()
     with contextlib.suppress(InvalidParameter):
-        mcc, mnc = code[:3] or text("mcc", of=pair), code[3:] or text("mnc", of=pair)
+        mcc, mnc = code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc")
         network = parse_network(mcc, mnc, lenient=True)
-    sender = "+" + text("msisdn", "from").strip().removeprefix("+").removeprefix("00")
-    return InboundSms(sender, text("text", "message"), network, text("messageId", "id"))
+    digits = _text(params, "msisdn", "from", "From").strip().removeprefix("+").removeprefix("00")
+    # A short code is no phone, even if it begins like a country's numbers.
+    sender = "+" + digits if len(digits) > SHORT_CODE_MAX_DIGITS else ""
+    message_id = _text(params, "messageId", "MessageSid", "id")
+    return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
 
 
-def check_inbound(entry: Json, secret: str, params: Json) -> None:
+SHORT_CODE_MAX_DIGITS: Final = 6
+"""The longest number for texting to and from services, in most countries."""
+
+
+def parse_receipt(params: Json) -> tuple[str, str]:
+    """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
+
+    Only these are read: some receipts quote the beginning of the message, and so its code.
+    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d.
+    """
+    status = _text(params, "status", "MessageStatus").lower()
+    outcome = "delivered" if status in ("delivered", "read", "1") else ""
+    if status in ("failed", "rejected", "expired", "undelivered", "2", "16"):
+        outcome = "failed"
+    return _text(params, "messageId", "message-id", "MessageSid", "id"), outcome
+
+
+def check_inbound(
+    entry: Json, secret: str, params: Json, url: str, form: Json, signature: str, now_s: float
+) -> None:
     """Let only the provider in, by ``path_secret``, ``signature_secret`` or both.
 
+    Args:
+        secret: From path or query.
+        params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
+        url: The whole URL under the name that providers call us by; Twilio signs it
+        form: and the parameters in the body.
+        signature: The header X-Twilio-Signature.
+
     Raises:
-        Forbidden: The secret or the signature is not right.
+        Forbidden: The secret or the signature is not right, or the call is over a day old.
 
     Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with
-    ``&`` and ``=`` in values made ``_``.
+    ``&`` and ``=`` in values made ``_``; Twilio, "Security": HMAC-SHA1.
     """
-    wanted, key, given = entry.get("path_secret"), entry.get("signature_secret"), params.get("sig")
-    if wanted and not hmac.compare_digest(str(wanted).encode(), secret.encode()):
+    wanted, key = entry.get("path_secret"), entry.get("signature_secret")
+    if wanted and not _same(wanted, secret):
         raise Forbidden("the secret of this webhook is missing or wrong")
-    signed = sorted((name, value) for name, value in params.items() if name != "sig")
-    text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-    expected = hmac.digest(str(key).encode(), text.encode(), "sha256").hex()
-    if key and not hmac.compare_digest(expected.encode(), str(given).lower().encode()):
-        raise Forbidden("the signature of this webhook is missing or wrong")
+    if key and entry["kind"] == "twilio":
+        text = url + "".join(f"{name}{value}" for name, value in sorted(form.items()))
+        digest = hmac.digest(key.encode(), text.encode("utf-8", "replace"), "sha1")
+        right = _same(base64.b64encode(digest).decode(), signature)
+    elif key:
+        signed = sorted((name, value) for name, value in params.items() if name != "sig")
+        text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
+        digest = hmac.digest(key.encode(), text.encode("utf-8", "replace"), "sha256")
+        right = _same(digest.hex(), str(params.get("sig")).lower())
+        # Older than the ids of messages that we remember: it may be a replay.
+        stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
+        right = right and not (stamp and now_s - int(stamp[0]) > DAY_S)
+    if key and not right:
+        raise Forbidden("the signature of this webhook is missing, wrong or too old")
+
+
+def _same(expected: str, given: str) -> bool:
+    return hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace"))
 
 
 # =============================================================================
@@ -1711,7 +2202,8 @@ class Gateway:
     ) -> None:  # fmt: skip
         self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
         self.clock, self.random_bytes = clock, random_bytes
-        self.secrets, self.catalogues = Secrets.derive(master), load_catalogues()
+        self.secrets = Secrets.derive(master)
+        self.catalogues = load_messages(settings.short_code_digits)
 
     # -- Who is asking, and how an answer is committed ------------------------
 
@@ -1898,6 +2390,12 @@ class Gateway:
                 raise  # so that the provider delivers it again
             LOG.info("an SMS was not answered: errno %s", error.errno)
 
+    def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
+        """Keep what a provider says became of a message, once that is certain."""
+        if message_id and outcome:
+            self.storage.note_outcome(kind, message_id, outcome)
+            LOG.info("sms: %s receipt: %s", kind, outcome)
+
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
         # VALIDATE: all of the body, so that a bad key never burns a code
@@ -1987,30 +2485,42 @@ class Gateway:
             before = session.record
             return decide(user)
 
-        # RECORD
-        code, user, counted = self.step(session, remember), session.user, False
-        # ACT
-        msisdn = self._number(session, user)
-        sender = self._sender(user.network, msisdn)
-        catalogue = self.catalogues[negotiate_language(language, self.catalogues)]
-        try:
-            if self.sms.paid:
-                limit = self.settings.sends_per_hour
-                if wait_s := self.storage.count_send(self.clock(), limit):
-                    raise TooManyMessages("the gateway may send no more for a while", wait_s)
-                counted = True
-            self.sms.send(sender, msisdn, code if user.long else message_text(code, catalogue))
-        except SmsUnknown:
-            raise Unavailable("the SMS provider did not answer; a code may come yet") from None
-        except (SmsFailed, TooManyMessages) as error:
-            if counted:
-                self.storage.uncount_send()
-            self.storage.commit(session.storage_id, session.record, before)
-            if isinstance(error, TooManyMessages):
-                raise
-            raise Unavailable("no SMS provider took the message; try again") from None
+        with self.sms.slot():
+            # RECORD
+            code, user, counted = self.step(session, remember), session.user, False
+            # ACT
+            msisdn = self._number(session, user)
+            sender = self._sender(user.network, msisdn)
+            text = code if user.long else self._short_text(code, msisdn, language)
+            try:
+                if self.sms.paid:
+                    limit = self.settings.sends_per_hour
+                    if wait_s := self.storage.count_send(self.clock(), limit):
+                        raise TooManyMessages("the gateway may send no more for a while", wait_s)
+                    counted = True
+                sent = self.sms.send(sender, msisdn, text, user.tried)
+            except (SmsFailed, TooManyMessages) as error:
+                if counted:
+                    self.storage.uncount_send()
+                self.storage.commit(session.storage_id, session.record, before)
+                if isinstance(error, TooManyMessages):
+                    raise
+                raise Unavailable("no SMS provider took the message; try again") from None
+        # RECORD: what a resend and the receipts go by; the message is out, whatever happens here
+        with contextlib.suppress(Unavailable):
+            if len(self.sms.providers) > 1 and sent.tried != user.tried:
+                tried = replace(user, tried=sent.tried).pack()
+                self.storage.commit(session.storage_id, session.record, tried)
+            for message_id in filter(None, sent.ids):
+                self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         # ANSWER
         return sender
+
+    def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
+        if self.settings.language_by_country:
+            language += country_languages(country_of(msisdn))
+        tag = negotiate_language(language, self.catalogues)
+        return message_text(code, self.catalogues[tag], self.settings.line_host)
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
@@ -2067,6 +2577,9 @@ ROUTES: Final = (
     Route("GET POST", "/sms/momt", "sms_momt"),
     Route("GET POST", "/sms/momt/", "sms_momt"),
     Route("GET POST", "/sms/momt/<secret>", "sms_momt"),
+    Route("GET POST", "/sms/receipt", "sms_receipt"),
+    Route("GET POST", "/sms/receipt/", "sms_receipt"),
+    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt"),
     Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
     Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
     Route("POST", "/unregister", "unregister", hawk=True),
@@ -2156,7 +2669,13 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; ``null`` and "" count as missing, and no body has none.
+    """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
+    params = json_object(body, content_type)
+    return {name: value for name, value in params.items() if value is not None and value != ""}
+
+
+def json_object(body: bytes, content_type: str) -> Json:
+    """A JSON body as it is; no body is an empty one.
 
     Raises:
         UnsupportedMediaType: It is said to be something else than JSON.
@@ -2172,7 +2691,7 @@ def json_params(body: bytes, content_type: str) -> Json:
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
         raise BadJson('the body must be a JSON object, {"name": value}')
-    return {name: value for name, value in params.items() if value is not None and value != ""}
+    return params
 
 
 def _refuse(constant: str) -> None:
@@ -2238,6 +2757,14 @@ class HawkPlugin:
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
+THANKS: Final = {
+    "twilio": Answer(200, b"<Response/>", "text/xml"),
+    # Kannel and its like would send a body on to the phone.
+    **dict.fromkeys(("kannel", "http"), Answer(200, b"", "text/plain")),
+}
+"""How a webhook is answered, where it is not by an empty object."""
+
+
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     """The WSGI application: ``ROUTES`` and their handlers."""
 
@@ -2275,12 +2802,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         environ = bottle.request.environ
         return split_host(environ.get("HTTP_HOST", ""), environ["wsgi.url_scheme"])
 
+    def path(self) -> str:
+        """The path and the query that were requested, as they came."""
+        environ = bottle.request.environ
+        path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
+        query = environ.get("QUERY_STRING", "")
+        return f"{path}?{query}" if query else path
+
     def hawk_request(self) -> HawkRequest:
         """What Hawk signs of this request, under the name that clients call us by."""
-        environ, method = bottle.request.environ, bottle.request.method
-        path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
-        if query := environ.get("QUERY_STRING"):
-            path += "?" + query
+        method, path = bottle.request.method, self.path()
         if self.settings.public_url:
             return hawk_target(method, self.settings.public_url + path)
         return HawkRequest(method, path, *self.host())
@@ -2394,22 +2925,36 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         language = self.header("Accept-Language")
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
-    def sms_momt(self, secret: str = "") -> Json:
-        """GET or POST /sms/momt/ : a provider delivers an SMS."""
-        params: Json = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
+    def webhook(self, secret: str) -> tuple[str, Json]:
+        """The provider that calls us, and what it says, once its secret and signature are right."""
+        query = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
+        form: Json = {}
         if bottle.request.method == "POST":
             body, content_type = self.body(), bottle.request.content_type
             if media_type(content_type) == FORM["Content-Type"]:
-                params |= parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)
+                form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
             else:
-                params |= json_params(body, content_type)
+                form = json_object(body, content_type)
+        params: Json = query | form
         name, given = params.pop("provider", ""), str(params.pop("secret", ""))
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
-        check_inbound(entry, secret or given, params)
+        signed = (self.settings.base_url + self.path(), form, self.header("X-Twilio-Signature"))
+        check_inbound(entry, secret or given, params, *signed, self.gateway.clock())
+        return str(name), params
+
+    def sms_momt(self, secret: str = "") -> Answer:
+        """GET or POST /sms/momt/ : a provider delivers an SMS."""
+        kind, params = self.webhook(secret)
         self.gateway.receive_sms(parse_inbound(params))
-        return {}
+        return THANKS.get(kind) or json_answer({})
+
+    def sms_receipt(self, secret: str = "") -> Answer:
+        """GET or POST /sms/receipt/ : a provider tells what became of a message."""
+        kind, params = self.webhook(secret)
+        self.gateway.receive_receipt(kind, *parse_receipt(params))
+        return THANKS.get(kind) or json_answer({})
 
     def sms_verify_code(self, session: Session) -> Json:
         """POST /sms/verify_code : the code comes back."""
@@ -2730,7 +3275,7 @@ def serve(settings: Settings) -> int:
     say = partial(print, file=sys.stderr, flush=True)
     holder, store = claim_port(settings), None
     try:
-        sms = SmsSender(settings)
+        sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
         made = load_master_secret(settings)[1] | load_signing_key(settings)[1]
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir)
@@ -2782,7 +3327,18 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
             mark = "# " if hidden or real == default else ""
             print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
         else:
-            print(f"{f.name:18} {value:28} {about}")
+            print(f"{f.name:20} {value:28} {about}")
+    return 0
+
+
+def show_messages(settings: Settings) -> int:
+    """Print the short message in every language: what it takes, and whether a host line fits."""
+    code, host = "1" * settings.short_code_digits, settings.line_host
+    for tag, catalogue in sorted(load_messages(len(code)).items()):
+        text = message_text(code, catalogue, host)
+        line, size = "host line" if "\n" in text else "-", measure(text)
+        units = f"{size.encoding} {size.units:3} {size.segments}"
+        print(f"{tag:8} {units} {line:9} {text.replace(chr(10), ' ⏎ ')}")
     return 0
 
 
@@ -2809,7 +3365,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "gateway.py", description="Prove control of a phone number.", allow_abbrev=False
     )
-    commands = ("serve", "demo", "generate-keypair", "settings")
+    commands = ("serve", "demo", "generate-keypair", "settings", "messages")
     parser.add_argument("command", nargs="?", default="serve", choices=commands)
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
@@ -2829,6 +3385,8 @@ def main(argv: list[str]) -> int:
             return generate_keypair(settings, given["algorithm"])
         if given["command"] == "settings":
             return show_settings(settings, given["toml"])
+        if given["command"] == "messages":
+            return show_messages(settings)
         return serve(settings)
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)

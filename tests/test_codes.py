@@ -211,7 +211,8 @@ CATALOGUES = dict.fromkeys(
         ("en;q=0.1, de;q=0.9", "de"),
         ("nl, it, de;q=0.1", "de"),  # what we don't have is passed over
         ("pt-PT, de;q=0.5", "de"),  # Brazilian is not what was asked for
-        ("zh-TW, de;q=0.1", "de"),
+        ("zh-TW, de;q=0.1", "zh-hant"),  # Taiwan's script
+        ("zh", "zh-hans"),
         ("  de  ", "de"),
         ("de ;q=0.5", "de"),
         ("de; q=0.5", "de"),
@@ -240,7 +241,6 @@ def test_language_that_is_served(header: str, expected: str) -> None:
         "-de",
         "nl",
         "pt",  # only Brazilian is there: no guess
-        "zh",
         "d",
         "deu",  # no tag of ours begins it
         "dede",
