@@ -2051,15 +2051,18 @@ class SmsSender:
         return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
 
     def _attempt(self, provider: SmsProvider, timeout_s: float, *message: Any) -> list[str]:
-        # In a thread of its own, because nothing else bounds how long a name server takes.
         send: Callable[..., list[str]] = provider.send
-        future = self._pool.submit(send, *message, timeout_s)
+        future: concurrent.futures.Future[list[str]] | None = None
         try:
+            if isinstance(provider, OutboxSms):
+                return send(*message)
+            # In a thread of its own, because nothing else bounds how long a name server takes.
+            future = self._pool.submit(send, *message, timeout_s)
             return future.result(timeout_s)
         except SmsFailed:
             raise
         except TimeoutError:
-            if future.cancel():
+            if future is None or future.cancel():
                 raise SmsFailed("threads of earlier messages still wait for a provider") from None
             raise SmsUnknown(f"{provider.kind} did not answer in {timeout_s:.1f} s") from None
         except Exception as error:  # its text may quote the message

@@ -326,6 +326,7 @@ class Bench:
     count: int
     rounds: int
     users: int = 1_000_000
+    only: str = ""
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     steps: int = 0
     step: int = 0
@@ -427,13 +428,14 @@ def endpoints(bench: Bench, report: Report) -> None:
         "P": lambda: http.request("POST", url, body=form, headers=FORM).json(),
         "S": lambda: storage.get(gateway.StorageId(bytes(16))),
     }
-    rows = [Row(w.name, w.limit) for w in WORKLOADS]
+    chosen = [w for w in WORKLOADS if w.server == "bare" or w.path == "/" or bench.only in w.name]
+    rows = [Row(w.name, w.limit) for w in chosen]
     units: dict[str, list[float]] = {name: [] for name in probes}
     bench.steps = bench.rounds * len(rows)
     for number in range(bench.rounds):
         for name, call in probes.items():
             units[name].append(probe(min(bench.count, 1000), call))
-        for what, row in zip(WORKLOADS, rows, strict=True):
+        for what, row in zip(chosen, rows, strict=True):
             bench.say(f"round {number + 1}: {what.name}")
             world = worlds.get(what.server, worlds["gateway"])
             world.reset()
@@ -633,6 +635,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=3000, help="of each row in each round")
     parser.add_argument("--users", type=int, default=1_000_000, help="in the larger store")
+    parser.add_argument("--only", default="", help="endpoints: those whose name holds this")
     parser.add_argument("--client", choices=("wrk", "python"), help="default: wrk, if it is there")
     parser.add_argument("--out", default="", help="folder for bench.json and bench.svg")
     given = parser.parse_args(argv)
@@ -645,7 +648,8 @@ def main(argv: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench")))
         for part in given.parts:
-            bench = Bench(folder / part, client, given.requests, given.rounds, given.users)
+            bench = Bench(folder / part, client, given.requests, given.rounds, given.users,
+                          given.only)  # fmt: skip
             bench.folder.mkdir()
             with bench.stack:
                 PARTS[part](bench, report)
