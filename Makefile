@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install runserver test lint notebooks docs update-l10n
+.PHONY: help install runserver test lint notebooks docs bench update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ notebooks: .venv/done  ## execute the notebooks again, in place
 
 docs: .venv/done  ## build the pages in docs/, to be opened from disk
 	$(BIN)/python notebooks/pages.py docs
+
+bench: .venv/done  ## measure what each request costs (half an hour; ARGS="--help" tells more)
+	$(BIN)/python tests/bench/bench.py $(ARGS)
 
 L10N := --no-wrap -N --ignore-obsolete --ignore-pot-creation-date -i locale/messages.pot -d locale
 

@@ -101,7 +101,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
@@ -602,12 +602,13 @@ class Network(NamedTuple):
         mcc = int(self.mcc) + 1 if self.mcc else 0
         return (mcc * 1101 + mnc).to_bytes(3, "big")
 
-    @classmethod
-    def unpack(cls, packed: bytes) -> Network:
+    @staticmethod
+    @lru_cache  # in every record, and there are a few hundred
+    def unpack(packed: bytes) -> Network:
         """The inverse of ``pack``."""
         mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
         digits = "" if not mnc else f"{mnc - 1:02}" if mnc < 101 else f"{mnc - 101:03}"
-        return cls(f"{mcc - 1:03}" if mcc else "", digits)
+        return Network(f"{mcc - 1:03}" if mcc else "", digits)
 
 
 def parse_msisdn(value: object) -> Msisdn:
@@ -784,13 +785,14 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
 
 
-def write_private_file(path: Path, content: bytes) -> None:
-    """Write a new file that nobody else can read, down to the disk."""
+def write_private_file(path: Path, content: bytes, to_disk: bool = True) -> None:
+    """Write a new file that nobody else can read; ``to_disk``, it also survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(descriptor)
+        if to_disk:
+            os.fsync(descriptor)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
@@ -930,21 +932,18 @@ def build_authorization(
     """The Authorization header of a request: the client's side of Hawk."""
     hash = payload_hash(content_type, body)
     header = HawkHeader(credentials.hawk_id, str(ts), nonce, "", hash, ext)
-    return _hawk_text(header, hawk_mac("header", credentials.hawk_key, header, request))
+    mac = hawk_mac("header", credentials.hawk_key, header, request)
+    named = header._replace(mac=mac)._asdict().items()
+    return "Hawk " + ", ".join(f'{name}="{value}"' for name, value in named if value)
 
 
 def server_authorization(
     key: HawkKey, header: HawkHeader, request: HawkRequest, content_type: str, body: bytes
 ) -> str:
     """The Server-Authorization header of the answer ``body`` to a signed request."""
-    signed = header._replace(hash=payload_hash(content_type, body), ext="")
-    mac = hawk_mac("response", key, signed, request)
-    return _hawk_text(HawkHeader(hash=signed.hash), mac)
-
-
-def _hawk_text(header: HawkHeader, mac: str) -> str:
-    named = header._replace(mac=mac)._asdict().items()
-    return "Hawk " + ", ".join(f'{name}="{value}"' for name, value in named if value)
+    hash = payload_hash(content_type, body)
+    mac = hawk_mac("response", key, header._replace(hash=hash, ext=""), request)
+    return f'Hawk mac="{mac}", hash="{hash}"'
 
 
 # =============================================================================
@@ -1122,7 +1121,7 @@ PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The half of it that everybody may know."""
-SMALL_FACTORS: Final = math.prod(range(3, 2000, 2))
+SMALL_FACTORS: Final = math.lcm(*range(3, 2000, 2))
 """A modulus that shares a factor with this number is no RSA key."""
 
 
@@ -1252,8 +1251,18 @@ def _dsa_key(y: int, p: int, q: int, g: int) -> PublicKey:
 
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
-    payload, any_key = json.dumps(claims, separators=(",", ":")).encode(), cast(Any, key)
-    return _JWS.encode(payload, any_key, algorithm_of(key.public_key()), headers={"typ": None})
+    algorithm = algorithm_of(key.public_key())
+    signed = _b64url(_json({"alg": algorithm})) + b"." + _b64url(_json(claims))
+    signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, cast(Any, key))
+    return (signed + b"." + _b64url(signature)).decode()
+
+
+def _json(value: Json) -> bytes:
+    return _COMPACT.encode(value).encode()
+
+
+_COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
+_b64url: Final = jwt.utils.base64url_encode
 
 
 def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
@@ -2224,8 +2233,8 @@ class OutboxSms(SmsProvider):
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
         path = self.folder / f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
-        draft = path.with_suffix(".draft")
-        write_private_file(draft, json.dumps(message).encode())
+        draft = path.with_name(f"draft-{path.name}")  # where forget() does not take it from us
+        write_private_file(draft, json.dumps(message).encode(), to_disk=False)
         draft.rename(path)
         if time.time() > self._pruned_s + 60:
             self.prune()
@@ -2617,15 +2626,18 @@ class SmsSender:
         return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
 
     def _attempt(self, provider: SmsProvider, timeout_s: float, *message: Any) -> list[str]:
-        # In a thread of its own, because nothing else bounds how long a name server takes.
         send: Callable[..., list[str]] = provider.send
-        future = self._pool.submit(send, *message, timeout_s)
+        future: concurrent.futures.Future[list[str]] | None = None
         try:
+            if isinstance(provider, OutboxSms):
+                return send(*message)
+            # In a thread of its own, because nothing else bounds how long a name server takes.
+            future = self._pool.submit(send, *message, timeout_s)
             return future.result(timeout_s)
         except SmsFailed:
             raise
         except TimeoutError:
-            if future.cancel():
+            if future is None or future.cancel():
                 raise SmsFailed("threads of earlier messages still wait for a provider") from None
             raise SmsUnknown(f"{provider.kind} did not answer in {timeout_s:.1f} s") from None
         except Exception as error:  # its text may quote the message
@@ -2744,7 +2756,7 @@ class Session:
     """
 
     hawk_id: HawkId
-    hawk_key: HawkKey
+    user: User
     storage_id: StorageId
     record: bytes
     header: HawkHeader
@@ -2752,11 +2764,6 @@ class Session:
     nonce_ttl_s: int
     spent: bool = False
     unsure: bool = False
-
-    @property
-    def user(self) -> User:
-        """The record, unpacked."""
-        return User.unpack(self.record)
 
 
 class Gateway:
@@ -2793,13 +2800,13 @@ class Gateway:
         record = self.storage.get(storage_id) if hawk_id else None
         if record is None:
             raise UnknownSession("this session is unknown: /register opens one")
-        key = User.unpack(record).hawk_key
-        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+        user = User.unpack(record)
+        if not hmac.compare_digest(hawk_mac("header", user.hawk_key, header, request), header.mac):
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
         nonce_ttl_s = min(max(left_s, 1) + 1, DAY_S)
-        return Session(hawk_id, key, storage_id, record, header, request, nonce_ttl_s)
+        return Session(hawk_id, user, storage_id, record, header, request, nonce_ttl_s)
 
     def check_request(self, session: Session, content_type: str, body: bytes) -> None:
         """Check what else a Hawk header promises: its time, and the hash of the body.
@@ -2807,7 +2814,7 @@ class Gateway:
         Raises:
             BadSignature: Stale, or not the body that was signed.
         """
-        now_s, key, header = int(self.clock()), session.hawk_key, session.header
+        now_s, key, header = int(self.clock()), session.user.hawk_key, session.header
         if abs(now_s - int(header.ts)) > self.settings.hawk_skew_s:
             told = f'Hawk ts="{now_s}", tsm="{time_mac(key, now_s)}", error="Stale timestamp"'
             raise BadSignature(
@@ -2815,11 +2822,8 @@ class Gateway:
                 headers={"WWW-Authenticate": told},
             )
         # Some servers make up a media type where there is no body (wsgiref: text/plain).
-        hashes = {
-            payload_hash(content_type, body),
-            payload_hash(content_type if body else "", body),
-        }
-        if header.hash and header.hash not in hashes:
+        types = [content_type] if body else [content_type, ""]
+        if header.hash and header.hash not in (payload_hash(kind, body) for kind in types):
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
@@ -2833,10 +2837,9 @@ class Gateway:
                 is raised after the commit; one that it raises commits nothing yet.
         """
         for _ in range(COMMIT_TRIES):
-            old = session.user
-            user, answer = decide(old)
+            user, answer = decide(session.user)
             new = user.pack() if user else b""
-            verified = user and user.verified_s != old.verified_s
+            verified = user and user.verified_s != session.user.verified_s
             session.unsure = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
@@ -2847,7 +2850,7 @@ class Gateway:
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
-                session.record = new
+                session.user, session.record = user or session.user, new
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
@@ -2855,7 +2858,7 @@ class Gateway:
             if record is None:
                 session.spent = True
                 raise UnknownSession("this session is unknown: /register opens one")
-            session.record = record
+            session.user, session.record = User.unpack(record), record
         raise Unavailable("too many requests change this session at once; try again")
 
     def spend_nonce(self, session: Session) -> None:
@@ -2869,7 +2872,7 @@ class Gateway:
         """Open a session: its token, and the ways to verify if a network is named."""
         # VALIDATE
         details = self.discover(params) if "mcc" in params else {}
-        if "msisdn" in params:
+        if "msisdn" in params and not details:
             parse_msisdn(params["msisdn"])
         # ACT
         token = new_session_token(self.random_bytes)
@@ -2947,8 +2950,8 @@ class Gateway:
                 # The id of the message stands in for a nonce: each one is handled once.
                 header = HawkHeader(nonce="sms " + message.message_id)
                 ttl_s = DAY_S if message.message_id else 0
-                key, request = User.unpack(record).hawk_key, HawkRequest("", "", "", 0)
-                session = Session(hawk_id, key, storage_id, record, header, request, ttl_s)
+                user, request = User.unpack(record), HawkRequest("", "", "", 0)
+                session = Session(hawk_id, user, storage_id, record, header, request, ttl_s)
                 self._answer_sms(session, msisdn, message.network)
 
     def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
@@ -3264,7 +3267,7 @@ def json_object(body: bytes, content_type: str) -> Json:
     if media_type(content_type) not in ("application/json", ""):
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
-        params = json.loads(body.decode(), parse_constant=_refuse)
+        params = _JSON.decode(body.decode())
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
@@ -3274,6 +3277,20 @@ def json_object(body: bytes, content_type: str) -> Json:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
+
+
+_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+
+
+@lru_cache
+def split_host(host: str, scheme: str) -> tuple[str, int]:
+    """Host and port that a Host header names; "" if it is unusable."""
+    default = 443 if scheme == "https" else 80
+    try:
+        parts = urlsplit("//" + host)
+        return parts.hostname or "", parts.port or default
+    except ValueError:
+        return "", default
 
 
 class AnswerPlugin:
@@ -3316,7 +3333,8 @@ class HawkPlugin:
 
         answer = app.answer(checked)
         content = (answer.content_type, answer.body)
-        seal = server_authorization(session.hawk_key, session.header, session.request, *content)
+        key, header, request = session.user.hawk_key, session.header, session.request
+        seal = server_authorization(key, header, request, *content)
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
@@ -3360,12 +3378,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
-        default = 443 if bottle.request.environ["wsgi.url_scheme"] == "https" else 80
-        try:
-            parts = urlsplit("//" + self.header("Host"))
-            return parts.hostname or "", parts.port or default
-        except ValueError:
-            return "", default
+        environ = bottle.request.environ
+        return split_host(environ.get("HTTP_HOST", ""), environ["wsgi.url_scheme"])
 
     def path(self) -> str:
         """The path and the query that were requested, as they came."""
@@ -3407,11 +3421,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def write(self, answer: Answer) -> bytes:
         """Give an answer, and the headers that every one has, to Bottle's response."""
-        response = bottle.response
+        response, headers = bottle.response, {**self.common_headers(), **answer.headers}
         response.status = answer.status
         if answer.content_type:
-            response.content_type = answer.content_type
-        for name, value in {**self.common_headers(), **answer.headers}.items():
+            headers["Content-Type"] = answer.content_type
+        for name, value in headers.items():
             response.set_header(name, value)
         return answer.body
 
