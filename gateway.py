@@ -2388,9 +2388,7 @@ class HttpSms(SmsProvider):
         return []
 
 
-MEANINGS: Final[Mapping[int, type[SmsFailed]]] = {
-    400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown
-}  # fmt: skip
+MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown}
 """What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
@@ -2505,10 +2503,8 @@ class SnsSms(SmsProvider):
         )  # fmt: skip
         where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
         self.client, self.known = boto3.client("sns", **where, config=config), known
-        self.surely_not = (
-            known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError,
-            known.NoCredentialsError, known.ParamValidationError,
-        )  # fmt: skip
+        early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
+        self.surely_not = (*early, known.NoCredentialsError, known.ParamValidationError)
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Publish one message."""
@@ -2555,9 +2551,8 @@ class SmsSender:
         self.providers: list[SmsProvider] = []
         for entry in settings.sms_providers:
             if entry["kind"] not in PROVIDERS:
-                raise SettingsError(
-                    f"sms_providers: {entry['kind']!r} is none of {', '.join(PROVIDERS)}"
-                )
+                kinds = ", ".join(PROVIDERS)
+                raise SettingsError(f"sms_providers: {entry['kind']!r} is none of {kinds}")
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
         if not 1 <= len(self.providers) <= 16:
@@ -3343,12 +3338,10 @@ class HawkPlugin:
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
-THANKS: Final = {
-    "twilio": Answer(200, b"<Response/>", "text/xml"),
-    # Kannel and its like would send a body on to the phone.
-    **dict.fromkeys(("kannel", "http"), Answer(200, b"", "text/plain")),
-}
-"""How a webhook is answered, where it is not by an empty object."""
+NOTHING: Final = Answer(200, b"", "text/plain")
+RESPONSE: Final = Answer(200, b"<Response/>", "text/xml")
+THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
+"""How a webhook is answered, if not by {}: Kannel and its like send a body on to the phone."""
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
