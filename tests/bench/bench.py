@@ -364,7 +364,7 @@ class Bench:
     def warm_up(self, world: World) -> None:
         """Let every thread connect, before anything is counted."""
         requests = workload("/sms/verify_code").requests(world, min(1000, 10 * self.count))
-        clients.run_python(world.port, requests, 64, lambda: None)
+        clients.run_python(world.port, requests, CONNECTIONS, lambda: None)
 
 
 # -- The parts of the benchmark -----------------------------------------------
