@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install runserver test lint notebooks bench update-l10n
+.PHONY: help install runserver test lint notebooks docs bench update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,10 @@ lint: .venv/done  ## check formatting, style and types
 
 notebooks: .venv/done  ## execute the notebooks again, in place
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(wildcard notebooks/*.ipynb)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(wildcard notebooks/*.ipynb)
+
+docs: .venv/done  ## build the pages in docs/, to be opened from disk
+	$(BIN)/python notebooks/pages.py docs
 
 bench: .venv/done  ## measure what each request costs (half an hour; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)

@@ -93,6 +93,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -119,6 +120,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry
 
 # =============================================================================
@@ -167,6 +169,12 @@ DAY_S: Final = 86400
 """How long the id of an inbound message is remembered; the longest life of a nonce."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
+DISCOVERY_S: Final = 0.3
+"""How long we may ask who holds what now, once a node of a cluster or group has failed."""
+REPLICATION_MS: Final = 100
+"""How long a replica, where there is one, may take to have what must not be lost."""
+STORE_START_S: Final = 10.0
+"""How long the store may take to answer at our start (our own: beside loading its data)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
 
@@ -338,12 +346,6 @@ def _is_origin(url: str) -> bool:
     return False
 
 
-def _is_store(url: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(re.match("(rediss?|unix)://", url)) and urlsplit(url).port != 0
-    return False
-
-
 SMS_LISTS: Final = ("sms_providers", "sms_inbound")
 """The two settings that are lists of objects with a kind, and that may hold secrets."""
 SIGNED: Final = ("nexmo", "twilio")
@@ -364,6 +366,13 @@ def _shown_field(name: str, value: Any) -> Any:
     return host[0] + "/…" if host else value if name in ("kind", "priority") else "…"
 
 
+STORAGE_URLS: Final = (
+    "redis[s]://[user:password@]host:port, unix:///path, redis[s]+cluster://host:port,host:port, "
+    "redis[s]+sentinel://host:port,host:port/SERVICE"
+)
+"""What storage_url may look like; options stand behind a "?", as redis-py takes them."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that a deployment can choose: default, sentence, bounds.
@@ -380,7 +389,10 @@ class Settings:
         "", "what clients call us: scheme, host, port; empty = host and port"
     )
     storage_url: str = _setting(
-        "", "redis://, rediss:// or unix:// URL; empty = embedded", secret=True
+        "", "Redis or Valkey; empty = embedded, else " + STORAGE_URLS, secret=True
+    )
+    certificate_store: str = _setting(
+        "", "dynamodb://TABLE?region=… for verified users; empty = the same store"
     )
     data_dir: str = _setting("data", "where the embedded server and the outbox live")
     keys_dir: str = _setting("keys", "where the master secret and the key pair live")
@@ -430,8 +442,12 @@ class Settings:
             object.__setattr__(self, "public_url", self.public_url.removesuffix("/"))
         elif not self.host or getattr(_address(self.host), "is_unspecified", self.host == "0"):
             raise self._bad("host", "a wildcard only together with public_url")
-        if self.storage_url and not _is_store(self.storage_url):
-            raise self._bad("storage_url", "a redis://, rediss:// or unix:// URL")
+        schemes = r"(unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+sentinel://.+/[^/?])"
+        if self.storage_url and not re.match(schemes, self.storage_url):
+            raise self._bad("storage_url", STORAGE_URLS)
+        table = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|$))+)?)?"
+        if not re.fullmatch(table, self.certificate_store, re.A):
+            raise self._bad("certificate_store", "dynamodb://TABLE?region=…&endpoint_url=…")
         if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
         if self.sms_host_line not in ("auto", "on", "off"):
@@ -1355,7 +1371,8 @@ def _pem(key: PrivateKey) -> bytes:
 # 10. Storage
 # =============================================================================
 # Key                            Value                       Lives
-# storage id, 16 bytes           one User, packed            session_ttl_s, then verified_ttl_s
+# storage id, 16 bytes           one User, packed, or where  session_ttl_s, then verified_ttl_s
+#                                in DynamoDB that is
 # "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
 #                                id of an SMS, that was used
 # "receipt " 12 bytes            what became of a message    a day
@@ -1467,53 +1484,187 @@ SHA1: Final = {
 """The names under which a server keeps scripts."""
 
 
-class Storage:
-    """A Redis or Valkey server: get, compare-and-set, delete; one connection a thread.
+Node = tuple[str, int]
+"""Host and port of one server; ("", 0) where there is but one."""
 
-    No write is ever repeated by itself, because one that timed out may still run. Every
-    method raises ``Unavailable`` when the server does not answer in time, or refuses.
+
+def _nonce_key(key: StorageId, nonce: str) -> bytes:
+    """Where a used nonce is kept: in a cluster, in the slot of its record."""
+    digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()
+    return b"{%b}%b" % (key, digest[:12])
+
+
+class Storage:
+    """Redis or Valkey, be it one server, a Sentinel group or a cluster: get, compare-and-set.
+
+    Each thread has one connection to each node that it uses. No command is ever repeated,
+    because one that timed out may still run; only what surely did not run, because a node
+    could not be reached or a cluster said that a key has moved, is sent to where it belongs
+    now. A connection that the server has closed is noticed and replaced before it is used,
+    and after every failure a cluster or group is asked anew who holds what.
+
+    Every method raises ``Unavailable`` when the store does not answer in time, or refuses.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``, as redis-py takes it.
+        url: As the setting ``storage_url`` takes it.
+
+    Raises:
+        SettingsError: The URL is not usable.
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self._threads = url, threading.local()
-
-    def _client(self) -> redis.Redis:
-        if not hasattr(self._threads, "client"):
-            self._threads.client = redis.Redis.from_url(
-                self.url, single_connection_client=True, retry=Retry(NoBackoff(), 0),
-                socket_timeout=STORAGE_TIMEOUT_S, socket_connect_timeout=STORAGE_TIMEOUT_S,
-                protocol=2, driver_info=None,
-            )  # fmt: skip
-        return cast(redis.Redis, self._threads.client)
-
-    def _run(self, *command: Any) -> Any:
+        self.url, self._threads, self._lock = url, threading.local(), threading.Lock()
+        scheme, _, rest = url.partition("://")
+        self._scheme, _, self._kind = scheme.partition("+")
+        user, at, rest = rest.rpartition("@")
+        places, _, query = rest.partition("?")
+        hosts, _, self._service = places.partition("/")
+        options = dict(parse_qsl(query))
+        name, password = options.pop("sentinel_username", ""), options.pop("sentinel_password", "")
+        self._login, self._options = user + at, urlencode(options)
+        self._sentinel_login = f"{quote(name)}:{quote(password)}@" if password else ""
+        self._nodes: list[Node | None] | None = None if self._kind else [("", 0)]
+        self._given, self._ask_again_s = [("", 0)], 0.0
         try:
-            # execute_command does the same, but costs as much again in things we have turned off.
-            client: Any = self._client()
-            client.connection.send_command(*command)
-            return client.parse_response(client.connection, command[0])
+            if self._kind:
+                found = [urlsplit("//" + host) for host in hosts.split(",")]
+                port = 26379 if self._kind == "sentinel" else 6379
+                self._given = [(seed.hostname or "", seed.port or port) for seed in found]
+            self._seeds = self._given
+            self._connect(self._seeds[0], self._login)  # which sends nothing yet
+        except (ValueError, TypeError):
+            raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
+
+    # -- Who is asked ---------------------------------------------------------
+
+    def _connect(self, node: Node, login: str, timeout_s: float = STORAGE_TIMEOUT_S) -> Any:
+        host = f"[{node[0]}]" if ":" in node[0] else node[0]
+        url = f"{self._scheme}://{login}{host}:{node[1]}?{self._options}"
+        pool = redis.ConnectionPool.from_url(
+            url if self._kind else self.url, retry=Retry(NoBackoff(), 0), protocol=2,
+            driver_info=None, socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
+        )  # fmt: skip
+        return pool.make_connection()
+
+    def _connection(self, node: Node) -> Any:
+        """This thread's connection to a node, which the server has not closed meanwhile."""
+        kept = self._threads.__dict__.setdefault("connections", {})
+        if node not in kept:
+            kept[node] = self._connect(node, self._login)
+        connection = kept[node]
+        try:
+            if connection.is_connected and connection.can_read(0):
+                connection.disconnect()  # nothing was asked, so this is a farewell
+        except redis.RedisError:
+            connection.disconnect()
+        if not connection.is_connected:
+            connection.connect()
+        return connection
+
+    def _table(self) -> list[Node | None]:
+        """Who holds each slot of a cluster; else the one node that holds everything."""
+        if nodes := self._nodes:
+            return nodes
+        with self._lock:  # one thread asks for all of them
+            give_up_s = time.monotonic() + DISCOVERY_S
+            for seed in self._seeds if time.monotonic() > self._ask_again_s else ():
+                if self._nodes or time.monotonic() > give_up_s:
+                    break
+                try:
+                    self._nodes = self._ask(seed)
+                except redis.RedisError:
+                    self._seeds = [node for node in self._seeds if node != seed] + [seed]
+            if nodes := self._nodes:
+                return nodes
+            self._ask_again_s = time.monotonic() + DISCOVERY_S
+        raise redis.ConnectionError("nobody says who holds what")
+
+    def _slot(self, key: bytes) -> int:
+        return key_slot(key) if self._kind == "cluster" else 0
+
+    def _ask(self, seed: Node) -> list[Node | None]:
+        """Ask a sentinel who the primary is, or a node of a cluster which slots are whose."""
+        group = self._kind == "sentinel"
+        login = self._sentinel_login if group else self._login
+        connection = self._connect(seed, login, DISCOVERY_S / 3)
+        try:
+            if group:
+                question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+                host, port = self._talk(connection, question)[0] or (b"", 0)
+                self._seeds = list(dict.fromkeys([seed, *self._given]))
+                return [(host.decode(), int(port)) if host else None]
+            slots: list[Node | None] = [None] * 16384
+            for first, last, primary, *_ in self._talk(connection, ("CLUSTER", "SLOTS"))[0]:
+                node = ((primary[0] or b"").decode() or seed[0], primary[1])
+                slots[first : last + 1] = [node] * (last + 1 - first)
+            self._seeds = list(dict.fromkeys([seed, *filter(None, slots), *self._given]))
+            return slots
+        finally:
+            connection.disconnect()
+
+    # -- How ------------------------------------------------------------------
+
+    def _talk(self, connection: Any, *commands: tuple[Any, ...]) -> list[Any]:
+        """Send commands in one go and read all their answers; raises the first error."""
+        connection.send_packed_command(connection.pack_commands(commands))
+        answers: list[Any] = []
+        for _ in commands:
+            try:
+                answers.append(connection.read_response())
+            except redis.ResponseError as error:
+                answers.append(error)
+        for answer in answers:
+            if isinstance(answer, redis.ResponseError):
+                raise answer
+        return answers
+
+    def _run_all(self, key: bytes, *commands: tuple[Any, ...]) -> list[Any]:
+        """Run commands, all of them where ``key`` is and on one connection."""
+        try:
+            for again in range(COMMIT_TRIES):
+                table = self._table()
+                if not (node := table[self._slot(key)]):
+                    break
+                connection: Any = None
+                try:
+                    connection = self._connection(node)
+                    return self._talk(connection, *commands)
+                except redis.exceptions.MovedError as error:
+                    if self._kind != "cluster":
+                        raise
+                    table[self._slot(key)] = (error.host or node[0], error.port)
+                except redis.ConnectionError:
+                    if connection or again or not self._kind:
+                        raise
+                    self._nodes = None  # nothing was sent, and another may be there by now
+            raise redis.exceptions.ClusterDownError("nobody serves this slot")
         except redis.exceptions.NoScriptError:
             raise
         except redis.RedisError as error:
-            LOG.warning("storage: %s on %s", type(error).__name__, command[0])
+            if self._kind:
+                self._nodes = None
+            LOG.warning("storage: %s on %s", type(error).__name__, commands[0][0])
             raise Unavailable("the storage does not answer; try again") from None
 
-    def _script(self, script: str, n_keys: int, *args: Any) -> Any:
+    def _run(self, *command: Any, key: bytes = b"") -> Any:
+        return self._run_all(key, command)[0]
+
+    def _script(self, script: str, keys: list[bytes], args: tuple[Any, ...], *then: Any) -> Any:
+        rest = (len(keys), *keys, *args)
         try:
-            return self._run("EVALSHA", SHA1[script], n_keys, *args)
+            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *then)
         except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
-            return self._run("EVAL", script, n_keys, *args)
+            return self._run_all(keys[0], ("EVAL", script, *rest), *then)
+
+    # -- What -----------------------------------------------------------------
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``."""
-        return cast(bytes | None, self._run("GET", key))
+        return cast(bytes | None, self._run("GET", key, key=key))
 
     def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
         """Write the record of a new session, which lives ``ttl_s`` seconds."""
-        self._run("SET", key, record, "EX", ttl_s)
+        self._run("SET", key, record, "EX", ttl_s, key=key)
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
@@ -1521,22 +1672,33 @@ class Storage:
     ) -> Commit:  # fmt: skip
         """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
 
+        What must not be lost, a verified number and a departure, is on a replica when this
+        returns, where there is one.
+
         Args:
             new: The new record; empty deletes it.
             ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
         """
-        nonce_key = b"{%b}%b" % (key, hashlib.sha256(nonce.encode()).digest()[:12])
-        args = (key, nonce_key, old, new, ttl_s, nonce_ttl_s)
-        return Commit(self._script(COMMIT_SCRIPT, 2, *args))
+        keys, args = [key, _nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
+        if ttl_s < 0 and new:
+            return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
+        role = self._run("ROLE", key=key)
+        if role[0] != b"master" or not role[2]:
+            return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
+        result, copies = self._script(COMMIT_SCRIPT, keys, args, ("WAIT", 1, REPLICATION_MS))
+        if result == Commit.DONE.value and not copies:
+            LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
+            raise Unavailable("the storage has no second copy yet; try /certificate/sign")
+        return Commit(result)
 
     def count_send(self, now_s: float, limit: int) -> int:
         """Count a message of the gateway, or tell in how many seconds one may leave."""
-        return int(self._script(COUNT_SCRIPT, 1, "sends", f"{now_s:.3f}", limit, HOUR_S))
+        return int(self._script(COUNT_SCRIPT, [b"sends"], (f"{now_s:.3f}", limit, HOUR_S))[0])
 
     def uncount_send(self) -> None:
         """Take back the count of a message that surely did not leave."""
-        self._run("LPOP", "sends")
+        self._run("LPOP", "sends", key=b"sends")
 
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
@@ -1551,8 +1713,413 @@ class Storage:
         return (self._run("GET", _receipt_key(kind, message_id)) or b"").decode()
 
     def ping(self, now_s: float) -> None:
-        """Prove that a write works; a replica that takes none answers a PING all the same."""
-        self._run("SET", "heartbeat", int(now_s), "EX", 60)
+        """Prove that every node takes writes; a replica takes none, and answers a PING."""
+        self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
+        table = self._nodes or [None]
+        others, number = set(table) - {table[self._slot(b"heartbeat")]}, 0
+        while others:
+            key = b"heartbeat %d" % (number := number + 1)
+            if (node := table[self._slot(key)]) in others:
+                self._run("SET", key, int(now_s), "EX", 60, key=key)
+                others.remove(node)
+
+    def load(self, calls: list[tuple[bytes, tuple[Any, ...]]]) -> None:
+        """Send many commands, each where its key is; 100 of a node in one go."""
+        table = self._table()
+        for node in set(table):
+            mine = [call for call in calls if table[self._slot(call[0])] == node]
+            for start in range(0, len(mine), 100):
+                some = mine[start : start + 100]
+                script = ("SCRIPT", "LOAD", COMMIT_SCRIPT)
+                self._run_all(some[0][0], script, *(command for _, command in some))
+
+    # -- Whether it is fit, and what it costs ---------------------------------
+
+    def info(self) -> list[dict[str, str]]:
+        """What each node that takes writes says about itself (INFO), and ``dbsize``.
+
+        Raises:
+            redis.RedisError: It does not say.
+        """
+        told = []
+        for node in sorted(node for node in set(self._table()) if node):
+            text, size = self._talk(self._connection(node), ("INFO",), ("DBSIZE",))
+            pairs = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
+            told.append({name: value for name, _, value in pairs} | {"dbsize": str(size)})
+        return told
+
+    def check(self) -> list[str]:
+        """Wait until the store is there; gives warnings about how it is set up.
+
+        Raises:
+            StartError: It stays away, or it cannot do what we need.
+        """
+        where = re.sub("//.*@", "//", self.url).partition("?")[0]
+        deadline_s = time.monotonic() + STORE_START_S
+        while True:
+            try:
+                found = [warning for told in self.info() for warning in self._judge(told)]
+                self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
+                return sorted({f"the store {where} {warning}" for warning in found})
+            except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+                raise StartError(
+                    f"the store {where} lets us not in, or not do what we need ({error}): "
+                    "see user and password in storage_url; README.md lists the commands"
+                ) from None
+            except (redis.RedisError, Unavailable) as error:
+                if time.monotonic() > deadline_s:
+                    why = str(error) or type(error).__name__
+                    raise StartError(f"the store {where} cannot be used: {why}") from None
+            if self._kind:
+                self._nodes = None
+            time.sleep(0.1)
+
+    def _judge(self, told: dict[str, str]) -> list[str]:
+        if int(told["redis_version"].split(".")[0]) < 7:
+            raise StartError(
+                f"the store is {_server_name(told)}; Redis 7.0 or newer, or any Valkey, is needed: "
+                "upgrade it, or leave storage_url empty for the embedded one"
+            )
+        if told.get("cluster_enabled") == "1" and self._kind != "cluster":
+            raise StartError("the store is one node of a cluster: write redis+cluster://…")
+        if told.get("role") == "slave":
+            raise StartError("the store is a read-only replica: name the primary instead")
+        found = []
+        if told.get("maxmemory_policy", "").startswith("allkeys"):
+            found.append(
+                f"evicts verified users when it is full (maxmemory-policy "
+                f"{told['maxmemory_policy']}): set noeviction, or volatile-ttl"
+            )
+        if told.get("aof_enabled") == "0":
+            found.append("may lose users in a crash or a restart: set appendonly yes")
+        return found
+
+
+class Moved(bytes):
+    """The record of a user who has an item in DynamoDB.
+
+    Attributes:
+        stub: What the session store holds: one of the marks below, the 8 bytes that name
+            the item, and the record itself while it is in the session store again.
+    """
+
+    stub: bytes
+
+
+MOVED, PENDING, LEAVING = b"\xd0", b"\xd1", b"\xd2"
+"""The record is in DynamoDB; it is back here, because a code is waiting; it is to be deleted."""
+
+
+class DynamoTable:
+    """A DynamoDB table of records by (key, version): put what is new, get, delete.
+
+    Args:
+        url: As the setting ``certificate_store`` takes it.
+
+    Raises:
+        StartError: boto3 is not there, or not set up.
+    """
+
+    def __init__(self, url: str, clock: Clock) -> None:
+        try:
+            import boto3
+            from botocore.config import Config
+            from botocore.exceptions import BotoCoreError, ClientError
+        except ImportError:
+            raise StartError("certificate_store needs boto3: pip install boto3") from None
+        parts, self._clock = urlsplit(url), clock
+        self.name, self.errors = parts.netloc, (BotoCoreError, ClientError, ValueError)
+        options = dict(parse_qsl(parts.query))
+        config = Config(
+            connect_timeout=STORAGE_TIMEOUT_S / 2, read_timeout=STORAGE_TIMEOUT_S,
+            retries={"total_max_attempts": 1}, max_pool_connections=512,
+        )  # fmt: skip
+        try:
+            self._client = boto3.client(
+                "dynamodb", region_name=options.get("region"), config=config,
+                endpoint_url=options.get("endpoint_url"),
+            )  # fmt: skip
+        except self.errors as error:
+            raise StartError(f"certificate_store cannot be used: {error}") from None
+
+    def _call(self, operation: str, **parameters: Any) -> Json:
+        try:
+            return cast(Json, getattr(self._client, operation)(TableName=self.name, **parameters))
+        except self.errors as error:
+            LOG.warning("certificate store: %s on %s", _aws_code(error), operation)
+            raise Unavailable("the certificate store does not answer; try again") from None
+
+    def get(self, key: bytes) -> bytes | None:
+        """The record of a user, or ``None``; a strongly consistent read."""
+        item = self._call("get_item", Key={"id": {"B": key}}, ConsistentRead=True).get("Item")
+        # DynamoDB deletes what has expired within days.
+        if not item or 0 < int(item["expires"]["N"]) <= self._clock():
+            return None
+        return cast(bytes, item["record"]["B"])
+
+    def put(self, key: bytes, record: bytes, ttl_s: int) -> None:
+        """Write the record of a user under a key that is new; it lives ``ttl_s`` (0: for ever)."""
+        expires_s = int(self._clock()) + ttl_s if ttl_s else 0
+        item = {"id": {"B": key}, "record": {"B": record}, "expires": {"N": str(expires_s)}}
+        self._call("put_item", Item=item, ConditionExpression="attribute_not_exists(id)")
+
+    def delete(self, key: bytes) -> None:
+        """Delete the record of a user, if it is there."""
+        self._call("delete_item", Key={"id": {"B": key}})
+
+    def ping(self) -> None:
+        """Prove that a write works."""
+        self._call("put_item", Item={"id": {"B": b"heartbeat"}, "expires": {"N": "1"}})
+
+    def check(self) -> list[str]:
+        """Make the table if there is none, and wait until it can be used; gives warnings.
+
+        Raises:
+            StartError: It cannot be made, or it is another kind of table.
+        """
+        deadline_s, what = time.monotonic() + TABLE_START_S, f"the DynamoDB table {self.name}"
+        try:
+            while (table := self._described()).get("TableStatus") not in ("ACTIVE", "UPDATING"):
+                if time.monotonic() > deadline_s:
+                    raise StartError(f"{what} is not ready after {TABLE_START_S:.0f} s")
+                time.sleep(0.1)
+            if any(table[name] != TABLE[name] for name in ("KeySchema", "AttributeDefinitions")):
+                raise StartError(f"{what} is not ours: its one key must be id, of type B")
+            self.ping()
+        except self.errors as error:
+            raise StartError(f"{what} cannot be used: {error}") from None
+        except Unavailable:
+            raise StartError(f"{what} takes no writes: see the permissions in README.md") from None
+        try:
+            told = self._client.describe_time_to_live(TableName=self.name)
+            if told["TimeToLiveDescription"]["TimeToLiveStatus"] in ("DISABLED", "DISABLING"):
+                self._client.update_time_to_live(TableName=self.name, TimeToLiveSpecification=TTL)
+        except self.errors as error:
+            return [f"{what} keeps what has expired, its TTL is off: {_aws_code(error)}"]
+        return []
+
+    def _described(self) -> Json:
+        """What DynamoDB says about the table; nothing while it is only asked for."""
+        try:
+            return cast(Json, self._client.describe_table(TableName=self.name)["Table"])
+        except self.errors as error:
+            if _aws_code(error) != "ResourceNotFoundException":
+                raise
+        try:
+            self._client.create_table(TableName=self.name, **TABLE)
+        except self.errors as error:
+            if _aws_code(error) != "ResourceInUseException":  # another gateway was faster
+                raise
+        return {}
+
+
+TABLE: Final[Json] = {
+    "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+    "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
+    "BillingMode": "PAY_PER_REQUEST",
+}
+TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
+TABLE_START_S: Final = 60.0
+"""How long a new DynamoDB table may take until it can be used."""
+
+
+def _aws_code(error: Exception) -> str:
+    response: Json = getattr(error, "response", None) or {}  # some errors have none
+    return str(response.get("Error", {}).get("Code", type(error).__name__))
+
+
+class SplitStorage(Storage):
+    """Sessions and pending codes in Redis or Valkey, verified users in DynamoDB.
+
+    A verified record is put into DynamoDB under a key that nothing used before, and only
+    then does the compare-and-set in the session store, which every request goes through,
+    replace the record there by a stub that names this key. So the session store alone says
+    whether a user is there: what no stub names does not exist, a race has one winner, the
+    loser takes its item back, and an id without a stub costs no read. While a verified user
+    waits for another code, the changing record is in the session store, beside the name of
+    the item. What a crash between two steps leaves in DynamoDB is named by no stub, and
+    expires.
+    """
+
+    def __init__(self, url: str, table: DynamoTable, random_bytes: RandomBytes) -> None:
+        super().__init__(url)
+        self.table, self._random_bytes = table, random_bytes
+
+    def get(self, key: StorageId) -> bytes | None:
+        """The record of a session, or ``None``; from DynamoDB if there is a stub."""
+        seen: bytes | None = b""
+        while (kept := super().get(key)) != seen:
+            if kept is None or kept[:1] not in (MOVED, PENDING, LEAVING):
+                return kept
+            if kept[:1] == LEAVING:
+                self._finish(key, kept)
+                return None
+            if record := kept[9:] or self.table.get(key + kept[1:]):
+                moved = Moved(record)
+                moved.stub = kept
+                return moved
+            seen = kept
+        return None  # nobody changed it meanwhile: it has expired there
+
+    def commit(
+        self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
+        nonce_ttl_s: int = 0,
+    ) -> Commit:  # fmt: skip
+        """Compare and set; who has just been verified, and so is given a new life, moves."""
+        before, item, version = old, b"", b""
+        if isinstance(old, Moved):
+            before, item = old.stub, old.stub[1:9]
+        if new == old:
+            after = before
+        elif new and ttl_s >= 0:
+            version = self._random_bytes(8)
+            after = MOVED + version
+            try:
+                self.table.put(key + version, new, ttl_s)
+            except Unavailable:
+                super().commit(key, before, before, -1, nonce, nonce_ttl_s)
+                raise
+        else:
+            after = (PENDING if new else LEAVING) + item + new if item else new
+        result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s)
+        if version and (unused := item if result is Commit.DONE else version):
+            with contextlib.suppress(Unavailable):  # then it is there until it expires
+                self.table.delete(key + unused)
+        if result is Commit.DONE and after[:1] == LEAVING:
+            self._finish(key, after)
+        return result
+
+    def _finish(self, key: StorageId, leaving: bytes) -> None:
+        """Delete the record of who has unregistered; whoever meets the mark does it."""
+        self.table.delete(key + leaving[1:])
+        super().commit(key, leaving, b"")
+
+    def ping(self, now_s: float) -> None:
+        """Prove that both stores take writes."""
+        super().ping(now_s)
+        self.table.ping()
+
+    def check(self) -> list[str]:
+        """Check both stores, and make the table if there is none."""
+        return super().check() + self.table.check()
+
+
+def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
+    """The storage that the settings name; ``url`` is where sessions are."""
+    if not settings.certificate_store:
+        return Storage(url)
+    return SplitStorage(url, DynamoTable(settings.certificate_store, clock), random_bytes)
+
+
+def _server_name(told: dict[str, str]) -> str:
+    version = told.get("valkey_version", told["redis_version"])
+    return f"{'Valkey' if 'valkey_version' in told else 'Redis'} {version}"
+
+
+class MemoryUse(NamedTuple):
+    """What users cost, in bytes of the store's ``used_memory``.
+
+    Attributes:
+        server: Kind and version.
+        users: How many were there.
+        registered, pending, verified: The mean of a user in each state.
+        nonce: The mean of a Hawk nonce while it is remembered.
+        resident: What the operating system gave the server for all of them.
+        curve: Numbers of registered users, from 0, and what was used with them.
+    """
+
+    server: str
+    users: int
+    registered: float
+    pending: float
+    verified: float
+    nonce: float
+    resident: int
+    curve: list[tuple[int, int]]
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """``a`` and ``b`` of ``usage = users × a + b`` for verified users.
+
+        By least squares over the curve, and what being verified adds.
+        """
+        mean_x, mean_y = (sum(axis) / len(axis) for axis in zip(*self.curve, strict=True))
+        spread = sum((x - mean_x) ** 2 for x, _ in self.curve)
+        a = sum((x - mean_x) * (y - mean_y) for x, y in self.curve) / spread
+        return a + self.verified - self.registered, mean_y - a * mean_x
+
+
+def measure_memory(
+    storage: Storage, settings: Settings, users: int, now_s: float,
+    progress: Callable[[float], None] = lambda done: None,
+) -> MemoryUse:  # fmt: skip
+    """Load users as the gateway writes them, see what they cost, and remove them again.
+
+    All register, then all wait for a code, then all are verified, then each uses a nonce.
+
+    Args:
+        progress: Called with the part that is done, from 0 to 1.
+
+    Raises:
+        StartError: The store is not empty.
+    """
+    if any(told["dbsize"] != "0" for told in storage.info()):
+        raise StartError("memory measures in an empty store only, and this one has keys")
+    storage.load([_life_of(0, settings, 0)[4]])  # which deletes nothing, and loads the script
+    size = -(-users // 20)
+    parts = [range(start, min(start + size, users)) for start in range(0, users, size)]
+    used = [_used_bytes(storage)]
+
+    def each(*steps: int) -> None:
+        for step in steps:
+            for part in parts:
+                storage.load([_life_of(n, settings, int(now_s))[step] for n in part])
+                used.append(_used_bytes(storage))
+                progress((len(used) - 1) / (5 * len(parts)))
+
+    try:
+        each(0, 1, 2, 3)
+        told = storage.info()
+    finally:
+        each(4)
+    empty, registered, pending, verified, nonces, *_ = used[:: len(parts)]
+    curve = [(0, empty), *zip((part.stop for part in parts), used[1:], strict=False)]
+    return MemoryUse(
+        _server_name(told[0]), users, (registered - empty) / users, (pending - empty) / users,
+        (verified - empty) / users, (nonces - verified) / users,
+        sum(int(node["used_memory_rss"]) for node in told), curve,
+    )  # fmt: skip
+
+
+def _used_bytes(storage: Storage) -> int:
+    # What is kept for replicas grows up to a limit of its own, with writes and not with users.
+    shared = "mem_total_replication_buffers"
+    return sum(int(told["used_memory"]) - int(told.get(shared, 0)) for told in storage.info())
+
+
+def _life_of(n: int, settings: Settings, now_s: int) -> list[tuple[bytes, tuple[Any, ...]]]:
+    """What the store is told of the n-th user: registers, asks, verifies, calls again, goes."""
+    one = hashlib.sha256(b"%d" % n).digest()
+    key = StorageId(one[:16].replace(b"{", b"[").replace(b"}", b"]"))
+    user = User(HawkKey(one))
+    asked = replace(
+        user, sealed=one[8:], network=Network("234", "15"), sends=1, code_digest=one[16:],
+        code_expires_s=now_s + settings.code_ttl_s,
+    )  # fmt: skip
+    records = [user.pack(), asked.pack(), replace(asked, code_digest=b"", verified_s=now_s).pack()]
+    keys = key, _nonce_key(key, "nonce")
+
+    def commit(old: int, new: int, ttl_s: int, nonce_ttl_s: int) -> tuple[bytes, tuple[Any, ...]]:
+        record = (records[old], records[new], ttl_s, nonce_ttl_s)
+        return key, ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *keys, *record)
+
+    return [
+        (key, ("SET", key, records[0], "EX", settings.session_ttl_s)),
+        commit(0, 1, -1, 0),
+        commit(1, 2, settings.verified_ttl_s, 0),
+        commit(2, 2, -1, 2 * settings.hawk_skew_s + 1),
+        (key, ("DEL", *keys)),
+    ]
 
 
 def _receipt_key(kind: str, message_id: str) -> bytes:
@@ -1659,6 +2226,7 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
+        self._pruned_s = 0.0
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
@@ -1668,18 +2236,28 @@ class OutboxSms(SmsProvider):
         draft = path.with_name(f"draft-{path.name}")  # where forget() does not take it from us
         write_private_file(draft, json.dumps(message).encode(), to_disk=False)
         draft.rename(path)
+        if time.time() > self._pruned_s + 60:
+            self.prune()
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
         return []
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
-        for path in self.folder.glob("*.json"):
+        self.prune()
+        found: list[Json] = []
+        for path in sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else ():
+            with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile
+                found.append(json.loads(path.read_bytes()))
+        return found
+
+    def prune(self) -> None:
+        """Remove what is older than an hour."""
+        self._pruned_s = time.time()
+        for path in self.folder.iterdir() if self.folder.exists() else ():
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - HOUR_S:
+                if path.stat().st_mtime < self._pruned_s - HOUR_S:
                     path.unlink()
-        kept = sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else []
-        return [json.loads(path.read_bytes()) for path in kept]
 
     def forget(self, to: Msisdn) -> None:
         """Remove the messages to one number."""
@@ -1989,6 +2567,8 @@ class SmsSender:
         half = max(1, settings.threads // 2)
         self._slots = threading.BoundedSemaphore(half)
         self._pool = concurrent.futures.ThreadPoolExecutor(half, "sms")
+        for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     @property
     def outbox(self) -> OutboxSms | None:
@@ -2355,7 +2935,8 @@ class Gateway:
             # VALIDATE
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
-            return self._next_code(session, replace(user, long=not _choice(params, not user.long)))
+            long = not _choice(params, not user.long)
+            return self._next_code(session, replace(user, long=long, by_phone=False))
 
         return self._send(session, decide, language)
 
@@ -2505,7 +3086,8 @@ class Gateway:
             except (SmsFailed, TooManyMessages) as error:
                 if counted:
                     self.storage.uncount_send()
-                self.storage.commit(session.storage_id, session.record, before)
+                if (record := self.storage.get(session.storage_id)) == session.record:
+                    self.storage.commit(session.storage_id, record, before)
                 if isinstance(error, TooManyMessages):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
@@ -2513,7 +3095,8 @@ class Gateway:
         with contextlib.suppress(Unavailable):
             if len(self.sms.providers) > 1 and sent.tried != user.tried:
                 tried = replace(user, tried=sent.tried).pack()
-                self.storage.commit(session.storage_id, session.record, tried)
+                if (record := self.storage.get(session.storage_id)) == session.record:
+                    self.storage.commit(session.storage_id, record, tried)
             for message_id in filter(None, sent.ids):
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         # ANSWER
@@ -2603,7 +3186,7 @@ PREFLIGHT: Final = {
     "Access-Control-Max-Age": "3600",
 }
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
-FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
+FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
 """What the names of headers that a proxy adds begin with, in WSGI's spelling."""
 UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
 
@@ -2937,9 +3520,10 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             if media_type(content_type) == FORM["Content-Type"]:
                 form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
             else:
-                form = json_object(body, content_type)
+                with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
+                    form = json_object(body, content_type)
         params: Json = query | form
-        name, given = params.pop("provider", ""), str(params.pop("secret", ""))
+        name, given = params.pop("provider", ""), str(params.pop("secret", "") or "")
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
@@ -3035,8 +3619,6 @@ UNIX_PATH_MAX_BYTES: Final = 103
 """The longest path of a unix socket that both Linux (107) and macOS (103) allow."""
 TAKEOVER_S: Final = 2.0
 """How long a start waits until what a killed gateway left behind is gone."""
-STORE_START_S: Final = 10.0
-"""How long the embedded store may take to answer, beside loading its data."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 LOGGING: Final[Json] = {
@@ -3103,6 +3685,7 @@ class EmbeddedStore:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep_running, daemon=True)
         self._thread.start()
+        threading.Thread(target=self._keep_on_disk, daemon=True).start()
         self._wait_until_ready()
 
     def _take_lock(self) -> None:
@@ -3134,10 +3717,23 @@ class EmbeddedStore:
             # At once after a crash, but in no tight loop if it cannot start at all.
             delay_s = 0.0 if time.monotonic() - started > 1 else 0.5
 
+    def _keep_on_disk(self) -> None:
+        """Have what was answered on the disk within a second, for a power cut.
+
+        The server writes before it answers, and so loses nothing when it alone dies; the
+        rest it leaves to us. Its own "everysec" puts off writing while a disk is slow, and
+        answers all the same; "always" makes every answer wait for the disk.
+        """
+        while not self._stopping.wait(1.0):
+            for path in self.folder.glob("appendonlydir/*.incr.aof"):
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    os.fsync(file.fileno())
+
     def _start(self) -> subprocess.Popen[bytes]:
         parent, command = os.getpid(), [str(self._binary)]
         for option in (
-            "port 0", "appendonly yes", "maxmemory-policy noeviction", "unixsocketperm 700",
+            "port 0", "appendonly yes", "appendfsync no", "unixsocketperm 700",
+            "maxmemory-policy noeviction",
             f"unixsocket {self.socket}", f"dir {self.folder}", f"logfile {self.folder}/store.log",
         ):  # fmt: skip
             name, _, value = option.partition(" ")
@@ -3195,7 +3791,8 @@ def create_app(
     Args:
         storage_url: Where the store is, if ``settings`` leave that to us.
     """
-    storage, sms = Storage(storage_url or settings.storage_url), SmsSender(settings)
+    url, sms = storage_url or settings.storage_url, SmsSender(settings)
+    storage = open_storage(settings, url, clock, random_bytes)
     (key, _), (master, _) = load_signing_key(settings), load_master_secret(settings)
     return GatewayApp(Gateway(settings, storage, sms, key, master, clock, random_bytes))
 
@@ -3208,7 +3805,10 @@ def application() -> GatewayApp:
     settings = load_settings({}, os.environ)
     load_master_secret(settings)
     store = None if settings.storage_url else EmbeddedStore(settings.data_dir)
-    return create_app(settings, store.url if store else "")
+    app = create_app(settings, store.url if store else "")
+    for warning in app.gateway.storage.check():
+        LOG.warning(warning)
+    return app
 
 
 def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
@@ -3282,13 +3882,11 @@ def serve(settings: Settings) -> int:
         made = load_master_secret(settings)[1] | load_signing_key(settings)[1]
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir)
-        size = f"{settings.workers} workers, {settings.threads} threads each"
-        say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
-        say(f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}")
-        say(f"  data {store.folder if store else settings.shown('storage_url')}")
-        say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
-        if sms.outbox:
-            say("       The outbox prints every code here and shows it at /outbox.")
+        url = store.url if store else settings.storage_url
+        warnings = open_storage(settings, url, time.time, secrets.token_bytes).check()
+        _announce(settings, store.folder if store else settings.shown("storage_url"), sms, made)
+        for warning in warnings:
+            say(f"  WARNING: {warning}")
         server = Granian(
             "gateway", address=holder.getsockname()[0], port=settings.port,
             interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
@@ -3296,7 +3894,6 @@ def serve(settings: Settings) -> int:
             respawn_failed_workers=True, workers_kill_timeout=STOP_S,
             log_level=LogLevels.error, log_dictconfig=LOGGING,
         )  # fmt: skip
-        url = store.url if store else settings.storage_url
         load = partial(worker_app, settings, url, os.getpid())
         server.serve(target_loader=load, wrap_loader=False)
     except KeyboardInterrupt:
@@ -3307,6 +3904,20 @@ def serve(settings: Settings) -> int:
         holder.close()
     say("stopped")
     return 0
+
+
+def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:
+    say = partial(print, file=sys.stderr, flush=True)
+    size = f"{settings.workers} workers, {settings.threads} threads each"
+    say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
+    say(f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}")
+    say(
+        f"  data {data}"
+        + f", verified users {settings.certificate_store}" * bool(settings.certificate_store)
+    )
+    say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
+    if sms.outbox:
+        say("       The outbox prints every code here and shows it at /outbox.")
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
@@ -3353,6 +3964,42 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def memory(settings: Settings, users: int) -> int:
+    """Measure what users cost in the store (by default in a new one of our own), and print it."""
+
+    def progress(done: float) -> None:
+        bar = "#" * round(done * 40)
+        print(f"\r[{bar:40}] {done:4.0%} of {users} users", end="", file=sys.stderr, flush=True)
+
+    if users < 1:
+        raise SettingsError(f"--users is {users}; allowed: at least 1")
+    with contextlib.ExitStack() as stack:
+        if not (url := settings.storage_url):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memory"))
+            store = EmbeddedStore(folder)
+            stack.callback(store.stop)
+            url = store.url
+        storage = Storage(url)
+        storage.check()
+        used = measure_memory(storage, settings, users, time.time(), progress)
+    print(file=sys.stderr)
+    a, b = used.line
+    print(f"{used.server}, {used.users} users in each state, bytes per user:")
+    for state in ("registered", "pending", "verified"):
+        print(f"  {state:11}{getattr(used, state):6.0f}")
+    print(
+        f"a Hawk nonce: {used.nonce:.0f} bytes for {2 * settings.hawk_skew_s} s at most; a minute"
+    )
+    print(f"of 100 signed requests a second: {6000 * used.nonce:,.0f} bytes")
+    print(f"resident with all of them: {used.resident:,} bytes; plan 1.5 times what is used")
+    print(f"\n  usage = users × {a:.0f} + {b:.0f}    (2015: users × 1216 + 600000)\n")
+    print("  verified users   2015, GB   used, GB   resident, GB")
+    for n in (3.5e6, 10e6, 60e6):
+        now = (n * a + b) / 1e9
+        print(f"  {n:14,.0f} {(n * 1216 + 6e5) / 1e9:10.2f} {now:10.2f} {now * 1.5:14.2f}")
+    return 0
+
+
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
     sys.path.insert(0, str(ROOT / "notebooks"))
@@ -3368,11 +4015,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "gateway.py", description="Prove control of a phone number.", allow_abbrev=False
     )
-    commands = ("serve", "demo", "generate-keypair", "settings", "messages")
+    commands = ("serve", "demo", "generate-keypair", "memory", "messages", "settings")
     parser.add_argument("command", nargs="?", default="serve", choices=commands)
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
+    parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     group = parser.add_argument_group("settings")
     for f in fields(Settings):
@@ -3386,6 +4034,8 @@ def main(argv: list[str]) -> int:
             return demo(settings, given["msisdn"])
         if given["command"] == "generate-keypair":
             return generate_keypair(settings, given["algorithm"])
+        if given["command"] == "memory":
+            return memory(settings, given["users"])
         if given["command"] == "settings":
             return show_settings(settings, given["toml"])
         if given["command"] == "messages":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import inspect
+import io
 import json
+import logging
 import os
 import random
 import secrets
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
 
@@ -231,6 +234,10 @@ class Lab:
         self.client_key: Any = serialization.load_pem_private_key(client_pem, None)
         self.random = random.Random(seed)
         self.now_s = NOW_S
+        self.log = io.StringIO()
+        handler = logging.StreamHandler(self.log)  # so that a log line shows where we print it
+        gateway.LOG.addHandler(handler)
+        self._open.callback(gateway.LOG.removeHandler, handler)
         self.store = gateway.EmbeddedStore(self.settings.data_dir)
         self._open.callback(self.store.stop)
         self.app = gateway.create_app(
@@ -245,6 +252,10 @@ class Lab:
         """A client of this gateway, with nonces that repeat like everything else."""
         options.setdefault("nonce", lambda: self.random.randbytes(6).hex())
         return Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
+
+    def redis(self) -> Any:
+        """A connection of our own to the store, to look at what the gateway keeps there."""
+        return self._open.enter_context(redis.Redis.from_url(self.store.url))
 
     def close(self) -> None:
         """Stop everything and leave nothing behind."""
@@ -262,12 +273,12 @@ def claims(token: str) -> gateway.Json:
 
 
 def short(value: Any, limit: int = 60) -> Any:
-    """A value with its long texts cut in the middle, for people to look at."""
+    """A value with its long tokens (not its sentences) cut in the middle, to look at."""
     if isinstance(value, dict):
         return {name: short(item, limit) for name, item in value.items()}
     if isinstance(value, list):
         return [short(item, limit) for item in value]
-    if isinstance(value, str) and len(value) > limit:
+    if isinstance(value, str) and len(value) > limit and " " not in value:
         return f"{value[:12]}…{value[-8:]} ({len(value)} characters)"
     return value
 
@@ -281,6 +292,32 @@ def show(thing: Any, *headers: str) -> None:
         thing = thing.body
     if thing is not None:
         print(json.dumps(short(thing), indent=2, ensure_ascii=False))
+
+
+def table(head: str, *rows: Any) -> None:
+    """Print rows below the words of ``head`` (``_`` in them is a space), in columns."""
+    texts = [[str(cell) for cell in row] for row in (head.split(), *rows)]
+    texts[0] = [word.replace("_", " ") for word in texts[0]]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    texts.insert(1, ["-" * width for width in widths])
+    for line in texts:
+        pairs = zip(line, widths, strict=True)
+        print("  ".join(text.ljust(width) for text, width in pairs).rstrip())
+
+
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#777777"
+"""Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito)."""
+
+
+def figure(finding: str, x: str, y: str) -> Any:
+    """Axes of a picture, 7 by 3 inches; its title is what it shows. End with ``plt.show()``."""
+    from matplotlib import pyplot as plt
+
+    axes = plt.subplots(figsize=(7, 3), layout="constrained")[1]
+    axes.set_title(finding, loc="left", fontsize=11)
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def source(thing: Any) -> None:

@@ -13,9 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 
 import lab  # noqa: E402
+import servers  # noqa: E402
 from support import GatewayProcess, WsgiClient  # noqa: E402
 
 import gateway  # noqa: E402 - it lies one folder up
+
+collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +106,9 @@ def make_lab() -> Iterator[Callable[..., lab.Lab]]:
     yield make
     for one in made:
         one.close()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the stores that this machine has not got, in one line."""
+    if missing := servers.left_out():
+        terminalreporter.write_line(missing)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import datetime
+import ipaddress
 import json
+import logging
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,6 +24,8 @@ import kannel
 import lab
 import pytest
 import urllib3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from provider import Provider, after, drip, hang, nexmo, reply, taken
 from support import NUMBER, GatewayProcess, WsgiClient
 
@@ -25,6 +33,7 @@ import gateway
 
 MakeClient = Callable[..., WsgiClient]
 TO = gateway.Msisdn(NUMBER)
+DAY = datetime.timedelta(days=1)
 
 
 @pytest.fixture
@@ -148,7 +157,6 @@ SNS_BAD = (
 def test_sns_by_amazons_own_package(
     provider: Provider, monkeypatch: pytest.MonkeyPatch, answer: Any, expected: Any
 ) -> None:
-    pytest.importorskip("boto3", reason="boto3 is not installed: pip install boto3")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -172,6 +180,44 @@ def test_sns_without_boto3_refuses_to_start() -> None:
     code += "gateway.SmsSender(gateway.Settings(sms_providers=[{'kind': 'sns', 'region': 'r'}]))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=lab.ROOT)
     assert b"SettingsError: sms_providers: sns needs boto3: pip install boto3" in ended.stderr
+
+
+@pytest.fixture
+def tls(provider: Provider, tmp_path: Path) -> Path:
+    """Have the provider speak TLS; gives the certificate that it has issued to itself."""
+    key = gateway.generate_key("RS256")
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + DAY)
+        .add_extension(here, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path, both = tmp_path / "ca.pem", tmp_path / "both.pem"
+    pem = serialization.Encoding.PEM
+    path.write_bytes(certificate.public_bytes(pem))
+    both.write_bytes(gateway._pem(key) + path.read_bytes())
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(both)
+    provider.server.socket = context.wrap_socket(provider.server.socket, server_side=True)
+    provider.url = provider.url.replace("http:", "https:")
+    return path
+
+
+def test_tls_is_checked_and_bounded_as_well(
+    provider: Provider, tls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [one] = sender_of(provider.nexmo()).providers
+    with pytest.raises(gateway.SmsFailed, match="cannot be reached: SSLError"):
+        one.send("Gateway", TO, "text")
+    assert provider.received == []  # nothing secret goes to whoever is there
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls))
+    [one] = sender_of(provider.nexmo()).providers
+    assert one.send("Gateway", TO, "text") == ["0A0"]
+    provider.answer = drip(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n" + b" " * 90)
+    with pytest.raises(gateway.SmsUnknown):
+        one.send("Gateway", TO, "text", 0.4)
 
 
 # -- What an answer means -------------------------------------------------------
@@ -258,6 +304,24 @@ def test_connections_are_kept(provider: Provider) -> None:
     [one] = sender.providers
     assert isinstance(one, gateway.HttpSms)
     assert one.pool.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 200 OK\r\nX {}\r\nContent-Length: 0\r\n\r\n", b"{} HTTP/1.1\r\n\r\n", b"{}"],
+)
+def test_nothing_of_a_message_is_logged(
+    provider: Provider, caplog: pytest.LogCaptureFixture, answer: bytes
+) -> None:
+    """Not by us, and not by what we use: urllib3 quotes a header line without a colon."""
+    caplog.set_level(logging.DEBUG)
+    provider.answer = cut(answer.replace(b"{}", b"447700900123 hunter2 135790"))
+    entry = {"kind": "http", "endpoint": provider.url + "?t={text}&to={to}", "success": "OK"}
+    with contextlib.suppress(gateway.SmsFailed):
+        sender_of({**entry, "method": "GET"}).send("Gateway", TO, "code: 135790")
+    assert "sms: http" in caplog.text
+    for secret in ("135790", "447700900123", "hunter2"):
+        assert secret not in caplog.text
 
 
 # -- Half-configured ------------------------------------------------------------

@@ -22,6 +22,7 @@ CONTRACT: dict[str, Any] = {
     "threads": 64,
     "public_url": "",
     "storage_url": "",
+    "certificate_store": "",
     "data_dir": "data",
     "keys_dir": "keys",
     "allowed_origins": ["*"],
@@ -43,8 +44,8 @@ CONTRACT: dict[str, Any] = {
     "mo_verifier_map": {},
     "display_version": True,
 }
-"""CONTRACT section 6. ``sms_inbound`` depends on the place; ``limits`` and
-``certificate_store`` come with their own issues."""
+"""CONTRACT section 6. ``sms_inbound`` depends on the place; ``limits`` comes
+with its own issue."""
 
 ABROAD: dict[str, Any] = {
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
@@ -413,7 +414,7 @@ def test_unknown_option(run: Callable[..., Ended], option: str) -> None:
     assert ended.err
 
 
-@pytest.mark.parametrize("text", ['limits = "off"', 'certificate_store = "dynamodb://users"'])
+@pytest.mark.parametrize("text", ['limits = "off"'])
 def test_what_is_not_there_yet_is_refused(toml: Callable[[str], str], text: str) -> None:
     """Their issues bring them; until then nobody may believe that they are in force."""
     with pytest.raises(SettingsError, match=text.split()[0]):

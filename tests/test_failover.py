@@ -1,0 +1,132 @@
+"""kill -9 under load: embedded store, a primary of a cluster, that of a Sentinel group."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lab
+from servers import Cluster, SentinelGroup, wait_for
+from support import GatewayProcess
+
+import gateway
+
+KEY = gateway.generate_key("RS128")
+
+
+class Loop(threading.Thread):
+    """A client that verifies numbers, one after the other, and keeps a book of it.
+
+    Attributes:
+        verified: The sessions of which the gateway said that they are verified.
+        answers: Time and status of every answer; how long each took.
+    """
+
+    def __init__(self, url: str, number: int) -> None:
+        super().__init__(daemon=True)
+        self.url, self.number, self.stopping = url, number, threading.Event()
+        self.verified: list[gateway.Credentials] = []
+        self.answers: list[tuple[float, int, float]] = []
+        self.wrong: list[Any] = []
+
+    def run(self) -> None:
+        client, turn = lab.Client(self.url), 0
+        while not self.stopping.is_set():
+            turn += 1
+            msisdn = f"+4477009{self.number:02}{turn % 1000:03}"
+            steps = (
+                lambda: client.register(),
+                lambda m=msisdn: client.verify(m),
+                lambda m=msisdn: client.verify_code(lab.Handset(client, m).code()),
+            )
+            if all(self._done(step) for step in steps) and client.credentials:
+                self.verified.append(client.credentials)
+
+    def _done(self, step: Callable[[], lab.Reply]) -> bool:
+        started = time.monotonic()
+        reply = step()
+        now = time.monotonic()
+        self.answers.append((now, reply.status, now - started))
+        if reply.status == 503 and reply.body["errno"] == 201 and reply.headers["Retry-After"]:
+            self.stopping.wait(0.02)
+        elif reply.status != 200:
+            self.wrong.append(reply)
+        return reply.status == 200
+
+
+@contextlib.contextmanager
+def load(url: str, clients: int = 4) -> Iterator[list[Loop]]:
+    loops = [Loop(url, number) for number in range(clients)]
+    for loop in loops:
+        loop.start()
+    try:
+        yield loops
+    finally:
+        for loop in loops:
+            loop.stopping.set()
+        for loop in loops:
+            loop.join(10)
+
+
+def done(loops: list[Loop]) -> int:
+    return sum(len(loop.verified) for loop in loops)
+
+
+def survives(url: str, kill: Callable[[], Any]) -> None:
+    """Kill under load; then all is well within 5 s, and nobody who was verified is lost."""
+    with load(url) as loops:
+        wait_for(lambda: done(loops) >= 40, "40 verified users")
+        kill()
+        killed = time.monotonic()
+
+        def quiet() -> bool:
+            """A second without an error, in which everybody went on."""
+            since = time.monotonic() - 1
+            recent = [[s for at, s, _ in loop.answers[-500:] if at > since] for loop in loops]
+            return since > killed and all(len(r) > 5 and 503 not in r for r in recent)
+
+        wait_for(quiet, "its recovery")
+    answers = sorted(answer for loop in loops for answer in loop.answers)
+    assert [reply for loop in loops for reply in loop.wrong] == []
+    assert {status for _, status, _ in answers} <= {200, 503}
+    failed = [at for at, status, _ in answers if status == 503]
+    assert max(failed, default=killed) - killed < 5
+    assert max(took_s for _, _, took_s in answers) < 1
+    client, lost = lab.Client(url), []
+    for loop in loops:
+        for client.credentials in loop.verified:
+            reply = client.sign(KEY)
+            if reply.status != 200:
+                lost.append(reply.body)
+    back_s = max(failed, default=killed) - killed
+    print(f"{done(loops)} verified, {len(failed)} × 503, the last {back_s:.2f} s after the kill")
+    assert lost == []
+
+
+def store_process(running: GatewayProcess) -> Any:
+    return next(p for p in running.family() if "valkey-server" in p.name())
+
+
+def test_the_embedded_store_is_killed(start_gateway: Callable[..., GatewayProcess]) -> None:
+    running = start_gateway()
+    survives(running.url, lambda: store_process(running).kill())
+
+
+def test_the_primary_of_a_cluster_is_killed(
+    tmp_path: Path, start_gateway: Callable[..., GatewayProcess]
+) -> None:
+    with contextlib.closing(Cluster(tmp_path / "c")) as cluster:
+        running = start_gateway("--storage-url", cluster.url, "--workers", "2")
+        survives(running.url, lambda: cluster.primary().kill())
+
+
+def test_the_primary_of_a_sentinel_group_is_killed(
+    tmp_path: Path, start_gateway: Callable[..., GatewayProcess]
+) -> None:
+    with contextlib.closing(SentinelGroup(tmp_path / "g")) as group:
+        running = start_gateway("--storage-url", group.url)
+        survives(running.url, lambda: group.primary().kill())
