@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import socket
 import statistics
 import subprocess
@@ -645,6 +646,7 @@ def main(argv: list[str]) -> int:
               "from the server; compare costs, not rates.\n")  # fmt: skip
     report: Report = {"machine": platform.platform(), "cores": os.cpu_count(), "client": client,
                       "python": platform.python_version(), "rounds": given.rounds}  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every close()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench")))
         for part in given.parts:
