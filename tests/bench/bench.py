@@ -646,7 +646,6 @@ def main(argv: list[str]) -> int:
               "from the server; compare costs, not rates.\n")  # fmt: skip
     report: Report = {"machine": platform.platform(), "cores": os.cpu_count(), "client": client,
                       "python": platform.python_version(), "rounds": given.rounds}  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every close()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench")))
         for part in given.parts:
@@ -664,4 +663,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every close()
     sys.exit(main(sys.argv[1:]))
