@@ -2304,8 +2304,7 @@ class HttpSms(SmsProvider):
         parts, request = urlsplit(self.entry["endpoint"]), {**self.entry, **self.template}
         if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
             raise self.bad("needs endpoint: a URL that begins with http:// or https://")
-        self.method, self.headers = self.entry.get("method", "POST"), request["headers"]
-        self.body: str = request["body"]
+        self.headers, self.body = request["headers"], request["body"]
         self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
         headers = {str(k).lower(): v for k, v in self.headers.items()}
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
@@ -2326,9 +2325,9 @@ class HttpSms(SmsProvider):
     def _receipt_url(self) -> str:
         for entry in self.settings.inbound:
             if entry["kind"] == self.kind:
-                path = f"/sms/receipt/{quote(entry.get('path_secret', ''), safe='')}"
-                query = f"?provider={self.kind}{self.receipt_query}"
-                return self.settings.base_url + path + query
+                url = self.settings.base_url + "/sms/receipt/"
+                url += quote(entry.get("path_secret", ""), safe="")
+                return f"{url}?provider={self.kind}{self.receipt_query}"
         raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
@@ -2361,8 +2360,8 @@ class HttpSms(SmsProvider):
         values = self._values(sender, to, text)
         try:
             answer = self.pool.urlopen(
-                self.method, **self._request(values), timeout=timeout, redirect=False,
-                preload_content=False,
+                self.entry.get("method", "POST"), **self._request(values), timeout=timeout,
+                redirect=False, preload_content=False,
             )  # fmt: skip
             body = answer.read(ANSWER_MAX_BYTES)
             answer.close()
@@ -2388,9 +2387,7 @@ class HttpSms(SmsProvider):
         return []
 
 
-MEANINGS: Final[Mapping[int, type[SmsFailed]]] = {
-    400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown
-}  # fmt: skip
+MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown}
 """What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
@@ -2505,10 +2502,8 @@ class SnsSms(SmsProvider):
         )  # fmt: skip
         where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
         self.client, self.known = boto3.client("sns", **where, config=config), known
-        self.surely_not = (
-            known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError,
-            known.NoCredentialsError, known.ParamValidationError,
-        )  # fmt: skip
+        early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
+        self.surely_not = (*early, known.NoCredentialsError, known.ParamValidationError)
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Publish one message."""
@@ -2555,9 +2550,8 @@ class SmsSender:
         self.providers: list[SmsProvider] = []
         for entry in settings.sms_providers:
             if entry["kind"] not in PROVIDERS:
-                raise SettingsError(
-                    f"sms_providers: {entry['kind']!r} is none of {', '.join(PROVIDERS)}"
-                )
+                kinds = ", ".join(PROVIDERS)
+                raise SettingsError(f"sms_providers: {entry['kind']!r} is none of {kinds}")
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
         if not 1 <= len(self.providers) <= 16:
@@ -2600,8 +2594,7 @@ class SmsSender:
         """
         rest_s, unknown = self.settings.sms_cool_down_s, False
         end = time.monotonic() + SEND_BUDGET_S
-        if tried == 2 ** len(self.providers) - 1:
-            tried = 0  # once round: each has its chance again
+        tried %= 2 ** len(self.providers) - 1  # once round: each has its chance again
         for n in self._order(tried)[: self.settings.sms_send_tries]:
             provider, started = self.providers[n], time.monotonic()
             if end - started < 1:
@@ -2682,14 +2675,11 @@ def parse_inbound(params: Json) -> InboundSms:
         mcc, mnc = code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc")
         network = parse_network(mcc, mnc, lenient=True)
     digits = _text(params, "msisdn", "from", "From").strip().removeprefix("+").removeprefix("00")
-    # A short code is no phone, even if it begins like a country's numbers.
-    sender = "+" + digits if len(digits) > SHORT_CODE_MAX_DIGITS else ""
+    # A short code (of six digits at most in most countries) is no phone, even if it begins like
+    # a country's numbers.
+    sender = "+" + digits if len(digits) > 6 else ""
     message_id = _text(params, "messageId", "MessageSid", "id")
     return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
-
-
-SHORT_CODE_MAX_DIGITS: Final = 6
-"""The longest number for texting to and from services, in most countries."""
 
 
 def parse_receipt(params: Json) -> tuple[str, str]:
@@ -2699,9 +2689,8 @@ def parse_receipt(params: Json) -> tuple[str, str]:
     Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d.
     """
     status = _text(params, "status", "MessageStatus").lower()
-    outcome = "delivered" if status in ("delivered", "read", "1") else ""
-    if status in ("failed", "rejected", "expired", "undelivered", "2", "16"):
-        outcome = "failed"
+    failed = status in ("failed", "rejected", "expired", "undelivered", "2", "16")
+    outcome = "failed" if failed else "delivered" * (status in ("delivered", "read", "1"))
     return _text(params, "messageId", "message-id", "MessageSid", "id"), outcome
 
 
@@ -3256,8 +3245,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 def json_params(body: bytes, content_type: str) -> Json:
     """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
-    params = json_object(body, content_type)
-    return {name: value for name, value in params.items() if value is not None and value != ""}
+    return {n: v for n, v in json_object(body, content_type).items() if v not in (None, "")}
 
 
 def json_object(body: bytes, content_type: str) -> Json:
@@ -3343,12 +3331,10 @@ class HawkPlugin:
         return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
 
 
-THANKS: Final = {
-    "twilio": Answer(200, b"<Response/>", "text/xml"),
-    # Kannel and its like would send a body on to the phone.
-    **dict.fromkeys(("kannel", "http"), Answer(200, b"", "text/plain")),
-}
-"""How a webhook is answered, where it is not by an empty object."""
+NOTHING: Final = Answer(200, b"", "text/plain")
+RESPONSE: Final = Answer(200, b"<Response/>", "text/xml")
+THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
+"""How a webhook is answered, if not by {}: Kannel and its like send a body on to the phone."""
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
@@ -3950,9 +3936,8 @@ def show_messages(settings: Settings) -> int:
     code, host = "1" * settings.short_code_digits, settings.line_host
     for tag, catalogue in sorted(load_messages(len(code)).items()):
         text = message_text(code, catalogue, host)
-        line, size = "host line" if "\n" in text else "-", measure(text)
-        units = f"{size.encoding} {size.units:3} {size.segments}"
-        print(f"{tag:8} {units} {line:9} {text.replace(chr(10), ' ⏎ ')}")
+        line, n = "host line" if "\n" in text else "-", measure(text)
+        print(f"{tag:8} {n.encoding} {n.units:3} {n.segments} {line:9}", text.replace("\n", " ⏎ "))
     return 0
 
 

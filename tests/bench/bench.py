@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import socket
 import statistics
 import subprocess
@@ -364,7 +365,7 @@ class Bench:
     def warm_up(self, world: World) -> None:
         """Let every thread connect, before anything is counted."""
         requests = workload("/sms/verify_code").requests(world, min(1000, 10 * self.count))
-        clients.run_python(world.port, requests, 64, lambda: None)
+        clients.run_python(world.port, requests, CONNECTIONS, lambda: None)
 
 
 # -- The parts of the benchmark -----------------------------------------------
@@ -662,4 +663,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every close()
     sys.exit(main(sys.argv[1:]))
