@@ -3605,6 +3605,8 @@ UNIX_PATH_MAX_BYTES: Final = 103
 """The longest path of a unix socket that both Linux (107) and macOS (103) allow."""
 TAKEOVER_S: Final = 2.0
 """How long a start waits until what a killed gateway left behind is gone."""
+STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
+"""What ends a gateway."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 LOGGING: Final[Json] = {
@@ -3726,6 +3728,7 @@ class EmbeddedStore:
             command += ["--" + name, value]
 
         def in_child() -> None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
             if sys.platform == "linux":
                 die_with_parent(parent, signal.SIGTERM)
@@ -3799,9 +3802,23 @@ def application() -> GatewayApp:
 
 def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_stop_once, daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
+
+
+def _stop_once() -> None:
+    """Pass one SIGTERM on to Granian, once it serves; Ctrl-C is for our parent alone.
+
+    In Granian 2.8.7 a worker hangs, with the interpreter's lock, when it is told to stop
+    twice (Ctrl-C reaches it too), or before it serves.
+    """
+    signal.sigwait({signal.SIGTERM})
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    if frame.f_code.co_name != "wait":  # its main thread still prepares: nothing is in flight
+        os._exit(0)
+    cast(Callable[..., None], signal.getsignal(signal.SIGTERM))(signal.SIGTERM, None)
 
 
 def claim_port(settings: Settings) -> socket.socket:
@@ -3850,7 +3867,8 @@ def _who_listens(port: int) -> str:
                 parent = process.with_name((process / "stat").read_text().split()[3])
                 if (parent / "cmdline").read_bytes() == command:  # a worker: name its gateway
                     process = parent
-                return f"process {process.name} ({command.replace(bytes(1), b' ').decode()})"
+                # not the command line, which may hold secrets
+                return f"process {process.name} ({(process / 'comm').read_text().strip()})"
     return "another program"
 
 
@@ -3861,6 +3879,11 @@ def serve(settings: Settings) -> int:
     from granian.log import LogLevels
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
+    # A worker must not run our handlers: it takes these signals when it is ready for them.
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
+    )
     say = partial(print, file=sys.stderr, flush=True)
     holder, store = claim_port(settings), None
     try:
@@ -3885,6 +3908,8 @@ def serve(settings: Settings) -> int:
     except KeyboardInterrupt:
         pass
     finally:
+        for number in STOP_SIGNALS:  # once is enough
+            signal.signal(number, signal.SIG_IGN)
         if store:
             store.stop()
         holder.close()
@@ -3992,7 +4017,12 @@ def demo(settings: Settings, msisdn: str) -> int:
         import lab
     except ImportError as error:
         raise StartError(f"the demo is in notebooks/lab.py, which is not here: {error}") from None
-    return int(lab.demo(settings.base_url, msisdn))
+    try:
+        number = parse_msisdn(msisdn)
+    except InvalidParameter as error:
+        raise SettingsError(f"--msisdn {msisdn}: {error.message}") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
+    return int(lab.demo(settings.base_url, number))
 
 
 def main(argv: list[str]) -> int:

@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -91,7 +93,8 @@ class Client:
             headers["Content-Type"] = kind
         target = gateway.hawk_target(method, self.public_url + path)
         default = 443 if self.public_url.startswith("https:") else 80
-        headers["Host"] = target.host + (f":{target.port}" if target.port != default else "")
+        host = f"[{target.host}]" if ":" in target.host else target.host
+        headers["Host"] = host + (f":{target.port}" if target.port != default else "")
         sent = ""
         public = method == "GET" or path.endswith(("/register", "/discover"))
         if self.credentials and not public and "Authorization" not in headers:
@@ -358,7 +361,11 @@ def _walk(address: str, msisdn: str) -> int:
         print(f"   SMS  {phone.messages()[-1]['text']}\n")
         code = phone.code()
     except LookupError:
-        code = input("   This gateway sends real messages. The code in yours: ").strip()
+        try:
+            code = input("   This gateway sends real messages. The code in yours: ").strip()
+        except EOFError:
+            print("There is nobody to type the code.", file=sys.stderr)
+            return 1
 
     _say("3. The person types the code; the client returns it with its public key, and")
     _say("   gets a certificate: this gateway's word that the key's holder has the number.")
@@ -434,7 +441,10 @@ def _own_gateway() -> Iterator[str]:
             f"{folder}/keys",
         ]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-        server = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        die_with_us = partial(gateway.die_with_parent, os.getpid(), signal.SIGTERM)
+        server = subprocess.Popen(
+            command, env=environ, stdout=subprocess.DEVNULL, preexec_fn=die_with_us
+        )
         stack.callback(server.wait)
         stack.callback(server.terminate)
         deadline = time.monotonic() + 20

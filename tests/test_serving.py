@@ -1,0 +1,1220 @@
+"""Real ``python gateway.py`` processes: start, stop, kill, ports and folders, other servers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import lab
+import psutil
+import pytest
+import redis
+import urllib3
+from cryptography.hazmat.primitives import serialization
+from support import NUMBER, ROOT, GatewayProcess
+from test_sms import SmsApi, after
+
+import gateway
+
+T = TypeVar("T")
+Start = Callable[..., GatewayProcess]
+
+
+# -- Helpers ------------------------------------------------------------------
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
+    """Tell whether a condition comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def living(folder: Path) -> dict[int, str]:
+    """All living processes that work in or on a folder, by pid: of gateways and stores."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            text = " ".join([*process.cmdline(), process.cwd()])
+            if str(folder) in text and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process.name()
+    return found
+
+
+def nothing_lives(folder: Path, timeout_s: float = 5) -> bool:
+    """Tell whether all that worked in a folder is gone in time."""
+    return eventually(lambda: not living(folder), timeout_s)
+
+
+def store_of(process: GatewayProcess) -> psutil.Process:
+    """The embedded store of a gateway."""
+    [store] = [p for p in process.family() if "valkey" in p.name()]
+    return store
+
+
+def workers_of(process: GatewayProcess) -> list[psutil.Process]:
+    """The worker processes of a gateway."""
+    return [p for p in process.family()[1:] if "valkey" not in p.name()]
+
+
+def verified(process: GatewayProcess, msisdn: str = NUMBER) -> lab.Client:
+    """A client whose number is verified."""
+    client = process.client()
+    client.register()
+    assert client.verify(msisdn).status == 200
+    assert client.verify_code(lab.Handset(client, msisdn).code()).status == 200
+    return client
+
+
+def again(client: lab.Client, process: GatewayProcess) -> lab.Client:
+    """The same session, over a fresh connection."""
+    other = process.client()
+    other.credentials = client.credentials
+    return other
+
+
+KEY = gateway.generate_key("RS256")
+
+
+def can_sign(client: lab.Client) -> bool:
+    """Tell whether a session still gets a certificate."""
+    with contextlib.suppress(urllib3.exceptions.HTTPError):
+        return client.sign(KEY).status == 200
+    return False
+
+
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Call all at the same moment, each in its own thread."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> T:
+        barrier.wait(10)
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def outcome(reply: lab.Reply) -> tuple[int, int | None]:
+    """Status and errno."""
+    return reply.status, (reply.body or {}).get("errno")
+
+
+def free_port() -> int:
+    """A loopback port where nobody listens."""
+    with contextlib.closing(lab.free_port()) as holder:
+        return int(holder.getsockname()[1])
+
+
+def public_key(process: GatewayProcess) -> Any:
+    """The gateway's public key."""
+    return process.client().call("GET", "/.well-known/browserid").body["public-key"]
+
+
+def refusal(process: GatewayProcess, timeout_s: float = 8) -> str:
+    """What a gateway said that refused to start."""
+    assert process.process.wait(timeout_s) == 1, process.output
+    assert "Traceback" not in process.output
+    return process.output
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Iterator[gateway.EmbeddedStore]:
+    """A store that is not the gateway's own."""
+    store = gateway.EmbeddedStore(str(tmp_path / "external"))
+    yield store
+    store.stop()
+
+
+# -- Start --------------------------------------------------------------------
+
+
+def test_the_start_says_what_is_in_force(start_gateway: Start) -> None:
+    process = start_gateway()
+    assert eventually(lambda: "/outbox" in process.output)  # visible codes are announced
+    first = process.output
+    assert f"http://127.0.0.1:{process.port}" in first
+    assert str(process.folder / "data") in first
+    assert str(process.folder / "keys") in first
+    assert "outbox" in first
+    made = [line for line in first.splitlines() if "keys" in line and "made" in line]
+    assert made
+    process.stop()
+    second = start_gateway()
+    assert "made" not in second.output  # only the first start makes keys
+    for path in (process.folder / "keys").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_paying_provider_is_named_and_its_secrets_are_not(start_gateway: Start) -> None:
+    with SmsApi() as api:
+        process = start_gateway(*api.option())
+        assert eventually(lambda: "nexmo" in process.output)
+        assert "outbox" not in process.output
+        assert api.entry()["api_secret"] not in process.output
+        assert api.entry()["api_key"] not in process.output
+
+
+def test_the_store_listens_on_no_port_and_is_private(start_gateway: Start) -> None:
+    process = start_gateway()
+    assert store_of(process).net_connections("inet") == []
+    data = process.folder / "data"
+    assert data.stat().st_mode & 0o077 == 0
+    for path in data.rglob("*"):
+        if not path.is_symlink():
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_ipv6(start_gateway: Start, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+        probe.bind(("::1", 0))
+        port = probe.getsockname()[1]
+    process = start_gateway("--host", "::1", port=port, wait=False)
+    url = f"http://[::1]:{port}"
+    http = urllib3.PoolManager(retries=False)
+
+    def answers() -> bool:
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            return bool(http.request("GET", url + "/__heartbeat__").status == 200)
+        return False
+
+    assert eventually(answers, 20), process.output
+    client = lab.Client(url)
+    assert client.register().body["verificationUrl"] == url + "/sms/verify"
+    assert client.verify(NUMBER).status == 200
+    second = start_gateway(
+        "--host", "::1", "--data-dir", str(tmp_path / "b"), port=port, wait=False
+    )
+    assert str(process.process.pid) in refusal(second)
+
+
+# -- Stop ---------------------------------------------------------------------
+
+
+def press_ctrl_c(process: GatewayProcess, *more: signal.Signals) -> None:
+    """Do what a terminal does: SIGINT to every process of the group."""
+    group = os.getpgid(process.process.pid)
+    for member in process.family():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(member.pid) == group:
+                for number in (signal.SIGINT, *more):
+                    member.send_signal(number)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "Ctrl-C"])
+def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> None:
+    with SmsApi(after(1)) as api:
+        process = start_gateway(*api.option(), "--workers", "2")
+        family = process.family()
+        assert len(family) == 4
+        client = process.client()
+        client.register()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.verify, NUMBER)
+            assert eventually(lambda: bool(api.received))
+            started = time.monotonic()
+            if how == "Ctrl-C":
+                press_ctrl_c(process)
+            else:
+                process.process.send_signal(getattr(signal, how))
+            assert asked.result().body == {"mtSender": "Gateway"}
+        assert process.process.wait(10) == 0
+        assert 0.3 < time.monotonic() - started < 8
+        assert not any(member.is_running() for member in family[1:])
+        assert nothing_lives(process.folder, 0.5)
+        assert "Traceback" not in process.output
+
+        # what was answered was also kept
+        api.answer = after(0)
+        restarted = start_gateway(*api.option(), port=process.port)
+        assert again(client, restarted).verify_code(api.code()).body == {"msisdn": NUMBER}
+
+
+def has_members(process: GatewayProcess, count: int) -> bool:
+    """Tell whether a gateway has so many processes, its store included."""
+    return len(process.family()) == count
+
+
+def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
+    """On Ctrl-C a worker gets SIGINT, and SIGTERM from its parent a moment later.
+
+    In Granian 2.8.7 the second of two signals may hang it, with the interpreter's lock.
+    """
+    port = free_port()
+    for _ in range(2):
+        process = start_gateway("--workers", "4", port=port)
+        assert eventually(partial(has_members, process, 6))
+        started = time.monotonic()
+        press_ctrl_c(process, signal.SIGTERM)
+        assert process.process.wait(20) == 0
+        assert time.monotonic() - started < 5
+        assert nothing_lives(process.folder, 0.5)
+
+
+def test_idle_connections_do_not_delay_the_stop(start_gateway: Start) -> None:
+    process = start_gateway()
+    with contextlib.ExitStack() as stack:
+        client = process.client()
+        client.register()  # and keeps its connection
+        for _ in range(5):  # these never say anything
+            idle = socket.create_connection(("127.0.0.1", process.port))
+            stack.enter_context(contextlib.closing(idle))
+        started = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - started < 5
+    assert nothing_lives(process.folder, 0.5)
+
+
+def test_impatience_does_no_harm(start_gateway: Start) -> None:
+    """Ctrl-C again and again until it ends: still an orderly stop."""
+    process = start_gateway()
+    client = verified(process)
+    while process.process.poll() is None:
+        process.process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.process.returncode == 0
+    assert nothing_lives(process.folder)
+    assert "Traceback" not in process.output
+    restarted = start_gateway(port=process.port)
+    assert can_sign(again(client, restarted))
+
+
+def test_a_stop_during_the_start_leaves_nothing(start_gateway: Start) -> None:
+    started = start_gateway()
+    started.stop()
+    for n in range(6):
+        process = start_gateway(port=started.port, wait=False)
+        time.sleep(0.05 + 0.07 * n)  # from the first imports to the first answers
+        begun = time.monotonic()
+        status = process.stop()
+        assert time.monotonic() - begun < 5
+        # before our first line runs, Python has the system's own handler
+        assert status in ((0,) if process.output else (0, -signal.SIGTERM)), process.output
+        assert "Traceback" not in process.output
+        assert nothing_lives(process.folder)
+    last = start_gateway(port=started.port)
+    assert last.stop() == 0
+
+
+@pytest.mark.parametrize("late_s", [0, 0.003, 0.006, 0.01, 0.02])
+def test_a_stop_while_a_worker_starts_is_heard_by_it(late_s: float, start_gateway: Start) -> None:
+    """A fork inherits its parent's handlers: a signal that comes too early is lost."""
+    process = start_gateway("--workers", "2", wait=False)
+    while not workers_of(process):
+        assert process.process.poll() is None, process.output
+    time.sleep(late_s)
+    begun = time.monotonic()
+    assert process.stop() == 0
+    assert time.monotonic() - begun < 5
+    assert nothing_lives(process.folder, 1)
+    assert "Traceback" not in process.output
+
+
+def test_stopped_and_started_again_nothing_is_lost(start_gateway: Start) -> None:
+    process = start_gateway()
+    done, waiting, fresh = verified(process), process.client(), process.client()
+    waiting.register()
+    waiting.verify("+447700900456")
+    code = lab.Handset(waiting, "+447700900456").code()
+    fresh.register()
+    key = public_key(process)
+    assert process.stop() == 0
+
+    restarted = start_gateway(port=process.port)
+    assert public_key(restarted) == key
+    assert can_sign(again(done, restarted))
+    assert again(waiting, restarted).verify_code(code).status == 200
+    assert again(fresh, restarted).verify("+447700900789").status == 200
+    unknown = restarted.client()
+    unknown.credentials = gateway.derive_credentials(gateway.SessionToken(bytes(32)))
+    assert outcome(unknown.sign(KEY)) == (401, 110)
+
+
+def test_a_nonce_stays_used_after_a_restart(start_gateway: Start) -> None:
+    process = start_gateway()
+    client = verified(process)
+    client.nonce = lambda: "the same"
+    assert can_sign(client)
+    process.kill()
+    restarted = start_gateway(port=process.port)
+    replayed = again(client, restarted)
+    replayed.nonce = client.nonce
+    assert outcome(replayed.sign(KEY)) == (401, 109)
+
+
+# -- Kill ---------------------------------------------------------------------
+
+
+class _Users:
+    """Clients that go through the whole flow in a loop, and remember whom it verified."""
+
+    def __init__(self) -> None:
+        self.verified: list[gateway.Credentials] = []
+        self.count = 0
+
+    def loop(self, process: GatewayProcess, stop: threading.Event) -> None:
+        """Verify one number after the other until the gateway is gone."""
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            while not stop.is_set():
+                self.count += 1
+                msisdn = f"+4477{self.count:08}"
+                client = process.client()
+                if client.register().status != 200 or client.verify(msisdn).status != 200:
+                    continue
+                reply = client.verify_code(lab.Handset(client, msisdn).code())
+                if reply.status == 200 and client.credentials:
+                    self.verified.append(client.credentials)
+
+
+def test_forty_kills_at_any_moment(start_gateway: Start) -> None:
+    """Even rounds: killed while it starts; odd ones: while clients verify numbers."""
+    first = start_gateway("--workers", "2")
+    first.stop()
+    folder, users = first.folder, _Users()
+    for n in range(40):
+        process = start_gateway("--workers", "2", port=first.port, wait=False)
+        if n % 2 == 0:
+            time.sleep(0.016 * n)  # 0 to 0.6 s
+            assert process.process.poll() is None, process.output
+            process.kill()
+        else:
+            process.wait_until_ready()
+            # all that lives is this gateway's: nothing of those before is left
+            family = {member.pid for member in process.family()}
+            strangers = {p: name for p, name in living(folder).items() if p not in family}
+            assert not strangers
+            for credentials in users.verified[-5:]:
+                client = process.client()
+                client.credentials = credentials
+                assert can_sign(client)
+            stop = threading.Event()
+            with ThreadPoolExecutor(2) as pool:
+                loops = [pool.submit(users.loop, process, stop) for _ in range(2)]
+                time.sleep(0.006 * n)  # 0 to 0.23 s
+                process.kill()
+                stop.set()
+            for loop in loops:
+                loop.result()
+        time.sleep(0.0025 * n)  # 0 to 0.1 s until the restart
+
+    last = start_gateway("--workers", "2", port=first.port)
+    assert len(users.verified) > 20
+    for credentials in users.verified:
+        client = last.client()
+        client.credentials = credentials
+        assert can_sign(client)
+    assert last.stop() == 0
+    assert nothing_lives(folder)
+
+
+def test_nothing_outlives_a_killed_gateway(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "2")
+    assert len(living(process.folder)) == 4
+    process.kill()
+    assert nothing_lives(process.folder, 2)
+
+
+def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "2")
+    client = verified(process)
+    store = store_of(process).pid
+    for _ in range(2):
+        old = {worker.pid for worker in workers_of(process)}
+        victim = min(old)
+        os.kill(victim, signal.SIGKILL)
+
+        def replaced(victim: int = victim) -> bool:
+            workers = {worker.pid for worker in workers_of(process)}
+            return len(workers) == 2 and victim not in workers
+
+        assert eventually(replaced, 10), process.output
+        # connections that waited for the dead worker are lost, and no others
+        assert eventually(lambda: can_sign(again(client, process)), 2)
+        assert all(can_sign(again(client, process)) for _ in range(20))
+    assert store_of(process).pid == store
+    assert process.stop() == 0
+    assert nothing_lives(process.folder)
+
+
+def test_service_goes_on_when_all_workers_are_killed(start_gateway: Start) -> None:
+    process = start_gateway()
+    client = verified(process)
+    for worker in workers_of(process):
+        worker.kill()
+    process.wait_until_ready()
+    assert can_sign(again(client, process))
+    assert process.stop() == 0
+
+
+def test_a_killed_store_comes_back_with_its_data(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "2")
+    client = verified(process)
+    for _ in range(2):
+        killed = store_of(process)
+        killed.kill()
+        psutil.wait_procs([killed], 5)
+
+        def back() -> bool:
+            reply = client.sign(KEY)
+            assert outcome(reply) in ((200, None), (503, 201))  # and nothing else meanwhile
+            return reply.status == 200
+
+        assert eventually(back, 5), process.output
+        assert store_of(process).pid != killed.pid
+    assert process.stop() == 0
+    assert nothing_lives(process.folder)
+
+
+def test_workers_that_keep_dying_end_the_gateway(start_gateway: Start) -> None:
+    """Whoever watches it must see that it failed; and nothing may be left."""
+    process = start_gateway()
+    while process.process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for worker in workers_of(process):
+                worker.kill()
+        time.sleep(0.05)
+    assert process.process.returncode == 1
+    assert "Traceback" not in process.output
+    assert nothing_lives(process.folder)
+
+
+@pytest.mark.parametrize("after_s", [0.15, 0.25, 0.35])
+def test_a_first_start_that_is_killed_leaves_no_half_key(
+    after_s: float, start_gateway: Start
+) -> None:
+    process = start_gateway(wait=False)
+    time.sleep(after_s)
+    process.kill()
+    folder = str(process.folder / "keys")
+    settings = gateway.Settings(keys_dir=folder, data_dir=str(process.folder / "none"))
+    key, _ = gateway.load_signing_key(settings)
+    secret, _ = gateway.load_master_secret(settings)
+    assert (key.key_size, len(secret)) == (2048, 32)
+
+
+def test_a_store_that_hangs_does_not_keep_the_gateway_from_stopping(start_gateway: Start) -> None:
+    process = start_gateway()
+    store = store_of(process)
+    store.suspend()  # as on a disk that hangs
+    try:
+        assert process.stop(timeout_s=20) == 0
+        assert nothing_lives(process.folder)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            store.resume()
+
+
+def test_a_store_that_hangs_costs_a_503_within_a_second(start_gateway: Start) -> None:
+    process = start_gateway()
+    client = verified(process)
+    store = store_of(process)
+    store.suspend()
+    try:
+        for call in (client.unregister, process.client().register, lambda: client.sign(KEY)):
+            started = time.monotonic()
+            reply = call()
+            assert outcome(reply) == (503, 201)
+            assert reply.headers["Retry-After"] == str(reply.body["retryAfter"])
+            assert time.monotonic() - started < 1.2
+        assert process.client().call("GET", "/__lbheartbeat__").status == 200
+        heartbeat = process.client().call("GET", "/__heartbeat__")
+        assert (heartbeat.status, heartbeat.body["storage"]) == (503, False)
+        assert "Retry-After" in heartbeat.headers
+    finally:
+        store.resume()
+    process.wait_until_ready()
+    assert can_sign(client)
+
+
+# -- Ports, folders, keys: refusals -------------------------------------------
+
+
+class Occupied(NamedTuple):
+    """A gateway, a session that it verified, and what those said that it kept out."""
+
+    first: GatewayProcess
+    client: lab.Client
+    secrets: list[str]
+    said: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def occupied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Occupied]:
+    """Start a gateway, then all at once others that want what it has."""
+    folder = tmp_path_factory.mktemp("occupied")
+    (folder / "link").symlink_to(folder / "data")
+    others: dict[str, GatewayProcess] = {}
+    with SmsApi() as api:
+        secrets = [os.urandom(32).hex(), api.entry()["api_key"], api.entry()["api_secret"]]
+        options = (*api.option(), "--master-secret", secrets[0])
+        first = GatewayProcess(folder, "--workers", "2", *options)
+        try:
+            client = first.client()
+            client.register()
+            client.verify(NUMBER)
+            assert client.verify_code(api.code()).status == 200
+            elsewhere = ("--data-dir", str(folder / "b"), "--keys-dir", str(folder / "kb"))
+            same_port: dict[str, Any] = {"port": first.port, "wait": False}
+            others["port"] = GatewayProcess(folder, *elsewhere, **same_port)
+            others["port of localhost"] = GatewayProcess(
+                folder, *elsewhere, "--host", "localhost", **same_port
+            )
+            same_secret = ("--master-secret", secrets[0])
+            others["data"] = GatewayProcess(folder, *same_secret, wait=False)
+            link = ("--data-dir", str(folder / "link"), *same_secret)
+            others["link to the data"] = GatewayProcess(folder, *link, wait=False)
+            yield Occupied(first, client, secrets, {n: refusal(o) for n, o in others.items()})
+            assert first.stop() == 0
+        finally:
+            for process in (first, *others.values()):
+                process.close()
+
+
+@pytest.mark.parametrize("what", ["port", "port of localhost", "data", "link to the data"])
+def test_a_second_gateway_is_refused_and_told_by_whom(what: str, occupied: Occupied) -> None:
+    said = occupied.said[what]
+    assert str(occupied.first.process.pid) in said
+    wanted = occupied.first.port if "port" in what else occupied.first.folder / "data"
+    assert str(wanted) in said
+
+
+@pytest.mark.parametrize("what", ["port", "data"])
+def test_the_refusal_shows_no_secret_of_the_other(what: str, occupied: Occupied) -> None:
+    """The other's command line may hold secrets; what we print ends in a log."""
+    assert not [secret for secret in occupied.secrets if secret in occupied.said[what]]
+
+
+def test_the_first_gateway_is_unharmed(occupied: Occupied) -> None:
+    assert len(occupied.first.family()) == 4
+    assert can_sign(again(occupied.client, occupied.first))
+    assert not (occupied.first.folder / "b").exists()  # the refused began nothing
+
+
+@pytest.mark.parametrize("same", ["port", "data"])
+def test_of_two_that_start_at_once_one_wins(
+    same: str, start_gateway: Start, tmp_path: Path
+) -> None:
+    port = free_port()
+    other = ("--data-dir", str(tmp_path / "b")) if same == "port" else ()
+    both = [
+        start_gateway(port=port, wait=False),
+        start_gateway(*other, port=port if same == "port" else 0, wait=False),
+    ]
+
+    def one_refused() -> bool:
+        return any(process.process.poll() is not None for process in both)
+
+    assert eventually(one_refused, 10)
+    [loser] = [process for process in both if process.process.poll() is not None]
+    [winner] = [process for process in both if process is not loser]
+    assert str(winner.process.pid) in refusal(loser)
+    winner.wait_until_ready()
+    assert verified(winner)
+    assert winner.stop() == 0
+
+
+def test_another_program_on_the_port_is_named(start_gateway: Start) -> None:
+    with contextlib.closing(lab.free_port()) as taken:
+        taken.listen()
+        process = start_gateway(port=taken.getsockname()[1], wait=False)
+        said = refusal(process)
+        assert str(os.getpid()) in said
+    assert not (process.folder / "data").exists()  # nothing was begun
+
+
+def test_two_gateways_beside_each_other(start_gateway: Start, tmp_path: Path) -> None:
+    """The refusals refuse no more than they should."""
+    first = start_gateway()
+    second = start_gateway("--data-dir", str(tmp_path / "b"))
+    assert can_sign(verified(first))
+    assert can_sign(verified(second))
+
+
+def test_an_address_that_is_not_ours(start_gateway: Start) -> None:
+    with SmsApi() as api:
+        process = start_gateway("--host", "192.0.2.1", *api.option(), wait=False)
+        said = refusal(process, 5)
+        assert "192.0.2.1" in said
+        assert not (process.folder / "data").exists()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _foreign(path: Path) -> None:
+    path.write_text("dear diary\n")
+
+
+def _readable(path: Path) -> None:
+    path.chmod(0o644)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir(0o700)
+
+
+def _public(path: Path) -> None:
+    kinds = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    path.write_bytes(KEY.public_key().public_bytes(*kinds))
+
+
+def _shouted(path: Path) -> None:
+    path.write_text("A" * 63 + "\n")
+
+
+@pytest.fixture(scope="module")
+def good_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a keys folder."""
+    folder = tmp_path_factory.mktemp("good")
+    settings = gateway.Settings(keys_dir=str(folder), data_dir=str(folder / "data"))
+    gateway.load_signing_key(settings)
+    gateway.load_master_secret(settings)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def put_keys(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files of a keys folder."""
+    folder.mkdir(mode=0o700)
+    for name, data in files.items():
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        # each would be replaced by a new secret, or crash with a traceback
+        ("browserid.pem", _truncate),
+        ("browserid.pem", _empty),
+        ("browserid.pem", _foreign),
+        ("browserid.pem", _public),
+        ("browserid.pem", _folder),
+        ("browserid.pem", _readable),
+        ("master.secret", _truncate),
+        ("master.secret", _empty),
+        ("master.secret", _foreign),
+        ("master.secret", _shouted),
+        ("master.secret", _folder),
+        ("master.secret", _readable),
+    ],
+)
+def test_a_damaged_key_file_is_refused_and_kept(
+    name: str,
+    damage: Callable[[Path], None],
+    good_keys: dict[str, bytes],
+    start_gateway: Start,
+    tmp_path: Path,
+) -> None:
+    put_keys(tmp_path / "keys", good_keys)
+    path = tmp_path / "keys" / name
+    damage(path)
+    before = path.read_bytes() if path.is_file() else None
+    said = refusal(start_gateway(wait=False))
+    assert str(path) in said
+    assert len(said.splitlines()) < 4
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(good_keys)
+    if before:
+        assert before.decode().strip() not in said
+
+
+def test_a_lost_master_secret_is_not_replaced(start_gateway: Start) -> None:
+    """A new one would lock out every user, in silence."""
+    process = start_gateway()
+    verified(process)
+    process.stop()
+    secret = process.folder / "keys" / "master.secret"
+    secret.rename(process.folder / "away")
+    assert str(secret) in refusal(start_gateway(wait=False))
+    assert not secret.exists()
+
+
+def test_a_data_dir_that_cannot_be(start_gateway: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", deep):
+        said = refusal(start_gateway("--data-dir", str(folder), wait=False))
+        assert "data_dir" in said
+
+
+# -- The first start, raced ---------------------------------------------------
+
+
+def test_two_first_starts_make_one_key(
+    start_gateway: Start, external: gateway.EmbeddedStore, tmp_path: Path
+) -> None:
+    """With one store: a session of one is known to the other only by the same secret."""
+    options = ("--storage-url", external.url)
+    both = [start_gateway(*options, wait=False) for _ in range(2)]
+    for process in both:
+        process.wait_until_ready()
+    assert public_key(both[0]) == public_key(both[1])
+    client = verified(both[0])
+    assert can_sign(again(client, both[1]))
+    names = sorted(path.name for path in (tmp_path / "keys").iterdir())
+    assert names == ["browserid.pem", "master.secret"]  # no drafts are left
+
+
+# -- External storage ---------------------------------------------------------
+
+
+def test_an_external_store_works_the_same(
+    start_gateway: Start, external: gateway.EmbeddedStore
+) -> None:
+    process = start_gateway("--storage-url", external.url, "--workers", "2")
+    assert external.url in process.output
+    assert not [p for p in process.family() if "valkey" in p.name()]
+    client = verified(process)
+    assert can_sign(client)
+    assert process.stop() == 0
+    restarted = start_gateway("--storage-url", external.url, port=process.port)
+    client = again(client, restarted)
+    assert can_sign(client)
+    assert client.unregister().status == 204
+    assert outcome(client.sign(KEY)) == (401, 110)
+    restarted.kill()
+    with redis.Redis.from_url(external.url) as connection:
+        assert connection.ping()  # not ours, so not stopped
+
+
+def test_an_external_store_may_come_later_and_go_and_come_back(
+    start_gateway: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "late"
+    process = start_gateway("--storage-url", f"unix://{folder}/store.sock", wait=False)
+    assert eventually((tmp_path / "keys" / "browserid.pem").exists)
+    store = gateway.EmbeddedStore(str(folder))
+    try:
+        process.wait_until_ready()
+        client = verified(process)
+    finally:
+        store.stop()
+    assert outcome(client.sign(KEY)) == (503, 201)
+    store = gateway.EmbeddedStore(str(folder))
+    try:
+        assert can_sign(client)
+    finally:
+        store.stop()
+
+
+def test_a_start_that_waits_for_its_store_can_be_stopped(
+    start_gateway: Start, tmp_path: Path
+) -> None:
+    process = start_gateway("--storage-url", f"unix://{tmp_path}/none.sock", wait=False)
+    assert eventually((tmp_path / "keys" / "browserid.pem").exists)
+    started = time.monotonic()
+    assert process.stop() == 0
+    assert time.monotonic() - started < 2
+    assert "Traceback" not in process.output
+
+
+def test_the_password_of_the_store_is_not_shown(
+    start_gateway: Start, external: gateway.EmbeddedStore
+) -> None:
+    """redis-py takes it before the host, or in the query (the only way for a socket)."""
+    with redis.Redis.from_url(external.url) as connection:
+        connection.config_set("requirepass", "open-sesame")
+    process = start_gateway("--storage-url", external.url + "?password=open-sesame")
+    assert can_sign(verified(process))
+    assert process.stop() == 0
+    assert "open-sesame" not in process.output
+
+
+def test_a_store_that_evicts_is_refused_or_warned_of(
+    start_gateway: Start, external: gateway.EmbeddedStore
+) -> None:
+    """A full store with this policy would drop verified users in silence."""
+    with redis.Redis.from_url(external.url) as connection:
+        connection.config_set("maxmemory-policy", "allkeys-lru")
+    process = start_gateway("--storage-url", external.url, wait=False)
+    assert eventually(lambda: "maxmemory-policy" in process.output, 5), process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize("url", ["http://localhost:6379", "nonsense", "redis://localhost:port"])
+def test_an_impossible_storage_url_is_refused(url: str, start_gateway: Start) -> None:
+    """Catches a start that succeeds, and fails at every request."""
+    process = start_gateway("--storage-url", url, wait=False)
+    assert eventually(lambda: process.process.poll() is not None, 3), process.output
+    assert process.process.returncode == 2
+    assert "storage_url" in process.output
+    assert "Traceback" not in process.output
+
+
+# -- Other WSGI servers -------------------------------------------------------
+
+WSGIREF = """
+import sys
+from wsgiref.simple_server import make_server
+import gateway
+make_server("127.0.0.1", int(sys.argv[1]), gateway.application()).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("server", ["wsgiref", "granian"])
+@pytest.mark.parametrize("storage", ["embedded", "external"])
+def test_application_under_another_server(
+    server: str, storage: str, external: gateway.EmbeddedStore, tmp_path: Path
+) -> None:
+    port = free_port()
+    if server == "wsgiref":
+        command = [sys.executable, "-c", WSGIREF, str(port)]
+    else:
+        granian = str(Path(sys.executable).with_name("granian"))
+        command = [granian, "--interface", "wsgi", "--factory", "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--blocking-threads", "8", "gateway:application"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+    environ |= {
+        "PYTHONPATH": str(ROOT),
+        "GATEWAY_PORT": str(port),
+        "GATEWAY_DATA_DIR": str(tmp_path / "data"),
+        "GATEWAY_KEYS_DIR": str(tmp_path / "keys"),
+        "GATEWAY_SHORT_CODE_DIGITS": "7",
+    }
+    if storage == "external":
+        environ["GATEWAY_STORAGE_URL"] = external.url
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=environ, stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path
+        )
+    try:
+        client = lab.Client(f"http://127.0.0.1:{port}")
+
+        def answers() -> bool:
+            with contextlib.suppress(urllib3.exceptions.HTTPError):
+                return client.call("GET", "/__heartbeat__").status == 200
+            return False
+
+        assert eventually(answers, 15), log.read_text()
+        assert client.register().body["verificationUrl"] == f"{client.address}/sms/verify"
+        assert client.verify(NUMBER).status == 200
+        code = lab.Handset(client, NUMBER).code()
+        assert len(code) == 7
+        assert client.verify_code(code).body == {"msisdn": NUMBER}
+        assert can_sign(client)
+        started = time.monotonic()
+        chunked = client.http.request("POST", client.address + "/register", body=iter([b"{}"]))
+        assert (chunked.status, chunked.json()["errno"]) == (411, 112)
+        assert time.monotonic() - started < 2
+        assert client.unregister().status == 204
+        client.http.clear()
+    finally:
+        process.terminate()
+        process.wait(20)
+    left = {pid for pid in living(tmp_path) if str(external.folder) not in _cwd(pid)}
+    assert eventually(lambda: not left & living(tmp_path).keys())
+
+
+def _cwd(pid: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        return str(psutil.Process(pid).cwd())
+    return ""
+
+
+# -- Hostile clients of the real server ---------------------------------------
+
+
+def talk(port: int, *pieces: bytes, pause_s: float = 0, end: bool = False) -> bytes:
+    """Send bytes over a connection of their own; gives all that comes back until its end."""
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), 10)) as connection:
+        received = b""
+        with contextlib.suppress(OSError):  # it may hang up while we still talk
+            for n, piece in enumerate(pieces):
+                time.sleep(pause_s if n else 0)
+                connection.sendall(piece)
+            if end:
+                connection.shutdown(socket.SHUT_WR)
+            while data := connection.recv(65536):
+                received += data
+        return received
+
+
+def head(*lines: str, close: bool = True) -> bytes:
+    """The head of a POST to /register."""
+    fixed = ["POST /register HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
+    fixed += ["Connection: close"] * close
+    return "\r\n".join([*fixed, *lines, "", ""]).encode()
+
+
+def parsed(answer: bytes) -> tuple[int, Any]:
+    """Status and JSON body of the one answer that came."""
+    assert answer.count(b"HTTP/1.1 ") == 1, answer
+    top, _, body = answer.partition(b"\r\n\r\n")
+    return int(top.split()[1]), json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway that many tests share."""
+    folder = tmp_path_factory.mktemp("running")
+    process = GatewayProcess(folder, "--workers", "2")
+    yield process
+    output = process.output
+    assert process.stop() == 0
+    process.close()
+    assert "Traceback" not in output
+
+
+SMUGGLED = b"GET /__version__ HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "errno"),
+    [
+        # decoded twice (STACK.md §5): 400, or a body without a limit
+        (head("Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n", 411, 112),
+        (head("Transfer-Encoding: chunked") + b"0\r\n\r\n", 411, 112),
+        # two lengths: whoever believes the other one sees another request
+        (head("Transfer-Encoding: chunked", "Content-Length: 2") + b"0\r\n\r\n", 411, 112),
+        # waits for a body that does not come
+        (head("Content-Length: 1000000000"), 413, 113),
+        (head("Content-Length: 10241"), 413, 113),
+        (head("Content-Length: 99999999999999999999"), 0, 0),
+        # the body of a refused request is answered as the next request
+        (head("Content-Length: 12000", close=False) + SMUGGLED * 300, 413, 113),
+        (
+            head("Transfer-Encoding: chunked", close=False)
+            + b"%x\r\n" % len(SMUGGLED)
+            + SMUGGLED
+            + b"\r\n0\r\n\r\n",
+            411,
+            112,
+        ),
+    ],
+)
+def test_bodies_that_are_refused_at_once(
+    running: GatewayProcess, request_bytes: bytes, status: int, errno: int
+) -> None:
+    started = time.monotonic()
+    answer = talk(running.port, request_bytes, end=b"close" not in request_bytes)
+    assert time.monotonic() - started < 2
+    if status:
+        got, body = parsed(answer)
+        assert (got, body["errno"]) == (status, errno)
+        assert b"timestamp:" in answer.lower()
+    else:
+        assert answer[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413", b"HTTP/1.1 411")
+    assert b"version" not in answer
+
+
+def test_a_body_of_exactly_the_limit_is_taken(running: GatewayProcess) -> None:
+    body = b"{" + b" " * 10238 + b"}"
+    status, answer = parsed(talk(running.port, head("Content-Length: 10240"), body))
+    assert status == 200
+    assert len(answer["msisdnSessionToken"]) == 64
+
+
+def test_a_slow_body_is_waited_for(running: GatewayProcess) -> None:
+    answer = talk(running.port, head("Content-Length: 2"), b"{", b"}", pause_s=0.3)
+    assert parsed(answer)[0] == 200
+
+
+def test_a_body_that_ends_early_registers_nobody(running: GatewayProcess) -> None:
+    answer = talk(running.port, head("Content-Length: 20"), b"{}", end=True)
+    assert b" 200 " not in answer
+    assert b"msisdnSessionToken" not in answer
+
+
+def test_clients_that_stall_keep_nobody_waiting(running: GatewayProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        for n in range(40):
+            stalled = socket.create_connection(("127.0.0.1", running.port))
+            stack.enter_context(contextlib.closing(stalled))
+            stalled.sendall(head("Content-Length: 20")[: 30 if n % 2 else None] + b"{" * (n % 2))
+        for _ in range(5):
+            started = time.monotonic()
+            client = running.client()
+            assert client.register().status == 200
+            assert time.monotonic() - started < 1
+            client.http.clear()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\r\n\r\n\r\n\r\n",
+        b"\0" * 200 + b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(range(200)),  # TLS to a plain port
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 500_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 500_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n no-colon\r\n\r\n",
+        head("Content-Length: -1"),
+        head("Content-Length: +2") + b"{}",
+        head("Content-Length: 2", "Content-Length: 3") + b"{} ",
+        head("Content-Length: 0x2") + b"{}",
+        head("Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n",
+        head("Transfer-Encoding: gzip, identity") + b"{}",
+    ],
+)
+def test_garbage_does_no_harm(running: GatewayProcess, garbage: bytes) -> None:
+    family = running.family()
+    answer = talk(running.port, garbage, end=True)
+    assert b" 200 " not in answer
+    assert b" 500 " not in answer
+    assert running.client().register().status == 200
+    assert running.family() == family
+
+
+@pytest.mark.parametrize(
+    "target", ["/x%ff%fe", "/%00", "/%E2%82%AC", "/€", "/../etc/passwd", "//", "/%2e%2e/x", "/v1"]
+)
+def test_odd_paths_are_404_in_json(running: GatewayProcess, target: str) -> None:
+    request = f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    status, body = parsed(talk(running.port, request))
+    assert (status, body["code"], body["error"]) == (404, 404, "Not Found")
+
+
+# -- Two workers, one session -------------------------------------------------
+
+
+def pending(process: GatewayProcess) -> tuple[lab.Client, str]:
+    """A session that waits for this code."""
+    client = process.client()
+    client.register()
+    assert client.verify(NUMBER).status == 200
+    return client, lab.Handset(client, NUMBER).code()
+
+
+def test_both_workers_serve(running: GatewayProcess) -> None:
+    """Else the tests below show nothing about two processes."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            connection = socket.create_connection(("127.0.0.1", running.port))
+            stack.enter_context(contextlib.closing(connection))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        for worker in workers_of(running):
+            states = [c.status for c in worker.net_connections("tcp")]
+            assert states.count(psutil.CONN_ESTABLISHED) > 1
+
+
+def test_of_50_wrong_codes_at_once_3_are_counted(running: GatewayProcess) -> None:
+    client, code = pending(running)
+    wrong = [f"{(int(code) + n) % 10**6:06}" for n in range(1, 51)]
+    clients = [again(client, running) for _ in wrong]
+    calls = [partial(c.verify_code, w) for c, w in zip(clients, wrong, strict=True)]
+    outcomes = [outcome(reply) for reply in at_once(calls)]
+    assert outcomes.count((400, 105)) == 3
+    assert outcomes.count((410, 111)) == 47
+    assert outcome(client.verify_code(code)) == (410, 111)
+
+
+def test_of_20_right_codes_at_once_one_is_taken(running: GatewayProcess) -> None:
+    client, code = pending(running)
+    clients = [again(client, running) for _ in range(20)]
+    outcomes = [outcome(r) for r in at_once([partial(c.verify_code, code) for c in clients])]
+    assert outcomes.count((200, None)) == 1
+    assert outcomes.count((410, 111)) == 19
+    assert can_sign(client)
+
+
+def test_tries_of_two_codes_do_not_add_up(running: GatewayProcess) -> None:
+    """Asking for fresh codes while guessing gives no more than three guesses in all."""
+    client, code = pending(running)
+    wrong = [f"{(int(code) + n) % 10**6:06}" for n in range(1, 21)]
+    clients = [again(client, running) for _ in range(24)]
+    calls = [partial(c.verify_code, w) for c, w in zip(clients, wrong, strict=False)]
+    calls += [partial(c.call, "POST", "/sms/resend_code") for c in clients[20:]]
+    replies = at_once(calls)
+    # 503: it lost the race for the record too often, and nothing was sent
+    assert {outcome(reply) for reply in replies[20:]} <= {(200, None), (503, 201)}
+    sent = sum(reply.status == 200 for reply in replies[20:])
+    counted = [outcome(reply) for reply in replies[:20]].count((400, 105))
+    # a code that has died by its three tries may be followed by a new one with its own
+    assert 3 <= counted <= 3 * (1 + sent)
+
+
+def test_sends_at_once_are_counted_one_by_one(running: GatewayProcess) -> None:
+    client = running.client()
+    client.register()
+    clients = [again(client, running) for _ in range(12)]
+    number = "+447700900222"
+    outcomes = [outcome(r) for r in at_once([partial(c.verify, number) for c in clients])]
+    sent = outcomes.count((200, None))
+    assert len(lab.Handset(client, number).messages()) == sent
+    assert sent == 5
+    assert set(outcomes) <= {(200, None), (429, 114), (503, 201)}
+
+
+def test_sign_racing_unregister_revives_nobody(running: GatewayProcess) -> None:
+    url = f"unix://{running.folder}/data/store.sock"
+    with redis.Redis.from_url(url) as store:
+        for n in range(25):
+            number = f"+4477009{n:05}"
+            client = verified(running, number)
+            before = store.dbsize()
+            racers = [again(client, running) for _ in range(5)]
+            calls = [partial(c.sign, KEY) for c in racers[:3]]
+            calls += [partial(racers[3].unregister)]
+            calls += [partial(racers[4].call, "POST", "/sms/resend_code")]
+            replies = at_once(calls)
+            for reply in replies[:3]:
+                assert outcome(reply) in ((200, None), (401, 110))
+            assert outcome(replies[3]) == (204, None)
+            # 503: its message was removed with the user
+            assert outcome(replies[4]) in ((200, None), (401, 110), (503, 201))
+            assert outcome(client.sign(KEY)) == (401, 110)
+            assert outcome(client.unregister()) == (401, 110)
+            # the record is gone, and what is new are nonces: empty values
+            assert store.dbsize() <= before + 5
+            lengths = {store.strlen(key) for key in store.keys(b"{*}*")}
+            assert lengths <= {0}
+
+
+@pytest.mark.parametrize("call", ["sign", "wrong code", "send", "unregister"])
+def test_of_one_request_sent_20_times_at_once_one_is_served(
+    call: str, running: GatewayProcess
+) -> None:
+    client, code = pending(running)
+    served: tuple[int, int | None] = (200, None)
+    path = "/certificate/sign"
+    body: gateway.Json = {"publicKey": gateway.public_key_json(KEY.public_key())}
+    if call == "sign":
+        assert client.verify_code(code).status == 200
+    elif call == "wrong code":
+        path, body = "/sms/verify_code", {"code": f"{(int(code) + 1) % 10**6:06}"}
+        served = (400, 105)
+    elif call == "send":
+        path, body = "/sms/verify", {"msisdn": NUMBER}
+    else:
+        path, body, served = "/unregister", {}, (204, None)
+    phone = lab.Handset(client, NUMBER)
+    before = len(phone.messages())
+    clients = [again(client, running) for _ in range(20)]
+    now = time.time()
+    for replaying in clients:
+        replaying.nonce, replaying.clock = lambda: "once", lambda: now
+    replies = at_once([partial(c.call, "POST", path, body) for c in clients])
+    outcomes = [outcome(reply) for reply in replies]
+    assert outcomes.count(served) == 1
+    replayed = {(401, 109), (401, 110)} if call == "unregister" else {(401, 109)}
+    assert set(outcomes) - {served} <= replayed
+    if call == "send":
+        assert len(phone.messages()) == before + 1
+    if call == "wrong code":
+        assert client.verify_code(code).status == 200
