@@ -3803,6 +3803,7 @@ def application() -> GatewayApp:
 def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     threading.Thread(target=_stop_once, daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
@@ -3815,10 +3816,11 @@ def _stop_once() -> None:
     twice (Ctrl-C reaches it too), or before it serves.
     """
     signal.sigwait({signal.SIGTERM})
+    handler = signal.getsignal(signal.SIGTERM)
     frame = sys._current_frames()[threading.main_thread().ident or 0]
-    if frame.f_code.co_name != "wait":  # its main thread still prepares: nothing is in flight
-        os._exit(0)
-    cast(Callable[..., None], signal.getsignal(signal.SIGTERM))(signal.SIGTERM, None)
+    if not callable(handler) or frame.f_code.co_name != "wait":
+        os._exit(0)  # the main thread still prepares: nothing is in flight
+    handler(signal.SIGTERM, None)
 
 
 def claim_port(settings: Settings) -> socket.socket:
@@ -3904,7 +3906,11 @@ def serve(settings: Settings) -> int:
             log_level=LogLevels.error, log_dictconfig=LOGGING,
         )  # fmt: skip
         load = partial(worker_app, settings, url, os.getpid())
-        server.serve(target_loader=load, wrap_loader=False)
+        try:
+            server.serve(target_loader=load, wrap_loader=False)
+        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+            if not server.interrupt_signal:
+                raise
     except KeyboardInterrupt:
         pass
     finally:

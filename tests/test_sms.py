@@ -543,11 +543,8 @@ def test_unusable_provider_settings_are_refused(providers: Any, named: str) -> N
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        (json.dumps([{"kind": "nexmo", "api_key": "k"}]), "api_secret"),
         (json.dumps([{**LOGIN, "password": SECRET}]), "password"),
-        (json.dumps([{"kind": "pigeon", "secret": SECRET}]), "pigeon"),
         (json.dumps([LOGIN])[:-1], "sms-providers"),  # no JSON
-        ('{"kind": "nexmo"}', "sms-providers"),
     ],
 )
 def test_the_start_refuses_them_with_exit_status_2(
