@@ -3876,10 +3876,6 @@ def _who_listens(port: int) -> str:
 
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    from granian import Granian  # here, because only this command needs it
-    from granian.constants import HTTPModes, Interfaces
-    from granian.log import LogLevels
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
     # A worker must not run our handlers: it takes these signals when it is ready for them.
     os.register_at_fork(
@@ -3898,19 +3894,7 @@ def serve(settings: Settings) -> int:
         _announce(settings, store.folder if store else settings.shown("storage_url"), sms, made)
         for warning in warnings:
             say(f"  WARNING: {warning}")
-        server = Granian(
-            "gateway", address=holder.getsockname()[0], port=settings.port,
-            interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
-            workers=settings.workers, blocking_threads=settings.threads,
-            respawn_failed_workers=True, workers_kill_timeout=STOP_S,
-            log_level=LogLevels.error, log_dictconfig=LOGGING,
-        )  # fmt: skip
-        load = partial(worker_app, settings, url, os.getpid())
-        try:
-            server.serve(target_loader=load, wrap_loader=False)
-        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
-            if not server.interrupt_signal:
-                raise
+        _run_workers(settings, holder.getsockname()[0], url)
     except KeyboardInterrupt:
         pass
     finally:
@@ -3921,6 +3905,26 @@ def serve(settings: Settings) -> int:
         holder.close()
     say("stopped")
     return 0
+
+
+def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
+    from granian import Granian  # here, because only this command needs it
+    from granian.constants import HTTPModes, Interfaces
+    from granian.log import LogLevels
+
+    server = Granian(
+        "gateway", address=address, port=settings.port,
+        interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
+        workers=settings.workers, blocking_threads=settings.threads,
+        respawn_failed_workers=True, workers_kill_timeout=STOP_S,
+        log_level=LogLevels.error, log_dictconfig=LOGGING,
+    )  # fmt: skip
+    load = partial(worker_app, settings, storage_url, os.getpid())
+    try:
+        server.serve(target_loader=load, wrap_loader=False)
+    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+        if not server.interrupt_signal:
+            raise
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:

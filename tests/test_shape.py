@@ -182,7 +182,7 @@ def test_the_module_stays_readable_in_an_afternoon() -> None:
         for number, line in enumerate(LINES, 1)
         if number not in documented and line.strip() and not line.strip().startswith("#")
     ]
-    assert len(code) <= 2570
+    assert len(code) <= 2600
     assert max(map(len, LINES)) <= 100
 
 
