@@ -74,10 +74,32 @@ def make_client(make_app: Callable[..., gateway.GatewayApp]) -> Callable[..., Ws
     return make
 
 
+@pytest.fixture(scope="session")
+def app(
+    store: gateway.EmbeddedStore, keys_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> gateway.GatewayApp:
+    """One application with default settings: loading its keys takes 40 ms, so it is shared."""
+    data_dir = str(tmp_path_factory.mktemp("shared"))
+    app = gateway.create_app(gateway.Settings(keys_dir=keys_dir, data_dir=data_dir), store.url)
+    assert app.gateway.sms.outbox
+    app.gateway.sms.outbox.console = None
+    return app
+
+
 @pytest.fixture
-def client(make_client: Callable[..., WsgiClient]) -> WsgiClient:
-    """A client of an application with default settings."""
-    return make_client()
+def client(app: gateway.GatewayApp, storage: gateway.Storage) -> WsgiClient:
+    """A client of the shared application, over an empty store and outbox."""
+    assert app.gateway.sms.outbox
+    for path in app.gateway.sms.outbox.folder.glob("*.json"):
+        path.unlink()
+    return WsgiClient(app)
+
+
+@pytest.fixture
+def session(client: WsgiClient) -> WsgiClient:
+    """A client with a session that has asked for nothing yet."""
+    client.register()
+    return client
 
 
 @pytest.fixture

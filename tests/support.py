@@ -28,6 +28,16 @@ NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
 
 
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self, now_s: float = 1_800_000_000) -> None:
+        self.now_s = float(now_s)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class Answer(NamedTuple):
     """An answer: status, headers (lower-case names), raw body, and its JSON if it is JSON."""
 

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import NUMBER, Answer, WsgiClient
+from support import NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
@@ -34,16 +34,6 @@ CLIENT_KEY = gateway.generate_key("RS256")
 KEY = gateway.public_key_json(CLIENT_KEY.public_key())
 SHOP = "https://shop.example"
 NOW = 1_800_000_000
-
-
-class Clock:
-    """A clock that moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now_s = float(NOW)
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 # -- A relying party of our own -----------------------------------------------

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import lab
 import pytest
-from support import NUMBER, Answer, WsgiClient
+from support import NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
@@ -25,44 +25,6 @@ MakeClient = Callable[..., WsgiClient]
 OTHER = "+447700900124"
 KEY = gateway.public_key_json(gateway.generate_key("RS128").public_key())
 NOW = 1_800_000_000
-
-
-class Clock:
-    """A clock that moves only when it is told to."""
-
-    def __init__(self) -> None:
-        self.now_s = float(NOW)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture(scope="module")
-def app(
-    store: gateway.EmbeddedStore, keys_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> gateway.GatewayApp:
-    """One application with default settings: loading its keys takes 40 ms, so it is shared."""
-    data_dir = str(tmp_path_factory.mktemp("gateway"))
-    app = gateway.create_app(gateway.Settings(keys_dir=keys_dir, data_dir=data_dir), store.url)
-    assert app.gateway.sms.outbox
-    app.gateway.sms.outbox.console = None
-    return app
-
-
-@pytest.fixture
-def client(app: gateway.GatewayApp, storage: gateway.Storage) -> WsgiClient:
-    """A client of the shared application, over an empty store and outbox."""
-    assert app.gateway.sms.outbox
-    for path in app.gateway.sms.outbox.folder.glob("*.json"):
-        path.unlink()
-    return WsgiClient(app)
-
-
-@pytest.fixture
-def session(client: WsgiClient) -> WsgiClient:
-    """A client with a session that has asked for nothing yet."""
-    client.register()
-    return client
 
 
 @pytest.fixture

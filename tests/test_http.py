@@ -59,34 +59,6 @@ METHODS = {
 """The routes of the contract, section 4."""
 
 
-@pytest.fixture(scope="module")
-def app(
-    store: gateway.EmbeddedStore, keys_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> gateway.GatewayApp:
-    """One application with default settings: loading its keys takes 40 ms, so it is shared."""
-    data_dir = str(tmp_path_factory.mktemp("http"))
-    app = gateway.create_app(gateway.Settings(keys_dir=keys_dir, data_dir=data_dir), store.url)
-    assert app.gateway.sms.outbox
-    app.gateway.sms.outbox.console = None
-    return app
-
-
-@pytest.fixture
-def client(app: gateway.GatewayApp, storage: gateway.Storage) -> WsgiClient:
-    """A client of the shared application, over an empty store and outbox."""
-    assert app.gateway.sms.outbox
-    for path in app.gateway.sms.outbox.folder.glob("*.json"):
-        path.unlink()
-    return WsgiClient(app)
-
-
-@pytest.fixture
-def session(client: WsgiClient) -> WsgiClient:
-    """A client with a session that has asked for nothing yet."""
-    client.register()
-    return client
-
-
 def both(path: str) -> tuple[str, str]:
     """Both spellings of a path, as the contract has them."""
     return path, ("/v1" if path.startswith("/certificate/") else "/v1/msisdn") + path

@@ -17,22 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from support import NUMBER, Answer, WsgiClient
+from support import NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
 KEY = gateway.HawkKey(b"k" * 32)
 START_S = 1_700_000_000
-
-
-class Clock:
-    """A clock that stands until it is put forward."""
-
-    def __init__(self) -> None:
-        self.now_s = float(START_S)
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Provider:
@@ -70,7 +60,7 @@ def paid(provider: Provider) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def clock() -> Clock:
     """The gateway's clock."""
-    return Clock()
+    return Clock(START_S)
 
 
 @pytest.fixture
