@@ -100,7 +100,7 @@ import tomllib
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -108,6 +108,7 @@ from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, c
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import bottle
+import hiredis
 import jwt
 import phonenumbers
 import redis
@@ -169,6 +170,8 @@ DAY_S: Final = 86400
 """How long the id of an inbound message is remembered; the longest life of a nonce."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
+STORAGE_IDLE_S: Final = 0.01
+"""How long a connection to the store rests before it is looked at: no server is back sooner."""
 DISCOVERY_S: Final = 0.3
 """How long we may ask who holds what now, once a node of a cluster or group has failed."""
 REPLICATION_MS: Final = 100
@@ -711,6 +714,15 @@ def hkdf(ikm: bytes, info: bytes, length: int = 32, salt: bytes | None = None) -
     return HKDF(hashes.SHA256(), length=length, salt=salt, info=info).derive(ikm)
 
 
+def _hmac(key: bytes, text: bytes) -> bytes:
+    """HMAC-SHA256 (RFC 2104), 32 bytes.
+
+    Not by ``hmac.digest``, which lets other threads run meanwhile: among many, being let in
+    again costs ten times the work.
+    """
+    return hmac.new(key, text, "sha256").digest()
+
+
 class Credentials(NamedTuple):
     """What both sides derive from a session token: its public name, its secret key."""
 
@@ -752,7 +764,7 @@ class Secrets(NamedTuple):
         It holds no brace: the key of a nonce names the id of its record in braces, and so
         Redis Cluster keeps both in one slot (cluster specification, "hash tags").
         """
-        digest = hmac.digest(self.storage_id, bytes.fromhex(hawk_id), "sha256")[:16]
+        digest = _hmac(self.storage_id, bytes.fromhex(hawk_id))[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
 
 
@@ -785,14 +797,13 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
 
 
-def write_private_file(path: Path, content: bytes, to_disk: bool = True) -> None:
-    """Write a new file that nobody else can read; ``to_disk``, it also survives a power cut."""
+def write_private_file(path: Path, content: bytes) -> None:
+    """Write a new file that nobody else can read, and that survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with open(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        if to_disk:
-            os.fsync(descriptor)
+        os.fsync(descriptor)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
@@ -908,8 +919,7 @@ def time_mac(key: HawkKey, ts: int) -> str:
 
 
 def _hmac64(key: HawkKey, text: str) -> str:
-    digest = hmac.digest(key.hex().encode(), text.encode(), "sha256")
-    return base64.b64encode(digest).decode()
+    return base64.b64encode(_hmac(key.hex().encode(), text.encode())).decode()
 
 
 def hawk_target(method: str, url: str) -> HawkRequest:
@@ -971,7 +981,7 @@ def long_code(n_bytes: int, random_bytes: RandomBytes) -> str:
 
 def code_digest(secret: bytes, storage_id: StorageId, code: str) -> bytes:
     """What is stored in place of a code: 16 bytes, useless without the secret."""
-    return hmac.digest(secret, storage_id + code.encode(), "sha256")[:16]
+    return _hmac(secret, storage_id + code.encode())[:16]
 
 
 Catalogues = Mapping[str, NullTranslations]
@@ -1286,7 +1296,7 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
     """``<uuid>@<issuer>``: the same for a number on this server, computable by it alone."""
-    digest = hmac.digest(secret, msisdn.encode(), "sha256")
+    digest = _hmac(secret, msisdn.encode())
     return f"{uuid.UUID(bytes=digest[:16], version=4)}@{issuer}"
 
 
@@ -1380,8 +1390,7 @@ def _pem(key: PrivateKey) -> bytes:
 # "heartbeat"                    the last health check       a minute
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(NamedTuple):
     """All that is kept about one session, packed into at most 96 bytes.
 
     Attributes:
@@ -1488,6 +1497,103 @@ Node = tuple[str, int]
 """Host and port of one server; ("", 0) where there is but one."""
 
 
+Command = tuple[Any, ...]
+"""Its name and its arguments: bytes, texts or numbers."""
+Then = Callable[[list[Any]], Command | None] | None
+
+
+class Link:
+    """A connection to one server of the store: redis-py opens it, hiredis speaks on it.
+
+    redis-py knows about TLS, passwords and databases. What its client does around each command
+    costs as much as the round trip, and makes this thread wait for others several times.
+
+    Args:
+        url: As ``redis.from_url`` takes it.
+
+    Raises:
+        ValueError, TypeError: The URL is not usable.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        pool = redis.ConnectionPool.from_url(
+            url, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None,
+            socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
+        )  # fmt: skip
+        self._connection: Any = pool.make_connection()  # which sends nothing yet
+        self._opened_s = 0.0
+
+    def open(self) -> None:
+        """Connect, unless we are; what the server has closed meanwhile is opened anew.
+
+        Raises:
+            redis.RedisError: It does not let us in. Nothing was asked of it.
+        """
+        connection, now_s = self._connection, time.monotonic()
+        try:
+            rested = connection.is_connected and now_s > self._opened_s + STORAGE_IDLE_S
+            if rested and connection.can_read(0):
+                self.close()  # nothing was asked, so this is a farewell
+        except redis.RedisError:
+            self.close()
+        if not connection.is_connected:
+            connection.connect()
+            self._socket, self._reader = connection._sock, hiredis.Reader(replyError=_reply_error)
+            if not isinstance(connection, redis.SSLConnection):  # OpenSSL would wait for ever
+                self._wait_in_kernel()
+        self._opened_s = now_s
+
+    def _wait_in_kernel(self) -> None:
+        # Python keeps a time-out by asking first whether it would have to wait. Each time it
+        # lets other threads run, and to be let in again costs more than the asking.
+        seconds, rest = divmod(self._socket.gettimeout(), 1)
+        limit = struct.pack("ll", int(seconds), int(rest * 1e6))  # a timeval, on 64 bits
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
+        self._socket.settimeout(None)
+
+    def talk(self, *commands: Command) -> list[Any]:
+        """Send commands in one go, once it is open, and read all their answers.
+
+        Raises:
+            redis.RedisError: No answer, and so the link is closed; or the first that is an error.
+        """
+        try:
+            self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
+            answers = [self._answer() for _ in commands]
+        except BaseException as error:  # some answers may be on their way
+            self.close()
+            if isinstance(error, BlockingIOError | TimeoutError):
+                raise redis.TimeoutError("no answer in time") from None
+            if isinstance(error, OSError | hiredis.ProtocolError):
+                raise redis.ConnectionError("no answer") from None
+            raise
+        for answer in answers:
+            if isinstance(answer, redis.RedisError):
+                raise answer
+        return answers
+
+    def _answer(self) -> Any:
+        while (answer := self._reader.gets()) is False:
+            if not (received := self._socket.recv(65536)):
+                raise ConnectionResetError
+            self._reader.feed(received)
+        return answer
+
+    def close(self) -> None:
+        """Close it; it can be opened again."""
+        self._connection.disconnect()
+
+
+_reply_error: Final = redis.connection.DefaultParser.parse_error
+
+
+def _wait_for_copy(answers: list[Any]) -> Command | None:
+    """After a commit and ROLE: wait for a replica to have it, where there is one."""
+    result, role = answers
+    return ("WAIT", 1, REPLICATION_MS) if result == Commit.DONE.value and role[2] else None
+
+
 def _nonce_key(key: StorageId, nonce: str) -> bytes:
     """Where a used nonce is kept: in a cluster, in the slot of its record."""
     digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()
@@ -1497,10 +1603,10 @@ def _nonce_key(key: StorageId, nonce: str) -> bytes:
 class Storage:
     """Redis or Valkey, be it one server, a Sentinel group or a cluster: get, compare-and-set.
 
-    Each thread has one connection to each node that it uses. No command is ever repeated,
+    Each thread has one link to each node that it uses. No command is ever repeated,
     because one that timed out may still run; only what surely did not run, because a node
     could not be reached or a cluster said that a key has moved, is sent to where it belongs
-    now. A connection that the server has closed is noticed and replaced before it is used,
+    now. A link that the server has closed is noticed and replaced before it is used,
     and after every failure a cluster or group is asked anew who holds what.
 
     Every method raises ``Unavailable`` when the store does not answer in time, or refuses.
@@ -1531,35 +1637,24 @@ class Storage:
                 port = 26379 if self._kind == "sentinel" else 6379
                 self._given = [(seed.hostname or "", seed.port or port) for seed in found]
             self._seeds = self._given
-            self._connect(self._seeds[0], self._login)  # which sends nothing yet
+            self._link(self._seeds[0], self._login)
         except (ValueError, TypeError):
             raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
 
     # -- Who is asked ---------------------------------------------------------
 
-    def _connect(self, node: Node, login: str, timeout_s: float = STORAGE_TIMEOUT_S) -> Any:
+    def _link(self, node: Node, login: str, timeout_s: float = STORAGE_TIMEOUT_S) -> Link:
         host = f"[{node[0]}]" if ":" in node[0] else node[0]
         url = f"{self._scheme}://{login}{host}:{node[1]}?{self._options}"
-        pool = redis.ConnectionPool.from_url(
-            url if self._kind else self.url, retry=Retry(NoBackoff(), 0), protocol=2,
-            driver_info=None, socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
-        )  # fmt: skip
-        return pool.make_connection()
+        return Link(url if self._kind else self.url, timeout_s)
 
-    def _connection(self, node: Node) -> Any:
-        """This thread's connection to a node, which the server has not closed meanwhile."""
-        kept = self._threads.__dict__.setdefault("connections", {})
+    def _opened(self, node: Node) -> Link:
+        """This thread's link to a node, open."""
+        kept: dict[Node, Link] = self._threads.__dict__.setdefault("links", {})
         if node not in kept:
-            kept[node] = self._connect(node, self._login)
-        connection = kept[node]
-        try:
-            if connection.is_connected and connection.can_read(0):
-                connection.disconnect()  # nothing was asked, so this is a farewell
-        except redis.RedisError:
-            connection.disconnect()
-        if not connection.is_connected:
-            connection.connect()
-        return connection
+            kept[node] = self._link(node, self._login)
+        kept[node].open()
+        return kept[node]
 
     def _table(self) -> list[Node | None]:
         """Who holds each slot of a cluster; else the one node that holds everything."""
@@ -1586,55 +1681,48 @@ class Storage:
         """Ask a sentinel who the primary is, or a node of a cluster which slots are whose."""
         group = self._kind == "sentinel"
         login = self._sentinel_login if group else self._login
-        connection = self._connect(seed, login, DISCOVERY_S / 3)
+        link = self._link(seed, login, DISCOVERY_S / 3)
         try:
+            link.open()
             if group:
                 question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
-                host, port = self._talk(connection, question)[0] or (b"", 0)
+                host, port = link.talk(question)[0] or (b"", 0)
                 self._seeds = list(dict.fromkeys([seed, *self._given]))
                 return [(host.decode(), int(port)) if host else None]
             slots: list[Node | None] = [None] * 16384
-            for first, last, primary, *_ in self._talk(connection, ("CLUSTER", "SLOTS"))[0]:
+            for first, last, primary, *_ in link.talk(("CLUSTER", "SLOTS"))[0]:
                 node = ((primary[0] or b"").decode() or seed[0], primary[1])
                 slots[first : last + 1] = [node] * (last + 1 - first)
             self._seeds = list(dict.fromkeys([seed, *filter(None, slots), *self._given]))
             return slots
         finally:
-            connection.disconnect()
+            link.close()
 
     # -- How ------------------------------------------------------------------
 
-    def _talk(self, connection: Any, *commands: tuple[Any, ...]) -> list[Any]:
-        """Send commands in one go and read all their answers; raises the first error."""
-        connection.send_packed_command(connection.pack_commands(commands))
-        answers: list[Any] = []
-        for _ in commands:
-            try:
-                answers.append(connection.read_response())
-            except redis.ResponseError as error:
-                answers.append(error)
-        for answer in answers:
-            if isinstance(answer, redis.ResponseError):
-                raise answer
-        return answers
+    def _run_all(self, key: bytes, *commands: Command, then: Then = None) -> list[Any]:
+        """Run commands, all of them where ``key`` is and on one connection.
 
-    def _run_all(self, key: bytes, *commands: tuple[Any, ...]) -> list[Any]:
-        """Run commands, all of them where ``key`` is and on one connection."""
+        Args:
+            then: From their answers, one more command or ``None``.
+        """
         try:
             for again in range(COMMIT_TRIES):
                 table = self._table()
                 if not (node := table[self._slot(key)]):
                     break
-                connection: Any = None
+                link: Link | None = None
                 try:
-                    connection = self._connection(node)
-                    return self._talk(connection, *commands)
+                    link = self._opened(node)
+                    answers = link.talk(*commands)
+                    more = then(answers) if then else None
+                    return answers + (link.talk(more) if more else [])
                 except redis.exceptions.MovedError as error:
                     if self._kind != "cluster":
                         raise
                     table[self._slot(key)] = (error.host or node[0], error.port)
                 except redis.ConnectionError:
-                    if connection or again or not self._kind:
+                    if link or again or not self._kind:
                         raise
                     self._nodes = None  # nothing was sent, and another may be there by now
             raise redis.exceptions.ClusterDownError("nobody serves this slot")
@@ -1649,12 +1737,14 @@ class Storage:
     def _run(self, *command: Any, key: bytes = b"") -> Any:
         return self._run_all(key, command)[0]
 
-    def _script(self, script: str, keys: list[bytes], args: tuple[Any, ...], *then: Any) -> Any:
+    def _script(
+        self, script: str, keys: list[bytes], args: Command, *also: Command, then: Then = None
+    ) -> list[Any]:
         rest = (len(keys), *keys, *args)
         try:
-            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *then)
+            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *also, then=then)
         except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
-            return self._run_all(keys[0], ("EVAL", script, *rest), *then)
+            return self._run_all(keys[0], ("EVAL", script, *rest), *also, then=then)
 
     # -- What -----------------------------------------------------------------
 
@@ -1683,14 +1773,11 @@ class Storage:
         keys, args = [key, _nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
         if ttl_s < 0 and new:
             return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
-        role = self._run("ROLE", key=key)
-        if role[0] != b"master" or not role[2]:
-            return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
-        result, copies = self._script(COMMIT_SCRIPT, keys, args, ("WAIT", 1, REPLICATION_MS))
-        if result == Commit.DONE.value and not copies:
+        answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), then=_wait_for_copy)
+        if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; try /certificate/sign")
-        return Commit(result)
+        return Commit(answers[0])
 
     def count_send(self, now_s: float, limit: int) -> int:
         """Count a message of the gateway, or tell in how many seconds one may leave."""
@@ -1723,7 +1810,7 @@ class Storage:
                 self._run("SET", key, int(now_s), "EX", 60, key=key)
                 others.remove(node)
 
-    def load(self, calls: list[tuple[bytes, tuple[Any, ...]]]) -> None:
+    def load(self, calls: list[tuple[bytes, Command]]) -> None:
         """Send many commands, each where its key is; 100 of a node in one go."""
         table = self._table()
         for node in set(table):
@@ -1743,7 +1830,7 @@ class Storage:
         """
         told = []
         for node in sorted(node for node in set(self._table()) if node):
-            text, size = self._talk(self._connection(node), ("INFO",), ("DBSIZE",))
+            text, size = self._opened(node).talk(("INFO",), ("DBSIZE",))
             pairs = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
             told.append({name: value for name, _, value in pairs} | {"dbsize": str(size)})
         return told
@@ -2097,19 +2184,19 @@ def _used_bytes(storage: Storage) -> int:
     return sum(int(told["used_memory"]) - int(told.get(shared, 0)) for told in storage.info())
 
 
-def _life_of(n: int, settings: Settings, now_s: int) -> list[tuple[bytes, tuple[Any, ...]]]:
+def _life_of(n: int, settings: Settings, now_s: int) -> list[tuple[bytes, Command]]:
     """What the store is told of the n-th user: registers, asks, verifies, calls again, goes."""
     one = hashlib.sha256(b"%d" % n).digest()
     key = StorageId(one[:16].replace(b"{", b"[").replace(b"}", b"]"))
     user = User(HawkKey(one))
-    asked = replace(
-        user, sealed=one[8:], network=Network("234", "15"), sends=1, code_digest=one[16:],
+    asked = user._replace(
+        sealed=one[8:], network=Network("234", "15"), sends=1, code_digest=one[16:],
         code_expires_s=now_s + settings.code_ttl_s,
     )  # fmt: skip
-    records = [user.pack(), asked.pack(), replace(asked, code_digest=b"", verified_s=now_s).pack()]
+    records = [user.pack(), asked.pack(), asked._replace(code_digest=b"", verified_s=now_s).pack()]
     keys = key, _nonce_key(key, "nonce")
 
-    def commit(old: int, new: int, ttl_s: int, nonce_ttl_s: int) -> tuple[bytes, tuple[Any, ...]]:
+    def commit(old: int, new: int, ttl_s: int, nonce_ttl_s: int) -> tuple[bytes, Command]:
         record = (records[old], records[new], ttl_s, nonce_ttl_s)
         return key, ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *keys, *record)
 
@@ -2190,6 +2277,8 @@ class SmsProvider:
                 raise self.bad(f"needs {name}: {_KINDS[kinds[0]]}")
             if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
                 raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
+        half = max(1, settings.threads // 2)  # as many sends as there may be at once
+        self._threads = concurrent.futures.ThreadPoolExecutor(half, f"sms {self.kind}")
 
     def bad(self, what: str) -> SettingsError:
         """The error that refuses the entry; it quotes none of its values."""
@@ -2204,6 +2293,18 @@ class SmsProvider:
         """
         raise NotImplementedError
 
+    def in_thread(self, timeout_s: float, call: Callable[..., T], *args: Any, **named: Any) -> T:
+        """Do something that nothing else bounds in time.
+
+        Raises:
+            TimeoutError: It is not done yet; its thread goes on, and is missing for the next.
+        """
+        future = self._threads.submit(call, *args, **named)
+        try:
+            return future.result(timeout_s)
+        finally:
+            future.cancel()  # where it did not begin, it never will
+
     def forget(self, to: Msisdn) -> None:
         """Drop what is kept here about a number."""
 
@@ -2217,7 +2318,8 @@ ANSWER_MAX_BYTES: Final = 65536
 class OutboxSms(SmsProvider):
     """For a desk and a classroom: shows each message on the console, and keeps an hour's.
 
-    The one place where codes can be seen. Its files are 0600, in ``data_dir/outbox``.
+    The one place where codes can be seen. In ``data_dir/outbox`` lies a file for each minute
+    (0600), with a message a line: to make a file costs fifty times what adding a line does.
     """
 
     paid = False
@@ -2226,43 +2328,64 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
-        self._pruned_s = 0.0
+        self._last = ""
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        message = {"from": sender, "to": to, "text": text, "at": int(time.time())}
-        path = self.folder / f"{to[1:]}-{time.time_ns():020}-{secrets.token_hex(4)}.json"
-        draft = path.with_name(f"draft-{path.name}")  # where forget() does not take it from us
-        write_private_file(draft, json.dumps(message).encode(), to_disk=False)
-        draft.rename(path)
-        if time.time() > self._pruned_s + 60:
+        now_s = time.time()
+        message = {"from": sender, "to": to, "text": text, "at": int(now_s)}
+        path = str(self.folder / self._name(now_s))
+        if path != self._last:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.prune()
+            self._last = path
+        # The line begins with its end mark: if one was cut off, those after it are whole.
+        line, file = b"\n" + json.dumps(message).encode(), self._open(path)
+        try:
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, "the disk is full")
+        finally:
+            os.close(file)
         if self.console:
             print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
         return []
+
+    def _open(self, path: str) -> int:
+        try:
+            return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        except FileNotFoundError:  # the folder was taken away
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
         self.prune()
         found: list[Json] = []
-        for path in sorted(self.folder.glob(f"{digits}-*.json")) if digits.isdecimal() else ():
-            with contextlib.suppress(FileNotFoundError):  # forgotten meanwhile
-                found.append(json.loads(path.read_bytes()))
-        return found
+        for path in sorted(self.folder.glob("*.jsonl")) if digits.isdecimal() else ():
+            with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
+                for line in self._lines_to("+" + digits).findall(path.read_bytes()):
+                    with contextlib.suppress(ValueError):  # being written, or forgotten
+                        found.append(json.loads(line))
+        return [message for message in found if message["at"] > time.time() - HOUR_S]
 
     def prune(self) -> None:
-        """Remove what is older than an hour."""
-        self._pruned_s = time.time()
-        for path in self.folder.iterdir() if self.folder.exists() else ():
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < self._pruned_s - HOUR_S:
-                    path.unlink()
+        """Remove the files of minutes that ended more than an hour ago."""
+        for path in self.folder.glob("*.jsonl"):
+            if path.name < self._name(time.time() - HOUR_S):
+                path.unlink(missing_ok=True)
 
     def forget(self, to: Msisdn) -> None:
-        """Remove the messages to one number."""
-        for path in self.folder.glob(f"{to[1:]}-*"):
-            path.unlink(missing_ok=True)
+        """Write spaces over the messages to one number."""
+        for path in self.folder.glob("*.jsonl"):
+            with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+                for line in self._lines_to(to).finditer(file.read()):
+                    os.pwrite(file.fileno(), b" " * len(line[0]), line.start())
+
+    def _name(self, at_s: float) -> str:
+        return f"{int(at_s / 60)}.jsonl"  # minutes since the epoch: for centuries, 8 digits
+
+    def _lines_to(self, to: str) -> re.Pattern[bytes]:
+        return re.compile(rb'^.*"to": "%b".*$' % re.escape(to.encode()), re.M)
 
 
 class _Response(http.client.HTTPResponse):
@@ -2319,8 +2442,23 @@ class HttpSms(SmsProvider):
                 "needs templates of known names ({from}, {to}, {text}, …), a body of one of the "
                 f"types {', '.join(ESCAPES)}, and a regular expression as success"
             ) from None
-        cls = self.pool.ConnectionCls
-        self.pool.ConnectionCls = type(cls.__name__, (cls,), {"response_class": _Response})
+        self.pool.ConnectionCls = self._bounded(self.pool.ConnectionCls)
+
+    def _bounded(self, cls: Any) -> Any:
+        """A connection that takes no longer than its time-outs say."""
+
+        class Connection(cls):  # type: ignore[misc]
+            response_class = _Response
+
+            def connect(connection) -> None:  # noqa: N805
+                # In a thread of its own: nothing else bounds how long a name server takes.
+                try:
+                    self.in_thread(connection.timeout, super(Connection, connection).connect)
+                except TimeoutError:
+                    why = "not connected in time"
+                    raise urllib3.exceptions.ConnectTimeoutError(connection, why) from None
+
+        return Connection
 
     def _receipt_url(self) -> str:
         for entry in self.settings.inbound:
@@ -2376,7 +2514,8 @@ class HttpSms(SmsProvider):
             error_class = MEANINGS.get(answer.status, SmsFailed)
             raise error_class(f"{self.kind} answered {answer.status}")
         try:
-            return self.taken(body, values["id"])
+            ids = self.taken(body, values["id"])
+            return ids if self.receipt_url else []
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise SmsFailed(f"{self.kind} answered {answer.status} without a result") from None
 
@@ -2476,7 +2615,7 @@ class KannelSms(HttpSms):
             raise SmsUnknown("kannel keeps the message until its link is up again")
         if not body.startswith(b"0"):
             raise SmsFailed("kannel answered without a result")
-        return [own_id] if self.receipt_url else []
+        return [own_id]
 
 
 class SnsSms(SmsProvider):
@@ -2511,15 +2650,18 @@ class SnsSms(SmsProvider):
         origin = "MM.SMS.OriginationNumber" if number else "SNS.SMS.SenderID"
         attributes = {f"AWS.{origin}": sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
         typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
+        message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         try:
-            answer = self.client.publish(PhoneNumber=to, Message=text, MessageAttributes=typed)
+            self.in_thread(timeout_s, self.client.publish, **message)
+        except TimeoutError:
+            raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.known.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
             refused = code.startswith(("InvalidParameter", "OptedOut"))
             raise (SmsRefused if refused else SmsFailed)(f"sns refused it: {code}") from None
         except self.surely_not as error:
             raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
-        return [str(answer["MessageId"])]
+        return []
 
 
 PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
@@ -2560,7 +2702,6 @@ class SmsSender:
         self.resting: dict[int, float] = {}
         half = max(1, settings.threads // 2)
         self._slots = threading.BoundedSemaphore(half)
-        self._pool = concurrent.futures.ThreadPoolExecutor(half, "sms")
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -2604,7 +2745,7 @@ class SmsSender:
             tried |= 1 << n
             timeout_s = min(provider.entry["timeout_s"], end - started)
             try:
-                ids = self._attempt(provider, timeout_s, sender, to, text)
+                ids = self._attempt(provider, sender, to, text, timeout_s)
             except SmsFailed as error:
                 LOG.warning("sms: %s", error)
                 unknown |= isinstance(error, SmsUnknown)
@@ -2623,21 +2764,11 @@ class SmsSender:
         now, everyone = time.monotonic(), range(len(self.providers))
         return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
 
-    def _attempt(self, provider: SmsProvider, timeout_s: float, *message: Any) -> list[str]:
-        send: Callable[..., list[str]] = provider.send
-        future: concurrent.futures.Future[list[str]] | None = None
+    def _attempt(self, provider: SmsProvider, *message: Any) -> list[str]:
         try:
-            if isinstance(provider, OutboxSms):
-                return send(*message)
-            # In a thread of its own, because nothing else bounds how long a name server takes.
-            future = self._pool.submit(send, *message, timeout_s)
-            return future.result(timeout_s)
+            return provider.send(*message)
         except SmsFailed:
             raise
-        except TimeoutError:
-            if future is None or future.cancel():
-                raise SmsFailed("threads of earlier messages still wait for a provider") from None
-            raise SmsUnknown(f"{provider.kind} did not answer in {timeout_s:.1f} s") from None
         except Exception as error:  # its text may quote the message
             known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
             raise known(f"{provider.kind}: {type(error).__name__}") from None
@@ -2722,7 +2853,7 @@ def check_inbound(
     elif key:
         signed = sorted((name, value) for name, value in params.items() if name != "sig")
         text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-        digest = hmac.digest(key.encode(), text.encode("utf-8", "replace"), "sha256")
+        digest = _hmac(key.encode(), text.encode("utf-8", "replace"))
         right = _same(digest.hex(), str(params.get("sig")).lower())
         # Older than the ids of messages that we remember: it may be a replay.
         stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
@@ -2912,7 +3043,7 @@ class Gateway:
                     "msisdn is another number than this session's: register anew"
                 )
             sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-            user = replace(user, sealed=sealed, network=network, long=long, by_phone=False)
+            user = user._replace(sealed=sealed, network=network, long=long, by_phone=False)
             return self._next_code(session, user)
 
         return self._send(session, decide, language)
@@ -2925,7 +3056,7 @@ class Gateway:
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
             long = not _choice(params, not user.long)
-            return self._next_code(session, replace(user, long=long, by_phone=False))
+            return self._next_code(session, user._replace(long=long, by_phone=False))
 
         return self._send(session, decide, language)
 
@@ -2953,7 +3084,7 @@ class Gateway:
             if user.sealed and (not user.by_phone or self._number(session, user) != msisdn):
                 raise Expired("this session is verified in another way")
             sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-            user = replace(user, sealed=sealed, network=network, long=True, by_phone=True)
+            user = user._replace(sealed=sealed, network=network, long=True, by_phone=True)
             return self._next_code(session, user)
 
         try:
@@ -2989,13 +3120,13 @@ class Gateway:
             digest = code_digest(self.secrets.code, session.storage_id, code)
             if hmac.compare_digest(digest, user.code_digest):
                 number = self._number(session, user)
-                return replace(user, code_digest=b"", tries=0, verified_s=now_s), number
+                return user._replace(code_digest=b"", tries=0, verified_s=now_s), number
             left = settings.code_tries - user.tries - 1
             if left > 0:
                 wrong = WrongCode(f"the code is wrong; tries left: {left}")
-                return replace(user, tries=user.tries + 1), wrong
+                return user._replace(tries=user.tries + 1), wrong
             dead = WrongCode("the code is wrong, and dead now; /sms/resend_code sends another")
-            return replace(user, code_digest=b"", tries=0), dead
+            return user._replace(code_digest=b"", tries=0), dead
 
         answer: Json = {"msisdn": self.step(session, decide)}
         # ANSWER
@@ -3044,7 +3175,7 @@ class Gateway:
         tries = user.tries if user.code_digest and now_s < user.code_expires_s else 0
         digest = code_digest(self.secrets.code, session.storage_id, code)
         expires_s = now_s + settings.code_ttl_s
-        user = replace(user, sends=sends, tries=tries, code_expires_s=expires_s, code_digest=digest)
+        user = user._replace(sends=sends, tries=tries, code_expires_s=expires_s, code_digest=digest)
         return user, code
 
     def _send(
@@ -3083,7 +3214,7 @@ class Gateway:
         # RECORD: what a resend and the receipts go by; the message is out, whatever happens here
         with contextlib.suppress(Unavailable):
             if len(self.sms.providers) > 1 and sent.tried != user.tried:
-                tried = replace(user, tried=sent.tried).pack()
+                tried = user._replace(tried=sent.tried).pack()
                 if (record := self.storage.get(session.storage_id)) == session.record:
                     self.storage.commit(session.storage_id, record, tried)
             for message_id in filter(None, sent.ids):

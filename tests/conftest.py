@@ -90,7 +90,7 @@ def app(
 def client(app: gateway.GatewayApp, storage: gateway.Storage) -> WsgiClient:
     """A client of the shared application, over an empty store and outbox."""
     assert app.gateway.sms.outbox
-    for path in app.gateway.sms.outbox.folder.glob("*.json"):
+    for path in app.gateway.sms.outbox.folder.glob("*"):
         path.unlink()
     return WsgiClient(app)
 

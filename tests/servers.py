@@ -119,12 +119,9 @@ class Server:
 
     def call(self, *command: Any, timeout_s: float = 10) -> Any:
         """One command on a connection of its own; its raw answer."""
-        storage = gateway.Storage(self.url)
-        connection = storage._connect(("", 0), "", timeout_s)
-        try:
-            return storage._talk(connection, command)[0]
-        finally:
-            connection.disconnect()
+        with contextlib.closing(gateway.Link(self.url, timeout_s)) as link:
+            link.open()
+            return link.talk(command)[0]
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """End it; by default without any warning."""

@@ -34,10 +34,11 @@ class Store(Server):
         self.connect()
 
     def connect(self) -> None:
-        self._admin = gateway.Storage(self.url)._connect(("", 0), "", 10)
+        self._admin = gateway.Link(self.url, 10)
 
     def admin(self, *command: Any) -> Any:
-        return gateway.Storage("unix://")._talk(self._admin, command)[0]
+        self._admin.open()
+        return self._admin.talk(command)[0]
 
     def drop_clients(self) -> Any:
         """Close every connection but the administrator's."""
@@ -46,7 +47,8 @@ class Store(Server):
     def restart_slowly(self) -> None:
         """Die, and come back with so much data that loading it takes a while."""
         fillers = [("SET", f"filler {n}", "") for n in range(4000)]
-        gateway.Storage("unix://")._talk(self._admin, *fillers)
+        self._admin.open()
+        self._admin.talk(*fillers)
         self.admin("SAVE")
         self.kill()
         slow = "--appendonly no --key-load-delay 500 --loading-process-events-interval-bytes 1024"

@@ -10,7 +10,6 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -809,7 +808,7 @@ def test_a_session_that_never_rests_is_503(
 
     def busy(*args: Any, **options: Any) -> gateway.Commit:
         user = gateway.User.unpack(record(session) or b"")
-        storage._run("SET", key, replace(user, sends=0, tries=next(turns)).pack())
+        storage._run("SET", key, user._replace(sends=0, tries=next(turns)).pack())
         return real(*args, **options)
 
     monkeypatch.setattr(storage, "commit", busy)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +79,11 @@ def waiting_user(client: WsgiClient, verified: bool = False) -> StorageId:
     user = gateway.User(credentials.hawk_key, sealed=seal, sends=1)
     gate.storage.create(key, user.pack(), 1000)
     if verified:
-        done = replace(user, verified_s=int(time.time()) - 9)
+        done = user._replace(verified_s=int(time.time()) - 9)
         assert gate.storage.commit(key, user.pack(), done.pack(), 1000) is Commit.DONE
         user = done
     digest = gateway.code_digest(gate.secrets.code, key, CODE)
-    asked = replace(user, code_digest=digest, code_expires_s=int(time.time()) + 600)
+    asked = user._replace(code_digest=digest, code_expires_s=int(time.time()) + 600)
     kept = gate.storage.get(key)
     assert kept
     assert gate.storage.commit(key, kept, asked.pack()) is Commit.DONE
