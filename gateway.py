@@ -868,21 +868,17 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
     scheme, _, rest = (header or "").strip().partition(" ")
     if scheme.lower() != "hawk":
         raise UnknownSession("this endpoint needs an Authorization header of scheme Hawk")
-    values: dict[str, str] = {}
-
-    def take(field: re.Match[str]) -> str:
-        if field[1] in values:
-            return "twice"
-        values[field[1]] = field[2]
-        return ""
-
-    if len(rest) > HAWK_HEADER_MAX_CHARS or _HAWK_FIELD.sub(take, rest + ","):
+    rest += ","
+    found = _HAWK_FIELD.findall(rest) if len(rest) <= HAWK_HEADER_MAX_CHARS else []
+    fields = {name: value for _, name, value in found}
+    whole = sum(len(text) for text, _, _ in found) == len(rest)
+    if not whole or len(fields) < len(found):
         raise BadSignature("the Hawk header is malformed, or has a field twice")
-    return HawkHeader(**values)
+    return HawkHeader(**fields)
 
 
 _HAWK_FIELD: Final = re.compile(
-    r'(?<!\s)\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,'
+    r'((?<!\s)\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,)'
 )
 
 
@@ -1131,7 +1127,7 @@ PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The half of it that everybody may know."""
-SMALL_FACTORS: Final = math.lcm(*range(3, 2000, 2))
+SMALL_FACTORS: Final = math.lcm(*range(3, 256, 2))
 """A modulus that shares a factor with this number is no RSA key."""
 
 
@@ -1539,7 +1535,8 @@ class Link:
         if not connection.is_connected:
             connection.connect()
             self._socket, self._reader = connection._sock, hiredis.Reader(replyError=_reply_error)
-            if not isinstance(connection, redis.SSLConnection):  # OpenSSL would wait for ever
+            self._plain = not isinstance(connection, redis.SSLConnection)
+            if self._plain:  # OpenSSL would wait for ever
                 self._wait_in_kernel()
         self._opened_s = now_s
 
@@ -1558,8 +1555,12 @@ class Link:
         Raises:
             redis.RedisError: No answer, and so the link is closed; or the first that is an error.
         """
+        data, sent = b"".join(map(hiredis.pack_command, commands)), 0
         try:
-            self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
+            if self._plain:
+                sent = max(0, _send(self._socket.fileno(), data, len(data), socket.MSG_DONTWAIT))
+            if sent < len(data):
+                self._socket.sendall(data[sent:])
             answers = [self._answer() for _ in commands]
         except BaseException as error:  # some answers may be on their way
             self.close()
@@ -1585,6 +1586,13 @@ class Link:
         self._connection.disconnect()
 
 
+_send: Final = ctypes.PyDLL(None).send
+"""``send(2)``, which Python would call while other threads run, and then wait until it may go on.
+
+What the kernel has room for it takes at once, and answers what it took.
+"""
+_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send.restype = ctypes.c_ssize_t
 _reply_error: Final = redis.connection.DefaultParser.parse_error
 
 
@@ -1594,7 +1602,7 @@ def _wait_for_copy(answers: list[Any]) -> Command | None:
     return ("WAIT", 1, REPLICATION_MS) if result == Commit.DONE.value and role[2] else None
 
 
-def _nonce_key(key: StorageId, nonce: str) -> bytes:
+def nonce_key(key: StorageId, nonce: str) -> bytes:
     """Where a used nonce is kept: in a cluster, in the slot of its record."""
     digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()
     return b"{%b}%b" % (key, digest[:12])
@@ -1770,7 +1778,7 @@ class Storage:
             ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
         """
-        keys, args = [key, _nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
+        keys, args = [key, nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
         if ttl_s < 0 and new:
             return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
         answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), then=_wait_for_copy)
@@ -1864,7 +1872,7 @@ class Storage:
     def _judge(self, told: dict[str, str]) -> list[str]:
         if int(told["redis_version"].split(".")[0]) < 7:
             raise StartError(
-                f"the store is {_server_name(told)}; Redis 7.0 or newer, or any Valkey, is needed: "
+                f"the store is {server_name(told)}; Redis 7.0 or newer, or any Valkey, is needed: "
                 "upgrade it, or leave storage_url empty for the embedded one"
             )
         if told.get("cluster_enabled") == "1" and self._kind != "cluster":
@@ -2098,115 +2106,10 @@ def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: Rando
     return SplitStorage(url, DynamoTable(settings.certificate_store, clock), random_bytes)
 
 
-def _server_name(told: dict[str, str]) -> str:
+def server_name(told: dict[str, str]) -> str:
+    """Kind and version of a store, from its ``info``."""
     version = told.get("valkey_version", told["redis_version"])
     return f"{'Valkey' if 'valkey_version' in told else 'Redis'} {version}"
-
-
-class MemoryUse(NamedTuple):
-    """What users cost, in bytes of the store's ``used_memory``.
-
-    Attributes:
-        server: Kind and version.
-        users: How many were there.
-        registered, pending, verified: The mean of a user in each state.
-        nonce: The mean of a Hawk nonce while it is remembered.
-        resident: What the operating system gave the server for all of them.
-        curve: Numbers of registered users, from 0, and what was used with them.
-    """
-
-    server: str
-    users: int
-    registered: float
-    pending: float
-    verified: float
-    nonce: float
-    resident: int
-    curve: list[tuple[int, int]]
-
-    @property
-    def line(self) -> tuple[float, float]:
-        """``a`` and ``b`` of ``usage = users × a + b`` for verified users.
-
-        By least squares over the curve, and what being verified adds.
-        """
-        mean_x, mean_y = (sum(axis) / len(axis) for axis in zip(*self.curve, strict=True))
-        spread = sum((x - mean_x) ** 2 for x, _ in self.curve)
-        a = sum((x - mean_x) * (y - mean_y) for x, y in self.curve) / spread
-        return a + self.verified - self.registered, mean_y - a * mean_x
-
-
-def measure_memory(
-    storage: Storage, settings: Settings, users: int, now_s: float,
-    progress: Callable[[float], None] = lambda done: None,
-) -> MemoryUse:  # fmt: skip
-    """Load users as the gateway writes them, see what they cost, and remove them again.
-
-    All register, then all wait for a code, then all are verified, then each uses a nonce.
-
-    Args:
-        progress: Called with the part that is done, from 0 to 1.
-
-    Raises:
-        StartError: The store is not empty.
-    """
-    if any(told["dbsize"] != "0" for told in storage.info()):
-        raise StartError("memory measures in an empty store only, and this one has keys")
-    storage.load([_life_of(0, settings, 0)[4]])  # which deletes nothing, and loads the script
-    size = -(-users // 20)
-    parts = [range(start, min(start + size, users)) for start in range(0, users, size)]
-    used = [_used_bytes(storage)]
-
-    def each(*steps: int) -> None:
-        for step in steps:
-            for part in parts:
-                storage.load([_life_of(n, settings, int(now_s))[step] for n in part])
-                used.append(_used_bytes(storage))
-                progress((len(used) - 1) / (5 * len(parts)))
-
-    try:
-        each(0, 1, 2, 3)
-        told = storage.info()
-    finally:
-        each(4)
-    empty, registered, pending, verified, nonces, *_ = used[:: len(parts)]
-    curve = [(0, empty), *zip((part.stop for part in parts), used[1:], strict=False)]
-    return MemoryUse(
-        _server_name(told[0]), users, (registered - empty) / users, (pending - empty) / users,
-        (verified - empty) / users, (nonces - verified) / users,
-        sum(int(node["used_memory_rss"]) for node in told), curve,
-    )  # fmt: skip
-
-
-def _used_bytes(storage: Storage) -> int:
-    # What is kept for replicas grows up to a limit of its own, with writes and not with users.
-    shared = "mem_total_replication_buffers"
-    return sum(int(told["used_memory"]) - int(told.get(shared, 0)) for told in storage.info())
-
-
-def _life_of(n: int, settings: Settings, now_s: int) -> list[tuple[bytes, Command]]:
-    """What the store is told of the n-th user: registers, asks, verifies, calls again, goes."""
-    one = hashlib.sha256(b"%d" % n).digest()
-    key = StorageId(one[:16].replace(b"{", b"[").replace(b"}", b"]"))
-    user = User(HawkKey(one))
-    asked = user._replace(
-        sealed=one[8:], network=Network("234", "15"), sends=1, code_digest=one[16:],
-        code_expires_s=now_s + settings.code_ttl_s,
-    )  # fmt: skip
-    records = [user.pack(), asked.pack(), asked._replace(code_digest=b"", verified_s=now_s).pack()]
-    keys = key, _nonce_key(key, "nonce")
-
-    def commit(old: int, new: int, ttl_s: int, nonce_ttl_s: int) -> tuple[bytes, Command]:
-        record = (records[old], records[new], ttl_s, nonce_ttl_s)
-        return key, ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *keys, *record)
-
-    return [
-        (key, ("SET", key, records[0], "EX", settings.session_ttl_s)),
-        commit(0, 1, -1, 0),
-        commit(1, 2, settings.verified_ttl_s, 0),
-        commit(2, 2, -1, 2 * settings.hawk_skew_s + 1),
-        (key, ("DEL", *keys)),
-    ]
 
 
 def _receipt_key(kind: str, message_id: str) -> bytes:
@@ -2333,8 +2236,8 @@ class OutboxSms(SmsProvider):
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
         now_s = time.time()
-        message = {"from": sender, "to": to, "text": text, "at": int(now_s)}
-        path = str(self.folder / self._name(now_s))
+        message = {"to": to, "from": sender, "text": text, "at": int(now_s)}
+        path = f"{self.folder}/{self._name(now_s)}"
         if path != self._last:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.prune()
@@ -2363,9 +2266,10 @@ class OutboxSms(SmsProvider):
         found: list[Json] = []
         for path in sorted(self.folder.glob("*.jsonl")) if digits.isdecimal() else ():
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-                for line in self._lines_to("+" + digits).findall(path.read_bytes()):
-                    with contextlib.suppress(ValueError):  # being written, or forgotten
-                        found.append(json.loads(line))
+                content = path.read_bytes()
+                for line in self._lines_to("+" + digits, content):
+                    with contextlib.suppress(ValueError):  # being written
+                        found.append(json.loads(content[line]))
         return [message for message in found if message["at"] > time.time() - HOUR_S]
 
     def prune(self) -> None:
@@ -2378,14 +2282,19 @@ class OutboxSms(SmsProvider):
         """Write spaces over the messages to one number."""
         for path in self.folder.glob("*.jsonl"):
             with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-                for line in self._lines_to(to).finditer(file.read()):
-                    os.pwrite(file.fileno(), b" " * len(line[0]), line.start())
+                for line in self._lines_to(to, file.read()):
+                    os.pwrite(file.fileno(), b" " * (line.stop - line.start), line.start)
 
     def _name(self, at_s: float) -> str:
         return f"{int(at_s / 60)}.jsonl"  # minutes since the epoch: for centuries, 8 digits
 
-    def _lines_to(self, to: str) -> re.Pattern[bytes]:
-        return re.compile(rb'^.*"to": "%b".*$' % re.escape(to.encode()), re.M)
+    def _lines_to(self, to: str, content: bytes) -> Iterator[slice]:
+        begin = f'\n{{"to": "{to}", '.encode()  # as json.dumps writes it
+        at = content.find(begin)
+        while at >= 0:
+            end = content.find(b"\n", at + 1) % (len(content) + 1)  # -1: it is the last
+            yield slice(at + 1, end)
+            at = content.find(begin, end)
 
 
 class _Response(http.client.HTTPResponse):
@@ -3036,17 +2945,17 @@ class Gateway:
         msisdn = parse_msisdn(params["msisdn"])
         network = parse_network(params.get("mcc"), params.get("mnc"))
         long = not _choice(params, short)
+        sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
 
         def decide(user: User) -> tuple[User, str]:
-            if user.sealed and self._number(session, user) != msisdn:
+            if user.sealed not in (b"", sealed):  # a number is always sealed to the same bytes
                 raise InvalidParameter(
                     "msisdn is another number than this session's: register anew"
                 )
-            sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
             user = user._replace(sealed=sealed, network=network, long=long, by_phone=False)
             return self._next_code(session, user)
 
-        return self._send(session, decide, language)
+        return self._send(session, decide, language, msisdn)
 
     def resend_code(self, session: Session, params: Json, language: str) -> str:
         """Send a fresh code to the session's number, whose old one is dead from then on."""
@@ -3080,15 +2989,16 @@ class Gateway:
                 self._answer_sms(session, msisdn, message.network)
 
     def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
+        sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
+
         def decide(user: User) -> tuple[User, str]:
-            if user.sealed and (not user.by_phone or self._number(session, user) != msisdn):
+            if user.sealed and (not user.by_phone or user.sealed != sealed):
                 raise Expired("this session is verified in another way")
-            sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
             user = user._replace(sealed=sealed, network=network, long=True, by_phone=True)
             return self._next_code(session, user)
 
         try:
-            self._send(session, decide, "")
+            self._send(session, decide, "", msisdn)
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.spent:
                 raise  # so that the provider delivers it again
@@ -3179,9 +3089,14 @@ class Gateway:
         return user, code
 
     def _send(
-        self, session: Session, decide: Callable[[User], tuple[User, str]], language: str
-    ) -> str:
-        """Commit a code, then send it; undo it all if the message surely was not taken."""
+        self, session: Session, decide: Callable[[User], tuple[User, str]], language: str,
+        msisdn: Msisdn = Msisdn(""),
+    ) -> str:  # fmt: skip
+        """Commit a code, then send it; undo it all if the message surely was not taken.
+
+        Args:
+            msisdn: The session's number, if it is at hand.
+        """
         before = session.record
 
         def remember(user: User) -> tuple[User, str]:
@@ -3193,7 +3108,7 @@ class Gateway:
             # RECORD
             code, user, counted = self.step(session, remember), session.user, False
             # ACT
-            msisdn = self._number(session, user)
+            msisdn = msisdn or self._number(session, user)
             sender = self._sender(user.network, msisdn)
             text = code if user.long else self._short_text(code, msisdn, language)
             try:
@@ -3931,13 +3846,33 @@ def application() -> GatewayApp:
     return app
 
 
-def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
-    """The application of one of our worker processes, which die with their parent."""
+def worker_app(settings: Settings, storage_url: str, parent: int, places: str = "") -> GatewayApp:
+    """The application of one of our worker processes, which die with their parent.
+
+    Args:
+        places: A file in which workers lock the number of the CPU that is theirs, if each
+            is to have one.
+    """
+    if places:
+        _settle(os.open(places, os.O_RDWR))
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     threading.Thread(target=_stop_once, daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
+
+
+def _settle(places: int) -> None:
+    """Stay on a CPU that no other worker has, with all threads that are yet to come.
+
+    One thread at a time runs Python, and each that is let in elsewhere finds none of what the
+    one before had in that CPU's caches. The lock lives as long as this process.
+    """
+    for cpu in sorted(os.sched_getaffinity(0)):
+        with contextlib.suppress(OSError):  # another worker's
+            fcntl.lockf(places, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
+            os.sched_setaffinity(0, {cpu})
+            return
 
 
 def _stop_once() -> None:
@@ -4050,12 +3985,16 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
-    load = partial(worker_app, settings, storage_url, os.getpid())
-    try:
-        server.serve(target_loader=load, wrap_loader=False)
-    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
-        if not server.interrupt_signal:
-            raise
+    with tempfile.NamedTemporaryFile(prefix="gateway") as places:
+        # As many workers as CPUs: each has its own. Fewer: the kernel knows best which are free.
+        own = sys.platform == "linux" and settings.workers == len(os.sched_getaffinity(0))
+        own_cpus = places.name if own else ""
+        load = partial(worker_app, settings, storage_url, os.getpid(), own_cpus)
+        try:
+            server.serve(target_loader=load, wrap_loader=False)
+        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+            if not server.interrupt_signal:
+                raise
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:
@@ -4115,55 +4054,30 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def memory(settings: Settings, users: int) -> int:
-    """Measure what users cost in the store (by default in a new one of our own), and print it."""
-
-    def progress(done: float) -> None:
-        bar = "#" * round(done * 40)
-        print(f"\r[{bar:40}] {done:4.0%} of {users} users", end="", file=sys.stderr, flush=True)
-
-    if users < 1:
-        raise SettingsError(f"--users is {users}; allowed: at least 1")
-    with contextlib.ExitStack() as stack:
-        if not (url := settings.storage_url):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memory"))
-            store = EmbeddedStore(folder)
-            stack.callback(store.stop)
-            url = store.url
-        storage = Storage(url)
-        storage.check()
-        used = measure_memory(storage, settings, users, time.time(), progress)
-    print(file=sys.stderr)
-    a, b = used.line
-    print(f"{used.server}, {used.users} users in each state, bytes per user:")
-    for state in ("registered", "pending", "verified"):
-        print(f"  {state:11}{getattr(used, state):6.0f}")
-    print(
-        f"a Hawk nonce: {used.nonce:.0f} bytes for {2 * settings.hawk_skew_s} s at most; a minute"
-    )
-    print(f"of 100 signed requests a second: {6000 * used.nonce:,.0f} bytes")
-    print(f"resident with all of them: {used.resident:,} bytes; plan 1.5 times what is used")
-    print(f"\n  usage = users × {a:.0f} + {b:.0f}    (2015: users × 1216 + 600000)\n")
-    print("  verified users   2015, GB   used, GB   resident, GB")
-    for n in (3.5e6, 10e6, 60e6):
-        now = (n * a + b) / 1e9
-        print(f"  {n:14,.0f} {(n * 1216 + 6e5) / 1e9:10.2f} {now:10.2f} {now * 1.5:14.2f}")
-    return 0
-
-
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    try:
-        import lab
-    except ImportError as error:
-        raise StartError(f"the demo is in notebooks/lab.py, which is not here: {error}") from None
     try:
         number = parse_msisdn(msisdn)
     except InvalidParameter as error:
         raise SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
-    return int(lab.demo(settings.base_url, number))
+    return int(_lab("demo").demo(settings.base_url, number))
+
+
+def memory(settings: Settings, users: int) -> int:
+    """Measure what users cost in the store (by default in a new one of our own), and print it."""
+    if users < 1:
+        raise SettingsError(f"--users is {users}; allowed: at least 1")
+    return int(_lab("memory").memory(settings, users))
+
+
+def _lab(command: str) -> Any:
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    try:
+        import lab
+    except ImportError as error:
+        raise StartError(f"{command} is in notebooks/lab.py, which is not here: {error}") from None
+    return lab
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import inspect
 import io
 import json
@@ -326,6 +327,149 @@ def figure(finding: str, x: str, y: str) -> Any:
 def source(thing: Any) -> None:
     """Print the source of a function or class of the gateway."""
     print(inspect.getsource(thing).rstrip())
+
+
+# -- What a user costs --------------------------------------------------------
+
+
+class MemoryUse(NamedTuple):
+    """What users cost, in bytes of the store's ``used_memory``.
+
+    Attributes:
+        server: Kind and version.
+        users: How many were there.
+        registered, pending, verified: The mean of a user in each state.
+        nonce: The mean of a Hawk nonce while it is remembered.
+        resident: What the operating system gave the server for all of them.
+        curve: Numbers of registered users, from 0, and what was used with them.
+    """
+
+    server: str
+    users: int
+    registered: float
+    pending: float
+    verified: float
+    nonce: float
+    resident: int
+    curve: list[tuple[int, int]]
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """``a`` and ``b`` of ``usage = users × a + b`` for verified users.
+
+        By least squares over the curve, and what being verified adds.
+        """
+        mean_x, mean_y = (sum(axis) / len(axis) for axis in zip(*self.curve, strict=True))
+        spread = sum((x - mean_x) ** 2 for x, _ in self.curve)
+        a = sum((x - mean_x) * (y - mean_y) for x, y in self.curve) / spread
+        return a + self.verified - self.registered, mean_y - a * mean_x
+
+
+def measure_memory(
+    storage: gateway.Storage, settings: gateway.Settings, users: int, now_s: float,
+    progress: Callable[[float], None] = lambda done: None,
+) -> MemoryUse:  # fmt: skip
+    """Load users as the gateway writes them, see what they cost, and remove them again.
+
+    All register, then all wait for a code, then all are verified, then each uses a nonce.
+
+    Args:
+        progress: Called with the part that is done, from 0 to 1.
+
+    Raises:
+        gateway.StartError: The store is not empty.
+    """
+    if any(told["dbsize"] != "0" for told in storage.info()):
+        raise gateway.StartError("memory measures in an empty store only, and this one has keys")
+    storage.load([_life_of(0, settings, 0)[4]])  # which deletes nothing, and loads the script
+    size = -(-users // 20)
+    parts = [range(start, min(start + size, users)) for start in range(0, users, size)]
+    used = [_used_bytes(storage)]
+
+    def each(*steps: int) -> None:
+        for step in steps:
+            for part in parts:
+                storage.load([_life_of(n, settings, int(now_s))[step] for n in part])
+                used.append(_used_bytes(storage))
+                progress((len(used) - 1) / (5 * len(parts)))
+
+    try:
+        each(0, 1, 2, 3)
+        told = storage.info()
+    finally:
+        each(4)
+    empty, registered, pending, verified, nonces, *_ = used[:: len(parts)]
+    curve = [(0, empty), *zip((part.stop for part in parts), used[1:], strict=False)]
+    return MemoryUse(
+        gateway.server_name(told[0]), users, (registered - empty) / users,
+        (pending - empty) / users, (verified - empty) / users, (nonces - verified) / users,
+        sum(int(node["used_memory_rss"]) for node in told), curve,
+    )  # fmt: skip
+
+
+def _used_bytes(storage: gateway.Storage) -> int:
+    # What is kept for replicas grows up to a limit of its own, with writes and not with users.
+    shared = "mem_total_replication_buffers"
+    return sum(int(told["used_memory"]) - int(told.get(shared, 0)) for told in storage.info())
+
+
+def _life_of(n: int, settings: gateway.Settings, now_s: int) -> list[tuple[bytes, gateway.Command]]:
+    """What the store is told of the n-th user: registers, asks, verifies, calls again, goes."""
+    one = hashlib.sha256(b"%d" % n).digest()
+    key = gateway.StorageId(one[:16].replace(b"{", b"[").replace(b"}", b"]"))
+    user = gateway.User(gateway.HawkKey(one))
+    asked = user._replace(
+        sealed=one[8:], network=gateway.Network("234", "15"), sends=1, code_digest=one[16:],
+        code_expires_s=now_s + settings.code_ttl_s,
+    )  # fmt: skip
+    records = [user.pack(), asked.pack(), asked._replace(code_digest=b"", verified_s=now_s).pack()]
+    keys = key, gateway.nonce_key(key, "nonce")
+
+    def commit(old: int, new: int, ttl_s: int, nonce_ttl_s: int) -> tuple[bytes, gateway.Command]:
+        record = (records[old], records[new], ttl_s, nonce_ttl_s)
+        return key, ("EVALSHA", gateway.SHA1[gateway.COMMIT_SCRIPT], 2, *keys, *record)
+
+    return [
+        (key, ("SET", key, records[0], "EX", settings.session_ttl_s)),
+        commit(0, 1, -1, 0),
+        commit(1, 2, settings.verified_ttl_s, 0),
+        commit(2, 2, -1, 2 * settings.hawk_skew_s + 1),
+        (key, ("DEL", *keys)),
+    ]
+
+
+def memory(settings: gateway.Settings, users: int) -> int:
+    """``python gateway.py memory``: measure in an empty store, or in a new one, and print it."""
+
+    def progress(done: float) -> None:
+        bar = "#" * round(done * 40)
+        print(f"\r[{bar:40}] {done:4.0%} of {users} users", end="", file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as stack:
+        if not (url := settings.storage_url):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memory"))
+            store = gateway.EmbeddedStore(folder)
+            stack.callback(store.stop)
+            url = store.url
+        storage = gateway.Storage(url)
+        storage.check()
+        used = measure_memory(storage, settings, users, time.time(), progress)
+    print(file=sys.stderr)
+    a, b = used.line
+    print(f"{used.server}, {used.users} users in each state, bytes per user:")
+    for state in ("registered", "pending", "verified"):
+        print(f"  {state:11}{getattr(used, state):6.0f}")
+    print(
+        f"a Hawk nonce: {used.nonce:.0f} bytes for {2 * settings.hawk_skew_s} s at most; a minute"
+    )
+    print(f"of 100 signed requests a second: {6000 * used.nonce:,.0f} bytes")
+    print(f"resident with all of them: {used.resident:,} bytes; plan 1.5 times what is used")
+    print(f"\n  usage = users × {a:.0f} + {b:.0f}    (2015: users × 1216 + 600000)\n")
+    print("  verified users   2015, GB   used, GB   resident, GB")
+    for n in (3.5e6, 10e6, 60e6):
+        now = (n * a + b) / 1e9
+        print(f"  {n:14,.0f} {(n * 1216 + 6e5) / 1e9:10.2f} {now:10.2f} {now * 1.5:14.2f}")
+    return 0
 
 
 # -- The demo -----------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
     if fault != "restarting":  # which takes as long as its data
         assert time.monotonic() - started < 5
     # The code and its nonce were used up together, or neither was.
-    used = storage._run("EXISTS", gateway._nonce_key(key, "n"), key=key) == 1
+    used = storage._run("EXISTS", gateway.nonce_key(key, "n"), key=key) == 1
     assert used == (storage.get(key) != before)
     if fault not in ("hung", *HARMLESS):  # a server that hung may do later what it was asked
         assert not used

@@ -451,6 +451,36 @@ def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
     assert nothing_lives(process.folder)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its CPU")
+def test_each_worker_has_a_cpu_of_its_own_where_there_are_enough(start_gateway: Start) -> None:
+    cpus = os.sched_getaffinity(0)
+    process = start_gateway("--workers", str(len(cpus)))
+
+    def places() -> list[list[int]]:
+        return sorted(worker.cpu_affinity() for worker in workers_of(process))
+
+    def replaced(victim: psutil.Process) -> bool:
+        return victim not in workers_of(process) and places() == each_its_own
+
+    each_its_own = [[cpu] for cpu in sorted(cpus)]
+    assert eventually(lambda: places() == each_its_own)
+    for _ in cpus:  # who comes next takes the place that is free
+        victim = min(workers_of(process), key=lambda worker: worker.pid)
+        victim.kill()
+        assert eventually(partial(replaced, victim), 10)
+    assert set(store_of(process).cpu_affinity()) == cpus
+    assert process.stop() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its CPU")
+@pytest.mark.parametrize("more", [-1, 1])
+def test_no_worker_is_tied_to_a_cpu_otherwise(start_gateway: Start, more: int) -> None:
+    cpus = os.sched_getaffinity(0)
+    process = start_gateway("--workers", str(max(1, len(cpus) + more)))
+    expected = [cpus] if len(cpus) > 1 else [{0}]
+    assert [set(w.cpu_affinity()) for w in workers_of(process)][:1] == expected
+
+
 def test_service_goes_on_when_all_workers_are_killed(start_gateway: Start) -> None:
     process = start_gateway()
     client = verified(process)
