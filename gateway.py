@@ -2250,7 +2250,8 @@ class OutboxSms(SmsProvider):
         finally:
             os.close(file)
         if self.console:
-            print(f"SMS to {to} from {sender}: {text}", file=self.console, flush=True)
+            self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece, among threads
+            self.console.flush()
         return []
 
     def _open(self, path: str) -> int:
@@ -2264,7 +2265,7 @@ class OutboxSms(SmsProvider):
         """What the last hour brought to a number (only its digits), oldest first."""
         self.prune()
         found: list[Json] = []
-        for path in sorted(self.folder.glob("*.jsonl")) if digits.isdecimal() else ():
+        for path in self._files() if digits.isdecimal() else ():
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
                 content = path.read_bytes()
                 for line in self._lines_to("+" + digits, content):
@@ -2274,16 +2275,22 @@ class OutboxSms(SmsProvider):
 
     def prune(self) -> None:
         """Remove the files of minutes that ended more than an hour ago."""
-        for path in self.folder.glob("*.jsonl"):
+        for path in self._files():
             if path.name < self._name(time.time() - HOUR_S):
                 path.unlink(missing_ok=True)
 
     def forget(self, to: Msisdn) -> None:
         """Write spaces over the messages to one number."""
-        for path in self.folder.glob("*.jsonl"):
+        for path in self._files():
             with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
                 for line in self._lines_to(to, file.read()):
                     os.pwrite(file.fileno(), b" " * (line.stop - line.start), line.start)
+
+    def _files(self) -> list[Path]:
+        """Oldest first."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(path for path in self.folder.iterdir() if path.suffix == ".jsonl")
+        return []
 
     def _name(self, at_s: float) -> str:
         return f"{int(at_s / 60)}.jsonl"  # minutes since the epoch: for centuries, 8 digits
