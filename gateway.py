@@ -3290,6 +3290,8 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
         return b""
     if len(length) > 4000 or int(length) > limit_bytes:
         raise TooLarge(f"the body has more than {limit_bytes} bytes")
+    if not int(length):
+        return b""
     body = bytes(stream.read(int(length)))
     if len(body) < int(length):
         raise BadJson("the body ended before its Content-Length")
