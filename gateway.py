@@ -2344,6 +2344,7 @@ class HttpSms(SmsProvider):
         if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
             raise self.bad("needs endpoint: a URL that begins with http:// or https://")
         self.headers, self.body = request["headers"], request["body"]
+        self.fields = parse_qsl(str(self.body))  # if it is a form
         self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
         headers = {str(k).lower(): v for k, v in self.headers.items()}
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
@@ -2399,9 +2400,11 @@ class HttpSms(SmsProvider):
         def fill(template: str, escape: Callable[[str], str]) -> str:
             return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
 
-        body = fill(self.body, ESCAPES[self.content_type])
         if self.content_type == FORM["Content-Type"]:
-            body = urlencode(parse_qsl(body))  # which leaves out what is empty
+            fields = ((name, fill(template, str)) for name, template in self.fields)
+            body = urlencode([(name, value) for name, value in fields if value])
+        else:
+            body = fill(self.body, ESCAPES[self.content_type])
         filled = {name: fill(value, str) for name, value in self.headers.items()}
         headers = {name: value for name, value in filled.items() if value}
         target = fill(self.target, partial(quote, safe=""))
@@ -2446,7 +2449,7 @@ MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUn
 """What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
-    FORM["Content-Type"]: partial(quote, safe=""),
+    FORM["Content-Type"]: str,  # urlencode is for all of it
     "application/json": lambda text: json.dumps(text)[1:-1],
     "application/xml": html.escape,
     "text/xml": html.escape,
