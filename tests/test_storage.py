@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 import pytest
+import redis
 from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -195,6 +196,53 @@ def test_records_of_other_versions(
             answer = client.call(path, {"msisdn": NUMBER})
             assert (answer.status, answer.errno) == (503, 201)
         assert contents(storage) == {key: record}
+
+
+# -- A link -------------------------------------------------------------------
+
+
+@pytest.fixture
+def link(storage: gateway.Storage) -> Iterator[gateway.Link]:
+    """A link to the embedded store, open, that gives up after a fifth of a second."""
+    with contextlib.closing(gateway.Link(storage.url, 0.2)) as link:
+        link.open()
+        yield link
+
+
+def test_link_sends_and_reads_what_no_buffer_holds(link: gateway.Link) -> None:
+    large = os.urandom(3_000_000)
+    assert link.talk(("SET", "large", large), ("GET", "large"), ("DEL", "large"))[1] == large
+
+
+def test_link_reads_all_answers_before_it_raises_one(link: gateway.Link) -> None:
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        link.talk(("SET", "text", "1"), ("LPUSH", "text", "2"), ("ECHO", "3"))
+    assert link.talk(("ECHO", "4")) == [b"4"]
+
+
+def test_link_gives_up_in_time_and_never_takes_a_late_answer(link: gateway.Link) -> None:
+    """The kernel keeps its time; the answer that comes too late is to another question."""
+    started = time.monotonic()
+    with pytest.raises(redis.TimeoutError):
+        link.talk(("BLPOP", "nothing", "3"))
+    assert 0.19 < time.monotonic() - started < 2
+    link.open()
+    assert link.talk(("ECHO", "another")) == [b"another"]
+
+
+def test_link_that_was_closed_opens_again(link: gateway.Link) -> None:
+    (own,) = link.talk(("CLIENT", "ID"))
+    link.talk(("CLIENT", "KILL", "ID", own, "SKIPME", "no"))
+    time.sleep(2 * gateway.STORAGE_IDLE_S)
+    link.open()
+    assert link.talk(("CLIENT", "ID"))[0] > own
+
+
+def test_link_closed_in_the_middle_says_so(link: gateway.Link) -> None:
+    (own,) = link.talk(("CLIENT", "ID"))
+    link.talk(("CLIENT", "KILL", "ID", own, "SKIPME", "no"))
+    with pytest.raises(redis.ConnectionError, match="no answer"):
+        link.talk(("ECHO", "1"))
 
 
 # -- Compare-and-set ----------------------------------------------------------
