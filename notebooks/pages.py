@@ -14,11 +14,12 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from http import HTTPStatus
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def notebook_page(path: Path) -> str:
     body, _ = exporter.from_notebook_node(nbformat.read(path, 4))
     body = re.sub(r'<div class="(?:prompt|jp-\w*Prompt)[^>]*>.*?</div>', "", body, flags=re.S)
     body = re.sub(r'(href="[\w./-]+)\.(?:ipynb|py)(["#])', r"\1.html\2", body)
+    body = re.sub(r"<pre>(?=[^<]*\n-+(  +-+)+\n)", "<pre class=table>", body)
     body = body.replace('alt="No description has been provided for this image"', _ALT)
     around = NOTEBOOKS.index(path) if path in NOTEBOOKS else 0
     ways = []
@@ -181,29 +183,30 @@ def endpoints() -> Iterator[str]:
     """Every route: methods, both spellings, what its handler and its step say of themselves."""
     yield '<h2 id="all-endpoints">Endpoints</h2>'
     yield "<p><span class=tag>Hawk</span> = signed. Each is there in both spellings.</p><dl>"
-    seen = set()
-    for route in gateway.ROUTES:
-        anchor = "" if route.handler in seen else f' id="{route.handler}"'
-        seen.add(route.handler)
-        about = (getattr(gateway.GatewayApp, route.handler).__doc__ or "").partition(" : ")[2]
-        step = getattr(gateway.Gateway, STEPS.get(route.handler, ""), None)
-        yield f"<dt{anchor}><code>{route.methods}</code> <b>{html.escape(route.path)}</b> "
-        yield f"<small>{html.escape(gateway.versioned(route.path))}</small>"
-        yield " <span class=tag>Hawk</span>" * route.hawk
-        yield f"<dd>{prose(about[:1].upper() + about[1:])}{prose(step.__doc__) if step else ''}"
+    for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
+        anchor = f' id="{handler}"'
+        for route in routes:
+            yield f"<dt{anchor}><code>{route.methods}</code> <b>{html.escape(route.path)}</b> "
+            yield f"<small>{html.escape(gateway.versioned(route.path))}</small>"
+            yield " <span class=tag>Hawk</span>" * route.hawk
+            anchor = ""
+        about = (getattr(gateway.GatewayApp, handler).__doc__ or "").partition(" : ")[2]
+        step = getattr(gateway.Gateway, STEPS.get(handler, ""), None)
+        says = inspect.cleandoc(getattr(step, "__doc__", None) or "").partition("\n\nArgs:")[0]
+        yield f"<dd>{prose(about[:1].upper() + about[1:])}{prose(says) if says else ''}"
     yield "</dl>"
 
 
 def errors() -> Iterator[str]:
     """Every errno with its status and the first line of its docstring."""
-    yield '<h2 id="all-errors">Errors</h2><div class=wide-table><table>'
-    yield "<tr><th>status<th>errno<th>class<th>when</tr>"
+    yield '<h2 id="all-errors">Errors</h2><p>Status and errno of each.'
+    yield ' <a href="09_errors.html">Notebook 09</a> makes them happen.</p><dl>'
     for error in gateway.error_classes():
         first = (error.__doc__ or "").partition("\n")[0]
         phrase, number = HTTPStatus(error.status).phrase, int(error.errno or 0)
-        yield f'<tr id="{error.__name__}"><td>{error.status} {phrase}<td>{number}'
-        yield f"<td><code>{error.__name__}</code><td>{html.escape(first)}</tr>"
-    yield "</table></div>"
+        yield f'<dt id="{error.__name__}"><b>{error.status}/{number}</b> '
+        yield f"<code>{error.__name__}</code> <small>{phrase}</small><dd>{html.escape(first)}"
+    yield "</dl>"
 
 
 def settings() -> Iterator[str]:
@@ -307,16 +310,16 @@ def names_page() -> str:
 def index_page() -> str:
     """The front page: what this is, and the question of each notebook."""
     what = (ROOT / "README.md").read_text("utf-8").split("\n\n")[1]
-    diagram = re.search(r"^    client   .*?(?=\n\n)", gateway.__doc__ or "", re.M | re.S)
+    found = re.search(r"^    client   .*?(?=\n\n)", gateway.__doc__ or "", re.M | re.S)
+    diagram = textwrap.dedent(found[0]) if found else ""
     rows = []
     for path in NOTEBOOKS:
         title, question = head_of(path)
         rows.append(f'<li><a href="{path.stem}.html"><b>{html.escape(title)}</b><br>'
                     f"{html.escape(question)}</a>")  # fmt: skip
-    picture = inspect.cleandoc(diagram[0]) if diagram else ""
     body = f"""<h1>MSISDN Gateway</h1>
 <p>{html.escape(what)}</p>
-<pre>{html.escape(picture)}</pre>
+<pre>{html.escape(diagram)}</pre>
 <p>Each notebook answers one question by running the real gateway. What you see in them was
 printed by the code beside it, and a test compares every line of it. Begin with the first.</p>
 <ul class=cards>{"".join(rows)}</ul>
@@ -327,11 +330,11 @@ copy <a href="TEMPLATE.html">the template</a>.</p>"""
     return page("MSISDN Gateway", body)
 
 
-_CODE = HtmlFormatter(style="default").get_style_defs(".highlight")
-_DARK = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+_CODE = HtmlFormatter(style="default").get_token_style_defs(".highlight")
+_DARK = HtmlFormatter(style="github-dark").get_token_style_defs(".highlight")
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f5f5f2; --edge: #d8d8d2;
-  --link: #005a9c; --mark: #fff3c4 }
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f9f9f7; --edge: #d8d8d2;
+  --faint: #6b6b66; --link: #005a9c; --mark: #fff3c4 }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100% }
 body { margin: 0; color: var(--ink); background: var(--paper);
@@ -340,7 +343,8 @@ nav { display: flex; flex-wrap: wrap; gap: .2em 1.2em; padding: .6em 1rem; backg
   border-bottom: 1px solid var(--edge) }
 main { margin: 0 auto; padding: 1rem }
 main.narrow { max-width: 54rem } main.wide { max-width: 66rem }
-a { color: var(--link) } a:has(> code:only-child) { text-decoration-style: dotted }
+a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .2em }
+a:has(> code:only-child) { text-decoration-style: dotted }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere } h2 { margin-top: 2em }
 .anchor-link { visibility: hidden; text-decoration: none; margin-left: .3em }
 :is(h1, h2, h3):hover .anchor-link { visibility: visible }
@@ -362,18 +366,18 @@ main > pre, .text_cell_render pre { background: var(--soft); border: 1px solid v
   border-radius: 0 5px 5px 0 }
 .output_area img { display: block; max-width: 100%; height: auto; margin: .8em 0;
   background: #fff; border-radius: 5px }
-table { border-collapse: collapse; margin: 1em 0; font-size: .94em }
+table { border-collapse: collapse; margin: 1em 0; font-size: .94em; overflow-wrap: break-word }
+table code { overflow-wrap: inherit }
 th, td { text-align: left; vertical-align: top; padding: .35em .7em .35em 0;
   border-bottom: 1px solid var(--edge) }
 li, dd { overflow-wrap: anywhere }
 dt { margin-top: 1.1em; overflow-wrap: anywhere; scroll-margin-top: 1em }
 dd { margin: .2em 0 0 1.2em }
-dd p { margin: .3em 0 } small { opacity: .75 }
+dd p { margin: .3em 0 } small { color: var(--faint) }
 :target { background: var(--mark) }
 a:has(> .linenos) { text-decoration: none; user-select: none }
-span.linenos { opacity: .6; padding-right: 1em } .highlight span:target { background: none }
+span.linenos { color: var(--faint); padding-right: 1em } .highlight span:target { background: none }
 .tag { font-size: .8em; border: 1px solid var(--edge); border-radius: 3px; padding: 0 .3em }
-.wide-table { overflow-x: auto }
 .contents { columns: 18rem; padding-left: 1.2em }
 .cards { list-style: none; padding: 0; display: grid; gap: .7rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)) }
@@ -382,13 +386,16 @@ span.linenos { opacity: .6; padding-right: 1em } .highlight span:target { backgr
 .cards a:hover, .cards a:focus { border-color: var(--link) } .cards b { color: var(--link) }
 .ways { display: flex; flex-wrap: wrap; gap: 1rem; justify-content: space-between;
   margin: 3em 0 1em; padding-top: 1em; border-top: 1px solid var(--edge) }
-@media (max-width: 600px) { body { font-size: 16px } pre { font-size: .72rem; padding: .6em }
+@media screen and (max-width: 600px) { body { font-size: 16px }
+  pre { font-size: .72rem; padding: .6em }
   main > pre, .text_cell_render pre { font-size: 1.9vw }
-  th, td { padding-right: .5em; font-size: .85em; overflow-wrap: anywhere }
+  nav { font-size: .9em; gap: .2em 1em }
+  pre.table, main.wide pre { white-space: pre; overflow-x: auto }
+  th, td { padding-right: .5em; font-size: .85em }
   span.linenos { padding-right: .4em } }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e0; --paper: #16181b; --soft: #1f2226; --edge: #3a3e44; --link: #7cc0ff;
-    --mark: #4a3f10 }
+    --faint: #8f949b; --mark: #4a3f10 }
   %DARK%
   .highlight { background: var(--soft) } }
 @media print { nav, .ways, .anchor-link { display: none } body { font-size: 11pt }
@@ -396,7 +403,7 @@ span.linenos { opacity: .6; padding-right: 1em } .highlight span:target { backgr
   .code_cell, .output_area img, tr, .cards li { break-inside: avoid }
   h1, h2, h3 { break-after: avoid } a { color: inherit } }
 """
-STYLE = _CODE + STYLE.replace("%DARK%", _DARK)
+STYLE = "\n".join(_CODE) + STYLE.replace("%DARK%", "\n  ".join(_DARK))
 
 
 def build(folder: Path) -> None:

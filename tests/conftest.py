@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 
 import lab  # noqa: E402
+import pages  # noqa: E402
 import servers  # noqa: E402
 from support import GatewayProcess, WsgiClient  # noqa: E402
 
@@ -114,6 +115,16 @@ def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
     yield start
     for process in started:
         process.close()
+
+
+@pytest.fixture(scope="session")
+def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages that ``make docs`` builds, built once over what was there before."""
+    folder = tmp_path_factory.mktemp("site") / "docs"
+    folder.mkdir()
+    (folder / "left-over.html").write_text("from an earlier time")
+    pages.build(folder)
+    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,12 +42,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Page]]:
-    folder = tmp_path_factory.mktemp("site") / "docs"
-    folder.mkdir()
-    (folder / "left-over.html").write_text("from an earlier time")
-    pages.build(folder)
-    yield {path.name: Page(path) for path in folder.iterdir()}
+def site(site_folder: Path) -> dict[str, Page]:
+    return {path.name: Page(path) for path in site_folder.iterdir()}
 
 
 def test_every_notebook_has_its_page(site: dict[str, Page]) -> None:

@@ -129,9 +129,10 @@ def test_its_exercises_can_be_checked(name: str) -> None:
     assert all("*You are right if" in exercise for exercise in exercises)
     last = exercises[-1]
     assert re.search(r"In `gateway\.py`, section \d+,", last)
-    for test in re.findall(r"tests/(test_\w+\.py)", last):
-        assert (ROOT / "tests" / test).exists(), test
-    assert "tests/test_" in last
+    named = re.findall(r"`tests/(test_\w+\.py)(?:::(\w+))?`", last)
+    assert named
+    for file, test in named:
+        assert f"def {test}" in (ROOT / "tests" / file).read_text("utf-8"), last
 
 
 @each

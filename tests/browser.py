@@ -1,0 +1,121 @@
+"""A real browser for tests: Debian's Chromium, driven by playwright, and what it sees."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import lab
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+PLAYWRIGHT = lab.ROOT / ".parts" / "playwright"
+MISSING = "Chromium is not installed: apt-get install -y --no-install-recommends chromium"
+MISSING_PLAYWRIGHT = (
+    "playwright is not installed: "
+    ".venv/bin/pip install --no-compile --target .parts/playwright playwright==1.65.2"
+)
+OPTIONS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    # With all of these it still asks Google for updates and accounts: let it find nobody.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+def require() -> None:
+    """Skip the module that asks, if there is no browser; from one place, so in one line."""
+    missing = MISSING if not CHROMIUM else MISSING_PLAYWRIGHT if not PLAYWRIGHT.exists() else ""
+    if missing:
+        pytest.skip(missing, allow_module_level=True)
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A playwright ``Browser``, with a fresh profile; it and its processes end with the block.
+
+    It runs an event loop in this thread meanwhile, so no notebook can be tested in that time:
+    fixtures of it live no longer than their module.
+    """
+    sys.path.append(str(PLAYWRIGHT))
+    try:
+        api = importlib.import_module("playwright.sync_api")
+        with api.sync_playwright() as driver:
+            started = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+            yield started
+            started.close()
+    finally:
+        sys.path.remove(str(PLAYWRIGHT))
+
+
+@contextlib.contextmanager
+def tab(browser: Any, width: int, **options: Any) -> Iterator[tuple[Any, list[str]]]:
+    """A playwright ``Page``, and the URLs of all requests that were made or tried in it.
+
+    Args:
+        width: Of the window, in CSS pixels; below 600 it is a phone, which heeds the page's own
+            ``viewport``.
+        options: Of playwright's ``new_context``, as ``color_scheme="dark"``.
+    """
+    size = {"width": width, "height": 900}
+    context = browser.new_context(viewport=size, is_mobile=width < 600, **options)
+    requests: list[str] = []
+    context.on("request", lambda request: requests.append(request.url))
+    yield context.new_page(), requests
+    context.close()
+
+
+LOOK = """
+([width, print]) => {
+  const found = new Set()
+  const says = (what, element, more = '') =>
+    found.add(`${what}: ${element.localName}.${element.className} ${more}`.trim())
+  const rgba = text => [...text.match(/[\\d.]+/g).map(Number), 1].slice(0, 4)
+  const over = (top, below) => below.map((c, i) => top[i] * top[3] + c * (1 - top[3]))
+  const light = c => { const [r, g, b] = c.map(v => v / 255)
+    .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    return .2126 * r + .7152 * g + .0722 * b }
+  const paper = element => element
+    ? over(rgba(getComputedStyle(element).backgroundColor), paper(element.parentElement))
+    : [255, 255, 255]
+  const scrolls = element => !print && /auto|scroll/.test(getComputedStyle(element).overflowX)
+  const held = element => element && element !== document.body
+    && (scrolls(element) || held(element.parentElement))
+
+  const root = document.scrollingElement, main = document.querySelector('main')
+  if (root.scrollWidth > width) says('scrolls sideways', root, `${root.scrollWidth} > ${width}`)
+  const column = main.getBoundingClientRect()
+  for (const element of document.body.querySelectorAll('*')) {
+    const box = element.getBoundingClientRect(), style = getComputedStyle(element)
+    if (!box.width || style.visibility === 'hidden') continue
+    if ((box.right > width + 1 || box.left < -1) && !held(element.parentElement))
+      says('beyond the window', element)
+    if (element.clientWidth && element.scrollWidth > element.clientWidth + 1 && !scrolls(element)
+        && style.display !== 'inline') says('cut off', element)
+    if (element.localName === 'img' && (!element.naturalWidth
+        || box.right > column.right || box.left < column.left)) says('a bad picture', element)
+    const [r, g, b] = rgba(style.backgroundColor), shown = rgba(style.backgroundColor)[3]
+    if (shown && r > g + 24 && r > b + 24 && Math.abs(g - b) < 24) says('a red box', element)
+    if (element.matches('.output_stderr, .output_error')) says('an error', element)
+  }
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  for (let text; (text = texts.nextNode());) {
+    const element = text.parentElement, style = getComputedStyle(element)
+    if (!text.data.trim() || style.visibility === 'hidden') continue
+    const below = paper(element), ink = over(rgba(style.color), below)
+    const [dark, bright] = [light(ink), light(below)].sort((a, b) => a - b)
+    if ((bright + .05) / (dark + .05) < 4.5) says('hard to read', element, style.color)
+  }
+  return [...found]
+}
+"""
+"""What is wrong with a page as it is laid out; 4.5 is the contrast that WCAG 2 (AA) asks for."""
+
+
+def look(page: Any, width: int, media: str = "screen") -> list[str]:
+    """What a person would see amiss on the page that is open; nothing scrolls on paper."""
+    return list(page.evaluate(LOOK, [width, media == "print"]))

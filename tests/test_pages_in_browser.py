@@ -1,0 +1,94 @@
+"""The pages in a real browser: whole, readable, and silent, on a desk, a phone and paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import pytest
+
+browser.require()
+
+PAPER_PX = 718
+"""A4 without Chromium's own margins of 1 cm, at 96 pixels per inch."""
+VIEWS = [(width, scheme, "screen") for width in (1280, 390) for scheme in ("light", "dark")]
+VIEWS += [(PAPER_PX, "light", "print"), (PAPER_PX, "dark", "print")]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser.chromium() as started:
+        yield started
+
+
+@pytest.mark.parametrize(("width", "scheme", "media"), VIEWS)
+def test_every_page_is_whole_and_silent(
+    chromium: Any, site_folder: Path, width: int, scheme: str, media: str
+) -> None:
+    amiss, files = [], sorted(site_folder.iterdir())
+    with browser.tab(chromium, width, color_scheme=scheme) as (page, requests):
+        page.emulate_media(media=media)
+        for file in files:
+            page.goto(file.as_uri())
+            amiss += [f"{file.name}: {what}" for what in browser.look(page, width, media)]
+    assert amiss == []
+    assert requests == [file.as_uri() for file in files], "they load nothing but themselves"
+
+
+def test_dark_is_dark_and_paper_is_white(chromium: Any, site_folder: Path) -> None:
+    """So that the views above are what they say."""
+    paper = {}
+    for scheme in ("light", "dark"):
+        with browser.tab(chromium, 1280, color_scheme=scheme) as (page, _):
+            page.goto((site_folder / "index.html").as_uri())
+            for media in ("screen", "print"):
+                page.emulate_media(media=media)
+                color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+                paper[scheme, media] = color
+    assert paper["light", "screen"] == paper["light", "print"] == "rgb(255, 255, 255)"
+    assert paper["dark", "print"] == "rgb(255, 255, 255)"
+    assert max(map(int, paper["dark", "screen"][4:-1].split(","))) < 40
+
+
+FAULTS = {
+    "<p style='width: 900px'>wide": {"scrolls sideways", "beyond the window", "cut off"},
+    "<div style='overflow: hidden'><p style='width: 900px'>wide": {"beyond the window", "cut off"},
+    "<div style='overflow: hidden; width: 9em'><pre>aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": {"cut off"},
+    "<img src=none.png width=20 height=20>": {"a bad picture", "none.png"},
+    "<div style='background: #fdd'>Traceback": {"a red box"},
+    "<div class=output_stderr>warning": {"an error"},
+    "<p style='color: #999'>faint": {"hard to read"},
+    "<img src=https://shop.example/a.png width=20 height=20>": {"a bad picture", "shop.example"},
+    "<script src=https://shop.example/a.js></script>": {"shop.example"},
+    "<style>@import 'https://shop.example/a.css'</style>": {"shop.example"},
+    "<style>p { background: url(//shop.example/a.png) }</style><p>x": {"shop.example"},
+    "<script>new Image().src = 'http://127.0.0.1:9/x'</script>": {"127.0.0.1:9"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_browser_sees_what_is_wrong(chromium: Any, tmp_path: Path, fault: str) -> None:
+    """A checker that cannot see is none: each fault is found, and nothing else."""
+    file = tmp_path / "page.html"
+    head = "<!doctype html><meta name=viewport content='width=device-width'>"
+    file.write_text(f"{head}<main style='max-width: 50rem; overflow-wrap: anywhere'>{fault}")
+    with browser.tab(chromium, 390) as (page, requests):
+        page.goto(file.as_uri())
+        found = [what.partition(":")[0] for what in browser.look(page, 390)]
+    loads = [url.removeprefix(file.parent.as_uri()).split("/") for url in requests[1:]]
+    found += [parts[1] if parts[0] == "" else parts[2] for parts in loads]
+    assert set(found) == FAULTS[fault]
+
+
+def test_a_refused_request_is_seen_too(chromium: Any, site_folder: Path, tmp_path: Path) -> None:
+    """The Content-Security-Policy would hide a mistake from users; it hides none from us."""
+    whole = (site_folder / "index.html").read_text("utf-8")
+    (tmp_path / "page.html").write_text(whole + "<img src='https://shop.example/a.png'>")
+    with browser.tab(chromium, 1280) as (page, requests):
+        failed = []
+        page.on("requestfailed", lambda request: failed.append((request.url, request.failure)))
+        page.goto((tmp_path / "page.html").as_uri())
+    assert requests[1:] == ["https://shop.example/a.png"]
+    assert failed == [("https://shop.example/a.png", "csp")]
