@@ -328,6 +328,11 @@ def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool
     )
 
 
+def _cpus() -> int:
+    """The CPUs that we may use; in a container these may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether ``host`` (a name or an address, no port) can only be this machine."""
     address = _address(host.strip("[]"))
@@ -386,7 +391,7 @@ class Settings:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(5000, "port to listen on", 1, 65535)
-    workers: int = _setting(os.cpu_count() or 1, "server processes; default: cores", 1, 512)
+    workers: int = _setting(_cpus(), "server processes; default: cores, one on each", 1, 512)
     threads: int = _setting(64, "threads in each process", 1, 512)
     public_url: str = _setting(
         "", "what clients call us: scheme, host, port; empty = host and port"
@@ -880,6 +885,10 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
 _HAWK_FIELD: Final = re.compile(
     r'((?<!\s)\s*(id|ts|nonce|mac|hash|ext|app|dlg)="([ !#-\[\]-~]*)"\s*,)'
 )
+
+
+def _is_whole_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def media_type(content_type: str) -> str:
@@ -1517,7 +1526,7 @@ class Link:
             socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
         )  # fmt: skip
         self._connection: Any = pool.make_connection()  # which sends nothing yet
-        self._opened_s = 0.0
+        self._used_s = 0.0
 
     def open(self) -> None:
         """Connect, unless we are; what the server has closed meanwhile is opened anew.
@@ -1525,10 +1534,15 @@ class Link:
         Raises:
             redis.RedisError: It does not let us in. Nothing was asked of it.
         """
-        connection, now_s = self._connection, time.monotonic()
+        now_s = time.monotonic()
+        if now_s > self._used_s + STORAGE_IDLE_S:
+            self._look_after_rest()
+        self._used_s = now_s
+
+    def _look_after_rest(self) -> None:
+        connection = self._connection
         try:
-            rested = connection.is_connected and now_s > self._opened_s + STORAGE_IDLE_S
-            if rested and connection.can_read(0):
+            if connection.is_connected and connection.can_read(0):
                 self.close()  # nothing was asked, so this is a farewell
         except redis.RedisError:
             self.close()
@@ -1538,7 +1552,6 @@ class Link:
             self._plain = not isinstance(connection, redis.SSLConnection)
             if self._plain:  # OpenSSL would wait for ever
                 self._wait_in_kernel()
-        self._opened_s = now_s
 
     def _wait_in_kernel(self) -> None:
         # Python keeps a time-out by asking first whether it would have to wait. Each time it
@@ -1583,6 +1596,7 @@ class Link:
 
     def close(self) -> None:
         """Close it; it can be opened again."""
+        self._used_s = 0.0
         self._connection.disconnect()
 
 
@@ -2837,7 +2851,7 @@ class Gateway:
             BadSignature: A malformed header, or a wrong MAC.
         """
         header = parse_hawk_header(authorization)
-        if not (all(header[:4]) and re.fullmatch("[0-9]{1,11}", header.ts)):
+        if not (all(header[:4]) and _is_whole_number(header.ts) and len(header.ts) < 12):
             raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
         hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
@@ -3287,7 +3301,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     """
     length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
-    if chunked or not re.fullmatch("[0-9]+", length):
+    if chunked or not _is_whole_number(length):
         if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
             raise LengthRequired("a body needs a Content-Length in bytes, and no chunks")
         return b""
@@ -3372,7 +3386,7 @@ class HawkPlugin:
     def signed(self, callback: Callable[..., Any]) -> Answer:
         """Handle one signed request."""
         app, gateway = self.app, self.app.gateway
-        session = gateway.authenticate(app.header("Authorization"), app.hawk_request())
+        session = gateway.authenticate(app.header("AUTHORIZATION"), app.hawk_request())
 
         def checked() -> Any:
             try:
@@ -3400,7 +3414,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__()
-        self.config["json.enable"] = False  # AnswerPlugin writes all bodies
+        self.uninstall(True)  # Bottle's own plugins: AnswerPlugin writes all bodies
         self.gateway, self.settings = gateway, gateway.settings
         self.install(AnswerPlugin(self))
         self.install(HawkPlugin(self))
@@ -3413,8 +3427,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     # -- The request ----------------------------------------------------------
 
     def header(self, name: str) -> str:
-        """A request header, or ""."""
-        return str(bottle.request.environ.get(f"HTTP_{name.upper().replace('-', '_')}", ""))
+        """A request header, or ""; its name in WSGI's spelling, ``ACCEPT_LANGUAGE``."""
+        return str(bottle.request.environ.get("HTTP_" + name, ""))
 
     def body(self) -> bytes:
         """The request's body; read once."""
@@ -3483,8 +3497,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock()))}
-        allowed, origin = self.settings.allowed_origins, self.header("Origin")
-        if bottle.request.path.endswith("/outbox"):
+        allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
+        if bottle.request.environ["PATH_INFO"].endswith("/outbox"):
             return headers
         if allowed != ["*"]:
             headers["Vary"] = "Origin"
@@ -3541,18 +3555,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_mt_verify(self, session: Session) -> None:
         """POST /sms/mt/verify : send a long code."""
-        language = self.header("Accept-Language")
+        language = self.header("ACCEPT_LANGUAGE")
         self.gateway.send_code(session, self.params(), short=False, language=language)
 
     def sms_verify(self, session: Session) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        language = self.header("Accept-Language")
+        language = self.header("ACCEPT_LANGUAGE")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
         return {"mtSender": sender}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        language = self.header("Accept-Language")
+        language = self.header("ACCEPT_LANGUAGE")
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
     def webhook(self, secret: str) -> tuple[str, Json]:
@@ -3571,7 +3585,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
-        signed = (self.settings.base_url + self.path(), form, self.header("X-Twilio-Signature"))
+        signed = (self.settings.base_url + self.path(), form, self.header("X_TWILIO_SIGNATURE"))
         check_inbound(entry, secret or given, params, *signed, self.gateway.clock())
         return str(name), params
 
@@ -3999,7 +4013,7 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
     )  # fmt: skip
     with tempfile.NamedTemporaryFile(prefix="gateway") as places:
         # As many workers as CPUs: each has its own. Fewer: the kernel knows best which are free.
-        own = sys.platform == "linux" and settings.workers == len(os.sched_getaffinity(0))
+        own = sys.platform == "linux" and settings.workers == _cpus()
         own_cpus = places.name if own else ""
         load = partial(worker_app, settings, storage_url, os.getpid(), own_cpus)
         try:
