@@ -18,7 +18,7 @@ from gateway import Settings, SettingsError
 CONTRACT: dict[str, Any] = {
     "host": "127.0.0.1",
     "port": 5000,
-    "workers": os.cpu_count(),
+    "workers": len(os.sched_getaffinity(0)),
     "threads": 64,
     "public_url": "",
     "storage_url": "",

@@ -618,6 +618,15 @@ def show(title: str, rows: list[Report]) -> None:
     print(flush=True)
 
 
+def rounded(value: Any) -> Any:
+    """The same with numbers of three digits: no more is true of them."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
 def chart(report: Report) -> str:
     """What each endpoint costs in multiples of T, as SVG; a tick marks its limit."""
     rows = [row for row in report["endpoints"] if row["limit"]]
@@ -666,7 +675,7 @@ def main(argv: list[str]) -> int:
                 PARTS[part](bench, report)
     if given.out:
         Path(given.out).mkdir(parents=True, exist_ok=True)
-        Path(given.out, "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+        Path(given.out, "bench.json").write_text(json.dumps(rounded(report), indent=1) + "\n")
         if "endpoints" in report:
             Path(given.out, "bench.svg").write_text(chart(report), "utf-8")
     return 0
