@@ -1136,7 +1136,7 @@ PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The half of it that everybody may know."""
-SMALL_FACTORS: Final = math.lcm(*range(3, 256, 2))
+SMALL_FACTORS: Final = math.lcm(*range(3, 2000, 2))
 """A modulus that shares a factor with this number is no RSA key."""
 
 
