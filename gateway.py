@@ -3145,21 +3145,23 @@ class Gateway:
             except (SmsFailed, TooManyMessages) as error:
                 if counted:
                     self.storage.uncount_send()
-                if (record := self.storage.get(session.storage_id)) == session.record:
-                    self.storage.commit(session.storage_id, record, before)
+                self._replace_record(session, before)
                 if isinstance(error, TooManyMessages):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
         # RECORD: what a resend and the receipts go by; the message is out, whatever happens here
         with contextlib.suppress(Unavailable):
             if len(self.sms.providers) > 1 and sent.tried != user.tried:
-                tried = user._replace(tried=sent.tried).pack()
-                if (record := self.storage.get(session.storage_id)) == session.record:
-                    self.storage.commit(session.storage_id, record, tried)
+                self._replace_record(session, user._replace(tried=sent.tried).pack())
             for message_id in filter(None, sent.ids):
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         # ANSWER
         return sender
+
+    def _replace_record(self, session: Session, record: bytes) -> None:
+        """Write another record than the one that this request committed, if it is still there."""
+        if (kept := self.storage.get(session.storage_id)) == session.record:
+            self.storage.commit(session.storage_id, kept, record)
 
     def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
         if self.settings.language_by_country:
