@@ -99,6 +99,7 @@ import time
 import tomllib
 import traceback
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache, partial
@@ -957,7 +958,8 @@ def server_authorization(
 ) -> str:
     """The Server-Authorization header of the answer ``body`` to a signed request."""
     hash = payload_hash(content_type, body)
-    mac = hawk_mac("response", key, header._replace(hash=hash, ext=""), request)
+    told = HawkHeader("", header.ts, header.nonce, "", hash, "", header.app, header.dlg)
+    mac = hawk_mac("response", key, told, request)
     return f'Hawk mac="{mac}", hash="{hash}"'
 
 
@@ -1125,7 +1127,8 @@ def open_msisdn(secret: bytes, hawk_id: HawkId, sealed: bytes) -> Msisdn:
 
 
 def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
-    return AESSIV(hkdf(bytes.fromhex(hawk_id), b"msisdn-gateway/v1/number", salt=secret))
+    # HMAC is a key derivation itself; HKDF would add a second step, for more than one key.
+    return AESSIV(_hmac(secret, bytes.fromhex(hawk_id)))
 
 
 # =============================================================================
@@ -1267,9 +1270,14 @@ def _dsa_key(y: int, p: int, q: int, g: int) -> PublicKey:
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
     algorithm = algorithm_of(key.public_key())
-    signed = _b64url(_json({"alg": algorithm})) + b"." + _b64url(_json(claims))
+    signed = _token_header(algorithm) + b"." + _b64url(_json(claims))
     signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, cast(Any, key))
     return (signed + b"." + _b64url(signature)).decode()
+
+
+@lru_cache
+def _token_header(algorithm: str) -> bytes:
+    return _b64url(_json({"alg": algorithm}))
 
 
 def _json(value: Json) -> bytes:
@@ -2236,7 +2244,9 @@ class OutboxSms(SmsProvider):
     """For a desk and a classroom: shows each message on the console, and keeps an hour's.
 
     The one place where codes can be seen. In ``data_dir/outbox`` lies a file for each minute
-    (0600), with a message a line: to make a file costs fifty times what adding a line does.
+    (0600), with a message a line: to make a file costs fifty times what adding a line does, and
+    to open one as much as the rest. It is opened again each second, as somebody may have taken
+    it away.
     """
 
     paid = False
@@ -2245,35 +2255,37 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
-        self._last = ""
+        self._file, self._opened_s, self._lock = -1, 0, threading.Lock()
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
-        now_s = time.time()
-        message = {"to": to, "from": sender, "text": text, "at": int(now_s)}
-        path = f"{self.folder}/{self._name(now_s)}"
-        if path != self._last:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.prune()
-            self._last = path
+        now_s = int(time.time())
+        message = {"to": to, "from": sender, "text": text, "at": now_s}
+        if now_s != self._opened_s:
+            self._open(now_s)
         # The line begins with its end mark: if one was cut off, those after it are whole.
-        line, file = b"\n" + json.dumps(message).encode(), self._open(path)
-        try:
-            if os.write(file, line) < len(line):
-                raise OSError(errno.ENOSPC, "the disk is full")
-        finally:
-            os.close(file)
+        line = b"\n" + json.dumps(message).encode()
+        if os.write(self._file, line) < len(line):
+            raise OSError(errno.ENOSPC, "the disk is full")
         if self.console:
             self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece, among threads
             self.console.flush()
         return []
 
-    def _open(self, path: str) -> int:
-        try:
-            return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-        except FileNotFoundError:  # the folder was taken away
+    def _open(self, now_s: int) -> None:
+        with self._lock:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+            if self._name(now_s) != self._name(self._opened_s):
+                self.prune()
+            path, flags = self.folder / self._name(now_s), os.O_CREAT | os.O_APPEND | os.O_WRONLY
+            file = os.open(path, flags, 0o600)
+            if self._file < 0:
+                self._file = file
+                weakref.finalize(self, os.close, file)
+            else:  # the descriptor keeps its number, so that nobody writes to a closed one
+                os.dup2(file, self._file, inheritable=False)
+                os.close(file)
+            self._opened_s = now_s
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
@@ -2307,7 +2319,7 @@ class OutboxSms(SmsProvider):
         return []
 
     def _name(self, at_s: float) -> str:
-        return f"{int(at_s / 60)}.jsonl"  # minutes since the epoch: for centuries, 8 digits
+        return f"{int(at_s) // 60}.jsonl"  # minutes since the epoch: for centuries, 8 digits
 
     def _lines_to(self, to: str, content: bytes) -> Iterator[slice]:
         begin = f'\n{{"to": "{to}", '.encode()  # as json.dumps writes it
@@ -3398,11 +3410,10 @@ class HawkPlugin:
                 gateway.spend_nonce(session)
                 raise
 
-        answer = app.answer(checked)
-        content = (answer.content_type, answer.body)
+        status, body, content_type, headers = app.answer(checked)
         key, header, request = session.user.hawk_key, session.header, session.request
-        seal = server_authorization(key, header, request, *content)
-        return answer._replace(headers={**answer.headers, "Server-Authorization": seal})
+        seal = server_authorization(key, header, request, content_type, body)
+        return Answer(status, body, content_type, {**headers, "Server-Authorization": seal})
 
 
 NOTHING: Final = Answer(200, b"", "text/plain")

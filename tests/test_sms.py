@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import gc
 import json
 import os
 import re
@@ -587,6 +589,15 @@ def texts(outbox: gateway.OutboxSms, to: str = NUMBER) -> list[str]:
     return [message["text"] for message in outbox.messages(to.lstrip("+"))]
 
 
+def open_files(folder: Path) -> int:
+    """How many files below ``folder`` this process holds open."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += link.readlink().is_relative_to(folder)
+    return found
+
+
 def test_outbox_files_are_private_whatever_the_umask(outbox: gateway.OutboxSms) -> None:
     before = os.umask(0)
     try:
@@ -640,16 +651,57 @@ def test_outbox_keeps_an_hour_when_nobody_looks(
 
 
 def test_outbox_survives_a_line_that_was_cut_off(outbox: gateway.OutboxSms) -> None:
-    """By a full disk or a power cut; and a folder that somebody took away."""
+    """By a full disk or a power cut."""
     put(outbox, "one")
     [path] = outbox.folder.iterdir()
     with path.open("ab") as file:
         file.write(f'\n{{"from": "Gateway", "to": "{NUMBER}", "te'.encode())
     put(outbox, "two")
     assert texts(outbox) == ["one", "two"]
-    shutil.rmtree(outbox.folder)
-    put(outbox, "three")
-    assert texts(outbox) == ["three"]
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_outbox_that_was_taken_away_is_made_anew_within_a_second(
+    outbox: gateway.OutboxSms, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    now_s = time.time() // 60 * 60 + 7
+    monkeypatch.setattr(time, "time", lambda: now_s)
+    put(outbox, "one")
+    [path] = outbox.folder.iterdir()
+    shutil.rmtree(outbox.folder) if what == "folder" else path.unlink()
+    now_s += 1
+    put(outbox, "two")
+    assert texts(outbox) == ["two"]
+
+
+def test_outbox_takes_every_message_of_many_threads_in_many_minutes(
+    outbox: gateway.OutboxSms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each minute another file is opened, while the others are writing; one stays open."""
+    now_s = time.time() - 1000
+    monkeypatch.setattr(time, "time", lambda: now_s)
+
+    def work(n: int) -> None:
+        nonlocal now_s
+        for i in range(200):
+            now_s += 0.5
+            put(outbox, f"{n} {i}")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert open_files(outbox.folder) == 1
+    assert sorted(texts(outbox)) == sorted(f"{n} {i}" for n in range(8) for i in range(200))
+    assert len(list(outbox.folder.iterdir())) > 10
+
+
+def test_outbox_closes_its_file_when_it_goes(tmp_path: Path) -> None:
+    made = gateway.OutboxSms({"kind": "outbox"}, gateway.Settings(data_dir=str(tmp_path)))
+    made.console = None
+    put(made, "one")
+    assert open_files(tmp_path) == 1
+    del made
+    gc.collect()
+    assert open_files(tmp_path) == 0
 
 
 def test_outbox_on_a_full_disk_fails(tmp_path: Path, outbox: gateway.OutboxSms) -> None:
