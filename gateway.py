@@ -1139,8 +1139,8 @@ PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The half of it that everybody may know."""
-SMALL_FACTORS: Final = math.lcm(*range(3, 2000, 2))
-"""A modulus that shares a factor with this number is no RSA key."""
+SMALL_FACTORS: Final = math.lcm(*range(3, 752, 2))
+"""A modulus that shares a factor with this number is no RSA key. Source: NIST SP 800-89, 5.3.3."""
 
 
 class BrowserIdRsa(jwt.algorithms.RSAAlgorithm):
@@ -1270,14 +1270,9 @@ def _dsa_key(y: int, p: int, q: int, g: int) -> PublicKey:
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
     algorithm = algorithm_of(key.public_key())
-    signed = _token_header(algorithm) + b"." + _b64url(_json(claims))
+    signed = _HEADERS[algorithm] + b"." + _b64url(_json(claims))
     signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, cast(Any, key))
     return (signed + b"." + _b64url(signature)).decode()
-
-
-@lru_cache
-def _token_header(algorithm: str) -> bytes:
-    return _b64url(_json({"alg": algorithm}))
 
 
 def _json(value: Json) -> bytes:
@@ -1286,6 +1281,7 @@ def _json(value: Json) -> bytes:
 
 _COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
 _b64url: Final = jwt.utils.base64url_encode
+_HEADERS: Final = {name: _b64url(_json({"alg": name})) for name in ALGORITHMS}
 
 
 def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
@@ -1513,6 +1509,8 @@ Node = tuple[str, int]
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
 Then = Callable[[list[Any]], Command | None] | None
+Meanwhile = Callable[[], object] | None
+"""What to do while a server works: work that pays even if its answer will be another one."""
 
 
 class Link:
@@ -1534,7 +1532,7 @@ class Link:
             socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
         )  # fmt: skip
         self._connection: Any = pool.make_connection()  # which sends nothing yet
-        self._used_s = 0.0
+        self._used_s, self._came = 0.0, ctypes.create_string_buffer(4096)
 
     def open(self) -> None:
         """Connect, unless we are; what the server has closed meanwhile is opened anew.
@@ -1570,8 +1568,11 @@ class Link:
             self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
         self._socket.settimeout(None)
 
-    def talk(self, *commands: Command) -> list[Any]:
+    def talk(self, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
         """Send commands in one go, once it is open, and read all their answers.
+
+        Args:
+            meanwhile: Is called once they are sent.
 
         Raises:
             redis.RedisError: No answer, and so the link is closed; or the first that is an error.
@@ -1582,6 +1583,11 @@ class Link:
                 sent = max(0, _send(self._socket.fileno(), data, len(data), socket.MSG_DONTWAIT))
             if sent < len(data):
                 self._socket.sendall(data[sent:])
+            if meanwhile:
+                meanwhile()
+                if self._plain:  # what has come by now, at once
+                    size = _recv(self._socket.fileno(), self._came, 4096, socket.MSG_DONTWAIT)
+                    self._reader.feed(self._came.raw[: max(0, size)])
             answers = [self._answer() for _ in commands]
         except BaseException as error:  # some answers may be on their way
             self.close()
@@ -1609,12 +1615,14 @@ class Link:
 
 
 _send: Final = ctypes.PyDLL(None).send
-"""``send(2)``, which Python would call while other threads run, and then wait until it may go on.
+_recv: Final = ctypes.PyDLL(None).recv
+"""``send(2)``, ``recv(2)``: Python's own let other threads run, and then wait until they may go on.
 
-What the kernel has room for it takes at once, and answers what it took.
+Not to be called without ``MSG_DONTWAIT``, or all threads wait.
 """
-_send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-_send.restype = ctypes.c_ssize_t
+for _call in (_send, _recv):
+    _call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+    _call.restype = ctypes.c_ssize_t
 _reply_error: Final = redis.connection.DefaultParser.parse_error
 
 
@@ -1730,11 +1738,14 @@ class Storage:
 
     # -- How ------------------------------------------------------------------
 
-    def _run_all(self, key: bytes, *commands: Command, then: Then = None) -> list[Any]:
+    def _run_all(
+        self, key: bytes, *commands: Command, then: Then = None, meanwhile: Meanwhile = None
+    ) -> list[Any]:
         """Run commands, all of them where ``key`` is and on one connection.
 
         Args:
             then: From their answers, one more command or ``None``.
+            meanwhile: Is called each time that they are sent.
         """
         try:
             for again in range(COMMIT_TRIES):
@@ -1744,7 +1755,7 @@ class Storage:
                 link: Link | None = None
                 try:
                     link = self._opened(node)
-                    answers = link.talk(*commands)
+                    answers = link.talk(*commands, meanwhile=meanwhile)
                     more = then(answers) if then else None
                     return answers + (link.talk(more) if more else [])
                 except redis.exceptions.MovedError as error:
@@ -1768,13 +1779,13 @@ class Storage:
         return self._run_all(key, command)[0]
 
     def _script(
-        self, script: str, keys: list[bytes], args: Command, *also: Command, then: Then = None
+        self, script: str, keys: list[bytes], args: Command, *also: Command, **how: Any
     ) -> list[Any]:
         rest = (len(keys), *keys, *args)
         try:
-            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *also, then=then)
+            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *also, **how)
         except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
-            return self._run_all(keys[0], ("EVAL", script, *rest), *also, then=then)
+            return self._run_all(keys[0], ("EVAL", script, *rest), *also, **how)
 
     # -- What -----------------------------------------------------------------
 
@@ -1788,7 +1799,7 @@ class Storage:
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
-        nonce_ttl_s: int = 0,
+        nonce_ttl_s: int = 0, meanwhile: Meanwhile = None,
     ) -> Commit:  # fmt: skip
         """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
 
@@ -1799,11 +1810,13 @@ class Storage:
             new: The new record; empty deletes it.
             ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
+            meanwhile: Is called once the store was asked, at least once.
         """
         keys, args = [key, nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
         if ttl_s < 0 and new:
-            return Commit(self._script(COMMIT_SCRIPT, keys, args)[0])
-        answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), then=_wait_for_copy)
+            return Commit(self._script(COMMIT_SCRIPT, keys, args, meanwhile=meanwhile)[0])
+        how: Json = {"then": _wait_for_copy, "meanwhile": meanwhile}
+        answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), **how)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; try /certificate/sign")
@@ -2080,7 +2093,7 @@ class SplitStorage(Storage):
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
-        nonce_ttl_s: int = 0,
+        nonce_ttl_s: int = 0, meanwhile: Meanwhile = None,
     ) -> Commit:  # fmt: skip
         """Compare and set; who has just been verified, and so is given a new life, moves."""
         before, item, version = old, b"", b""
@@ -2098,7 +2111,7 @@ class SplitStorage(Storage):
                 raise
         else:
             after = (PENDING if new else LEAVING) + item + new if item else new
-        result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s)
+        result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s, meanwhile)
         if version and (unused := item if result is Commit.DONE else version):
             with contextlib.suppress(Unavailable):  # then it is there until it expires
                 self.table.delete(key + unused)
@@ -2255,17 +2268,18 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
-        self._file, self._opened_s, self._lock = -1, 0, threading.Lock()
+        self._file, self._opened_s = os.open(os.devnull, os.O_WRONLY), 0
+        weakref.finalize(self, os.close, self._file)
+        self._lock = threading.Lock()
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
         now_s = int(time.time())
-        message = {"to": to, "from": sender, "text": text, "at": now_s}
         if now_s != self._opened_s:
             self._open(now_s)
         # The line begins with its end mark: if one was cut off, those after it are whole.
-        line = b"\n" + json.dumps(message).encode()
-        if os.write(self._file, line) < len(line):
+        message = json.dumps({"to": to, "from": sender, "text": text, "at": now_s})
+        if os.write(self._file, line := b"\n" + message.encode()) < len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
         if self.console:
             self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece, among threads
@@ -2279,12 +2293,9 @@ class OutboxSms(SmsProvider):
                 self.prune()
             path, flags = self.folder / self._name(now_s), os.O_CREAT | os.O_APPEND | os.O_WRONLY
             file = os.open(path, flags, 0o600)
-            if self._file < 0:
-                self._file = file
-                weakref.finalize(self, os.close, file)
-            else:  # the descriptor keeps its number, so that nobody writes to a closed one
-                os.dup2(file, self._file, inheritable=False)
-                os.close(file)
+            # Our descriptor keeps its number, so that nobody writes to a closed one.
+            os.dup2(file, self._file, inheritable=False)
+            os.close(file)
             self._opened_s = now_s
 
     def messages(self, digits: str) -> list[Json]:
@@ -2897,14 +2908,16 @@ class Gateway:
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
-        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
-    ) -> T:
+        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]],
+        meanwhile: Meanwhile = None,
+    ) -> T:  # fmt: skip
         """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
             decide: From the user as it is, the user as it shall be (``None``: gone) and the
                 answer. Called again if somebody else was faster. An error that it returns
                 is raised after the commit; one that it raises commits nothing yet.
+            meanwhile: Is called while the store works.
         """
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
@@ -2914,7 +2927,7 @@ class Gateway:
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
-                session.header.nonce, session.nonce_ttl_s,
+                session.header.nonce, session.nonce_ttl_s, meanwhile,
             )  # fmt: skip
             session.unsure, session.spent = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
@@ -3082,17 +3095,19 @@ class Gateway:
         """Sign a certificate for the client's key, once its number is verified."""
         # VALIDATE
         require(params, "publicKey")
-        client_key, duration_s = parse_public_key(params["publicKey"]), self._duration_s(params)
+        key, duration_s = parse_public_key(params["publicKey"]), self._duration_s(params)
 
         def decide(user: User) -> tuple[User, None]:
             if not user.verified_s:
                 raise NotVerified("the number is not verified yet: /sms/verify comes first")
             return user, None
 
-        # RECORD: only the nonce, which also shows that the session is still there
-        self.step(session, decide)
+        # RECORD: only the nonce, which also shows that the session is still there. We sign
+        # while the store works, and keep it to ourselves if the store disagrees.
+        made: list[Json] = []
+        self.step(session, decide, lambda: made.append(self._certificate(session, key, duration_s)))
         # ANSWER
-        return self._certificate(session, client_key, duration_s)
+        return made[-1]
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user."""
@@ -3372,50 +3387,6 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return "", default
 
 
-class AnswerPlugin:
-    """Turns what a handler returns or raises into an answer. Outermost of the plugins."""
-
-    name, api = "answer", 2
-
-    def __init__(self, app: GatewayApp) -> None:
-        self.app = app
-
-    def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
-        """Bottle's hook: wrap one route."""
-        return lambda **args: self.app.write(self.app.answer(callback, **args))
-
-
-class HawkPlugin:
-    """Lets only signed requests through, and signs their answers, where a route says hawk."""
-
-    name, api = "hawk", 2
-
-    def __init__(self, app: GatewayApp) -> None:
-        self.app = app
-
-    def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
-        """Bottle's hook: wrap one route."""
-        return partial(self.signed, callback) if route.config.get("hawk") else callback
-
-    def signed(self, callback: Callable[..., Any]) -> Answer:
-        """Handle one signed request."""
-        app, gateway = self.app, self.app.gateway
-        session = gateway.authenticate(app.header("AUTHORIZATION"), app.hawk_request())
-
-        def checked() -> Any:
-            try:
-                gateway.check_request(session, bottle.request.content_type, app.body())
-                return callback(session)
-            except Exception:
-                gateway.spend_nonce(session)
-                raise
-
-        status, body, content_type, headers = app.answer(checked)
-        key, header, request = session.user.hawk_key, session.header, session.request
-        seal = server_authorization(key, header, request, content_type, body)
-        return Answer(status, body, content_type, {**headers, "Server-Authorization": seal})
-
-
 NOTHING: Final = Answer(200, b"", "text/plain")
 RESPONSE: Final = Answer(200, b"<Response/>", "text/xml")
 THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
@@ -3427,15 +3398,15 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def __init__(self, gateway: Gateway) -> None:
         super().__init__()
-        self.uninstall(True)  # Bottle's own plugins: AnswerPlugin writes all bodies
+        self.uninstall(True)  # Bottle's own plugins
         self.gateway, self.settings = gateway, gateway.settings
-        self.install(AnswerPlugin(self))
-        self.install(HawkPlugin(self))
+        self.install(self.answering)
         self.add_hook("before_request", self.preflight)
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
                 handler = getattr(self, route.handler)
-                self.route(path, route.methods.split(), handler, hawk=route.hawk)
+                apply = [self.signed] if route.hawk else []
+                self.route(path, route.methods.split(), handler, apply=apply)
 
     # -- The request ----------------------------------------------------------
 
@@ -3478,7 +3449,31 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         spelled = versioned(path) if bottle.request.path.startswith("/v1/") else path
         return self.settings.base_url + spelled
 
-    # -- The answer -----------------------------------------------------------
+    # -- The answer: around each handler ``answering``, within it ``signed`` where Hawk is asked for
+
+    def answering(self, handler: Callable[..., Any]) -> Callable[..., bytes]:
+        """A Bottle plugin: what a handler returns or raises becomes the answer."""
+        return lambda **args: self.write(self.answer(handler, **args))
+
+    def signed(self, handler: Callable[[Session], Any]) -> Callable[[], Answer]:
+        """A Bottle plugin: only signed requests reach a handler, and their answers are signed."""
+
+        def checked(session: Session) -> Any:
+            try:
+                self.gateway.check_request(session, bottle.request.content_type, self.body())
+                return handler(session)
+            except Exception:
+                self.gateway.spend_nonce(session)
+                raise
+
+        def answer() -> Answer:
+            session = self.gateway.authenticate(self.header("AUTHORIZATION"), self.hawk_request())
+            status, body, content_type, headers = self.answer(checked, session=session)
+            key, header, request = session.user.hawk_key, session.header, session.request
+            seal = server_authorization(key, header, request, content_type, body)
+            return Answer(status, body, content_type, {**headers, "Server-Authorization": seal})
+
+        return answer
 
     def answer(self, call: Callable[..., Any], **args: Any) -> Answer:
         """Call a handler: an answer from its value, or from the error that it raised."""

@@ -6,9 +6,11 @@ import base64
 import hashlib
 import hmac
 import json
+import math
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -379,12 +381,41 @@ def number(name: str, part: str) -> int:
     return int(public(name)[part], 10 if name.startswith("RS") else 16)
 
 
+def multiple(prime: int) -> int:
+    """2048 bits whose least prime factor is ``prime``."""
+    other = 3 * 2**2046 // prime | 1
+    while math.gcd(other, math.prod(range(3, prime, 2))) != 1:
+        other += 2
+    return other * prime
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_keys_are_read_and_written_alike(name: str) -> None:
     key = gateway.parse_public_key(public(name))
     assert key.public_numbers() == key_of(name).public_key().public_numbers()
     assert gateway.public_key_json(key) == public(name)
     assert gateway.algorithm_of(key) == name
+
+
+@pytest.mark.parametrize("then", ["verified anew", "unregistered"])
+def test_a_certificate_tells_how_it_is_when_it_is_given(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """The session changes after it was read, and before the store is asked."""
+    storage, verified_s = client.verified().gateway.storage, int(time.time()) - 77
+
+    def commit(key: gateway.StorageId, old: bytes, *rest: Any) -> gateway.Commit:
+        monkeypatch.undo()
+        new = gateway.User.unpack(old)._replace(verified_s=verified_s).pack()
+        assert storage.commit(key, old, new if then == "verified anew" else b"").name == "DONE"
+        return storage.commit(key, old, *rest)
+
+    monkeypatch.setattr(storage, "commit", commit)
+    answer = client.call("/certificate/sign", {"publicKey": public("RS256")})
+    if then == "verified anew":
+        assert opened(answer.json["cert"]).claims["lastVerifiedAt"] == verified_s * 1000
+    else:
+        assert (answer.errno, "cert" in answer.json) == (110, False)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -483,7 +514,7 @@ REFUSED_KEYS: dict[str, Callable[[], Any]] = {
     "n of 1025 bits": lambda: rs(n=str(number("RS128", "n") * 2 + 1)),
     "n of 1280 bits": lambda: rs(n=str(number("RS256", "n") >> 768 | 1)),
     "n a multiple of 3": lambda: rs(n=str((2**2047 // 3 * 3 + 3) | 1)),
-    "n a multiple of 1999": lambda: rs(n=str((2**2046 // 1999 * 2 + 3) * 1999)),
+    "n a multiple of 751": lambda: rs(n=str(multiple(751))),
     "n a power of 3": lambda: rs(n=str(3**1292)),
     "e 0": lambda: rs(e="0"),
     "e 1": lambda: rs(e="1"),  # every message is its own signature

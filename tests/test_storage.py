@@ -245,6 +245,38 @@ def test_link_closed_in_the_middle_says_so(link: gateway.Link) -> None:
         link.talk(("ECHO", "1"))
 
 
+@pytest.mark.parametrize("size_bytes", [0, 1, 4000, 4096, 100_000])
+def test_link_asks_first_and_reads_after_other_work(
+    link: gateway.Link, storage: gateway.Storage, size_bytes: int
+) -> None:
+    """By when the answer is there, whole or in part."""
+    value, seen = os.urandom(size_bytes), list[bool]()
+    commands = ("SET", "asked", value), ("GET", "asked")
+    look = lambda: seen.append(until(lambda: storage._run("EXISTS", "asked")))  # noqa: E731
+    assert link.talk(*commands, meanwhile=look) == [b"OK", value]
+    assert seen == [True]
+
+
+def test_link_waits_for_what_is_not_there_after_other_work(link: gateway.Link) -> None:
+    assert link.talk(("BLPOP", "nothing", "0.1"), ("ECHO", "1"), meanwhile=int) == [None, b"1"]
+
+
+def test_link_whose_other_work_fails_forgets_the_answer(link: gateway.Link) -> None:
+    with pytest.raises(ZeroDivisionError):
+        link.talk(("ECHO", "1"), meanwhile=lambda: 1 // 0)
+    link.open()
+    assert link.talk(("ECHO", "2")) == [b"2"]
+
+
+def test_link_that_closes_during_other_work_says_so(
+    link: gateway.Link, storage: gateway.Storage
+) -> None:
+    (own,) = link.talk(("CLIENT", "ID"))
+    kill = partial(storage._run, "CLIENT", "KILL", "ID", own)
+    with pytest.raises(redis.ConnectionError, match="no answer"):
+        link.talk(("BLPOP", "nothing", "3"), meanwhile=kill)
+
+
 # -- Compare-and-set ----------------------------------------------------------
 
 
