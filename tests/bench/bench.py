@@ -8,9 +8,9 @@ the same work differs by a half between a quiet and a busy machine:
     T   GET / of the gateway, one worker, the shipped number of threads: the mean of a round, in
         which it is measured before every other row
     B   a bare Bottle route on the same server
-    R   one RS256 signature            \\
-    P   one POST by a pooled urllib3    > CPU of this process, which does nothing else
-    S   one GET of the store           /
+    R   one RS256 signature          \\  in that route, under the same load: the CPU of a route that
+    P   one POST by a pooled urllib3 /  does it, less B; and as "R alone", "P alone" the CPU of this
+    S   one GET of the store            process, which does nothing else, as is S
 
 Prints tables; ``--out FOLDER`` also writes all of it as ``bench.json``, and ``bench.svg``.
 Where the gateways keep their data, ``TMPDIR`` decides.
@@ -39,17 +39,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "notebooks")]
 
+import bare  # noqa: E402
 import clients  # noqa: E402
 import lab  # noqa: E402
 import psutil  # noqa: E402
-import urllib3  # noqa: E402
-from cryptography.hazmat.primitives import hashes  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric import padding, rsa  # noqa: E402
 from support import GatewayProcess  # noqa: E402
 
 import gateway  # noqa: E402
@@ -57,9 +54,7 @@ import gateway  # noqa: E402
 NUMBER = gateway.Msisdn("+447700900123")
 CODE = "146193"
 CONNECTIONS = 16
-FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 CLIENT_KEY = json.dumps(gateway.public_key_json(gateway.generate_key("RS256").public_key()))
-SIGNING_KEY = rsa.generate_private_key(65537, 2048)
 
 
 # -- Users and their requests -------------------------------------------------
@@ -186,7 +181,7 @@ class World:
 
     def request(self, path: str, body: str = "", authorization: str = "") -> bytes:
         """One HTTP request."""
-        method = "GET" if path == "/" else "POST"
+        method = "GET" if path in ("/", "/sign", "/post") else "POST"
         lines = [f"{method} {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}"]
         if authorization:
             lines.append(f"Authorization: {authorization}")
@@ -259,6 +254,8 @@ KEY = f'{{"publicKey": {CLIENT_KEY}, "duration": 3600}}'
 WORKLOADS = (
     Workload("GET /", "/", 200, times=2),
     Workload("bare route", "/", 200, server="bare", times=3),
+    Workload("bare route + R", "/sign", 200, server="bare"),
+    Workload("bare route + P", "/post", 200, server="bare"),
     Workload("/discover", "/discover", 200, "2.5", '{"mcc": "234", "mnc": "15"}', times=2),
     Workload("/discover, with a number", "/discover", 200, "2.5", WHO, times=2),
     Workload("/register", "/register", 200, "4"),
@@ -351,13 +348,13 @@ class Bench:
             print(line, file=sys.stderr, flush=True)
 
     def measure(
-        self, what: Workload, world: World, row: Row, bare: Bare | None = None,
+        self, what: Workload, world: World, row: Row, other: Bare | None = None,
         connections: int = CONNECTIONS,
     ) -> None:  # fmt: skip
-        """One round of one row, on a gateway or on the ``bare`` server."""
+        """One round of one row, on a gateway or on the ``other`` server."""
         requests = what.requests(world, self.count * what.times)
         edges: list[tuple[float, float]] = []
-        server = bare or world
+        server = other or world
         edge = lambda: edges.append(server.cpu_s())  # noqa: E731
         run = clients.replay(server.port, requests, connections, edge, self.client)
         server_us, store_us = ((b - a) / len(requests) * 1e6 for a, b in zip(*edges, strict=True))
@@ -375,19 +372,21 @@ Report = dict[str, Any]
 
 
 class Bare:
-    """The bare route, and the SMS provider, in a process of their own."""
+    """The bare routes, or an SMS provider, in a process of their own."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, provider_url: str = "") -> None:
         with contextlib.closing(lab.free_port()) as holder:
             self.port = holder.getsockname()[1]
         command = [sys.executable, str(HERE / "bare.py"), str(self.port), str(threads)]
-        with (folder / "bare.log").open("wb") as log:
+        command.append(provider_url)
+        log_path = folder / f"bare-{self.port}.log"
+        with log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         while True:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port)).close()
                 break
-            assert self.process.poll() is None, (folder / "bare.log").read_text()
+            assert self.process.poll() is None, log_path.read_text()
             time.sleep(0.02)
 
     def cpu_s(self) -> tuple[float, float]:
@@ -414,20 +413,21 @@ def probe(times: int, call: Callable[[], object]) -> float:
 
 def endpoints(bench: Bench, report: Report) -> None:
     """Every endpoint, beside T, B, R, P and S."""
-    bare = Bare(bench.folder, gateway.Settings().threads)
-    bench.stack.callback(bare.close)
-    url = f"http://127.0.0.1:{bare.port}/sms/json"
+    threads = gateway.Settings().threads
+    provider = Bare(bench.folder, threads)
+    bench.stack.callback(provider.close)
+    url = f"http://127.0.0.1:{provider.port}/sms/json"
+    plain = Bare(bench.folder, threads, url)
+    bench.stack.callback(plain.close)
     entry = {"kind": "nexmo", "endpoint": url, "api_key": "key", "api_secret": "secret"}
     worlds = {
         "gateway": bench.start("one"),
         "paying": bench.start("paying", "--sms-providers", json.dumps([entry])),
     }
-    http, sample = urllib3.PoolManager(), b"x" * 500
-    form = urlencode({"from": "Gateway", "to": NUMBER[1:], "text": "0" * 32, **entry})
     storage = gateway.Storage(f"unix://{worlds['gateway'].folder}/data/store.sock")
     probes: dict[str, Callable[[], object]] = {
-        "R": lambda: SIGNING_KEY.sign(sample, padding.PKCS1v15(), hashes.SHA256()),
-        "P": lambda: http.request("POST", url, body=form, headers=FORM).json(),
+        "R alone": bare.sign,
+        "P alone": lambda: bare.post(url),
         "S": lambda: storage.get(gateway.StorageId(bytes(16))),
     }
     chosen = [w for w in WORKLOADS if w.server == "bare" or w.path == "/" or bench.only in w.name]
@@ -444,11 +444,13 @@ def endpoints(bench: Bench, report: Report) -> None:
             bench.say(f"round {number + 1}: {what.name}")
             world = worlds.get(what.server, worlds["gateway"])
             world.reset()
-            bench.measure(what, world, row, bare if what.server == "bare" else None)
+            bench.measure(what, world, row, plain if what.server == "bare" else None)
         # From one replay to the next T moves by a half, as 16 threads fall into step or do not.
         units["T"].append(statistics.mean(home[1].server_us[-len(others) :]))
     home[1].server_us = units["T"]
     units["B"] = rows[1].server_us
+    for row in rows[2:4]:
+        units[row.name[-1]] = [more - b for more, b in zip(row.server_us, units["B"], strict=True)]
     report["units"] = {name: statistics.median(each) for name, each in units.items()}
     report["endpoints"] = [row.json() | judged(row, units) for row in rows]
     shown = ", ".join(f"{name} {value:.0f}" for name, value in report["units"].items())
