@@ -1236,9 +1236,8 @@ def parse_public_key(value: object) -> PublicKey:
             value = json.loads(value)
     if isinstance(value, dict) and value.get("algorithm") in ("RS", "DS"):
         names, base = ("ne", 10) if value["algorithm"] == "RS" else ("ypqg", 16)
-        digits = f"[0-9{'a-fA-F' * (base == 16)}]{{1,700}}"
         texts = [value.get(name) for name in names]
-        if all(isinstance(text, str) and re.fullmatch(digits, text) for text in texts):
+        if all(isinstance(text, str) and _DIGITS[base].fullmatch(text) for text in texts):
             numbers = [int(str(text), base) for text in texts]
             with contextlib.suppress(ValueError):  # InvalidToken, or cryptography's own
                 key = (_rsa_key if base == 10 else _dsa_key)(*numbers)
@@ -1249,6 +1248,9 @@ def parse_public_key(value: object) -> PublicKey:
         'bits, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", "g": "<hex>"} of '
         "1024/160 or 2048/256 bits; all numbers as strings, and a real key"
     )
+
+
+_DIGITS: Final = {10: re.compile("[0-9]{1,700}"), 16: re.compile("[0-9a-fA-F]{1,700}")}
 
 
 def _rsa_key(n: int, e: int) -> PublicKey:
@@ -2921,7 +2923,7 @@ class Gateway:
         """
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
-            new = user.pack() if user else b""
+            new = session.record if user is session.user else user.pack() if user else b""
             verified = user and user.verified_s != session.user.verified_s
             session.unsure = True
             result = self.storage.commit(
@@ -3377,6 +3379,11 @@ _JSON: Final = json.JSONDecoder(parse_constant=_refuse)
 
 
 @lru_cache
+def _quoted(path: str) -> str:
+    return quote(path.encode("latin-1"), safe="/~!$&'()*+,;=:@")
+
+
+@lru_cache
 def split_host(host: str, scheme: str) -> tuple[str, int]:
     """Host and port that a Host header names; "" if it is unusable."""
     default = 443 if scheme == "https" else 80
@@ -3433,7 +3440,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def path(self) -> str:
         """The path and the query that were requested, as they came."""
         environ = bottle.request.environ
-        path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
+        path = _quoted(environ["bottle.raw_path"])
         query = environ.get("QUERY_STRING", "")
         return f"{path}?{query}" if query else path
 
