@@ -2291,8 +2291,7 @@ class OutboxSms(SmsProvider):
     def _open(self, now_s: int) -> None:
         with self._lock:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._name(now_s) != self._name(self._opened_s):
-                self.prune()
+            self.prune()
             path, flags = self.folder / self._name(now_s), os.O_CREAT | os.O_APPEND | os.O_WRONLY
             file = os.open(path, flags, 0o600)
             # Our descriptor keeps its number, so that nobody writes to a closed one.
@@ -2388,6 +2387,10 @@ class HttpSms(SmsProvider):
         headers = {str(k).lower(): v for k, v in self.headers.items()}
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
+        self.uses_id = "{id}" in f"{self.target} {self.headers} {self.body} {self.receipt_url}"
+        login = {name: self.entry[name] for name in self.needs}
+        basic = base64.b64encode(":".join(login.values()).encode()).decode()
+        self.login = {**login, "basic": basic}
         where = f"{parts.scheme}://{parts.netloc}"
         try:  # a request as it will be: it shows unknown places and types
             self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
@@ -2425,13 +2428,12 @@ class HttpSms(SmsProvider):
         raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
-        wide, own_id = measure(text).encoding == "UCS-2", secrets.token_hex(8)
-        login = {name: self.entry[name] for name in self.needs}
-        basic = base64.b64encode(":".join(login.values()).encode()).decode()
-        return login | {
+        wide = measure(text).encoding == "UCS-2"
+        own_id = secrets.token_hex(8) if self.uses_id else ""
+        return self.login | {
             "from": sender, "from_digits": sender.removeprefix("+"), "to": to, "to_digits": to[1:],
             "text": text, "type": "unicode" * wide, "coding": "2" if wide else "0", "id": own_id,
-            "basic": basic, "receipt_url": self.receipt_url.replace("{id}", own_id),
+            "receipt_url": self.receipt_url.replace("{id}", own_id),
             "receipt_mask": "31" * bool(self.receipt_url),
         }  # fmt: skip
 
@@ -2440,12 +2442,10 @@ class HttpSms(SmsProvider):
             return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
 
         if self.content_type == FORM["Content-Type"]:
-            fields = ((name, fill(template, str)) for name, template in self.fields)
-            body = urlencode([(name, value) for name, value in fields if value])
+            body = urlencode([(name, text) for name, t in self.fields if (text := fill(t, str))])
         else:
             body = fill(self.body, ESCAPES[self.content_type])
-        filled = {name: fill(value, str) for name, value in self.headers.items()}
-        headers = {name: value for name, value in filled.items() if value}
+        headers = {name: text for name, t in self.headers.items() if (text := fill(t, str))}
         target = fill(self.target, partial(quote, safe=""))
         return {"url": target, "headers": headers, "body": body.encode() or None}
 
@@ -2658,8 +2658,7 @@ class SmsSender:
             raise SettingsError("sms_providers must name at least one provider, at most 16")
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
-        half = max(1, settings.threads // 2)
-        self._slots = threading.BoundedSemaphore(half)
+        self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -3412,8 +3411,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
                 handler = getattr(self, route.handler)
-                apply = [self.signed] if route.hawk else []
-                self.route(path, route.methods.split(), handler, apply=apply)
+                self.route(path, route.methods.split(), handler, apply=[self.signed] * route.hawk)
 
     # -- The request ----------------------------------------------------------
 
@@ -3440,9 +3438,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def path(self) -> str:
         """The path and the query that were requested, as they came."""
         environ = bottle.request.environ
-        path = _quoted(environ["bottle.raw_path"])
-        query = environ.get("QUERY_STRING", "")
-        return f"{path}?{query}" if query else path
+        query = str(environ.get("QUERY_STRING", ""))
+        return _quoted(environ["bottle.raw_path"]) + (query and "?" + query)
 
     def hawk_request(self) -> HawkRequest:
         """What Hawk signs of this request, under the name that clients call us by."""
