@@ -413,6 +413,26 @@ def probe(times: int, call: Callable[[], object]) -> float:
 
 def endpoints(bench: Bench, report: Report) -> None:
     """Every endpoint, beside T, B, R, P and S."""
+    chosen = [w for w in WORKLOADS if w.server == "bare" or w.path == "/" or bench.only in w.name]
+    rows = [Row(w.name, w.limit) for w in chosen]
+    units: dict[str, list[float]] = {}
+    bench.steps = bench.rounds * 2 * (len(rows) - 1)
+    for number in range(bench.rounds):
+        # On servers of its own: 16 threads fall into step or do not, and often stay so.
+        with contextlib.ExitStack() as bench.stack:
+            for name, value in one_round(bench, number + 1, chosen, rows).items():
+                units.setdefault(name, []).append(value)
+    rows[0].server_us = units["T"]
+    report["units"] = {name: statistics.median(each) for name, each in units.items()}
+    report["endpoints"] = [row.json() | judged(row, units) for row in rows]
+    shown = ", ".join(f"{name} {value:.0f}" for name, value in report["units"].items())
+    show(f"One worker, {CONNECTIONS} connections. CPU µs: {shown}", report["endpoints"])
+
+
+def one_round(
+    bench: Bench, number: int, chosen: Sequence[Workload], rows: Sequence[Row]
+) -> dict[str, float]:
+    """Measure each row once, and T before each of them; gives the units of this round."""
     threads = gateway.Settings().threads
     provider = Bare(bench.folder, threads)
     bench.stack.callback(provider.close)
@@ -421,8 +441,8 @@ def endpoints(bench: Bench, report: Report) -> None:
     bench.stack.callback(plain.close)
     entry = {"kind": "nexmo", "endpoint": url, "api_key": "key", "api_secret": "secret"}
     worlds = {
-        "gateway": bench.start("one"),
-        "paying": bench.start("paying", "--sms-providers", json.dumps([entry])),
+        "gateway": bench.start(f"one{number}"),
+        "paying": bench.start(f"paying{number}", "--sms-providers", json.dumps([entry])),
     }
     storage = gateway.Storage(f"unix://{worlds['gateway'].folder}/data/store.sock")
     probes: dict[str, Callable[[], object]] = {
@@ -430,40 +450,26 @@ def endpoints(bench: Bench, report: Report) -> None:
         "P alone": lambda: bare.post(url),
         "S": lambda: storage.get(gateway.StorageId(bytes(16))),
     }
-    chosen = [w for w in WORKLOADS if w.server == "bare" or w.path == "/" or bench.only in w.name]
-    rows = [Row(w.name, w.limit) for w in chosen]
-    units: dict[str, list[float]] = {name: [] for name in ("T", *probes)}
-    home, *others = zip(chosen, rows, strict=True)
-    bench.steps = bench.rounds * 2 * len(others)
-    for number in range(bench.rounds):
-        for name, call in probes.items():
-            units[name].append(probe(min(bench.count, 1000), call))
-        for what, row in others:
-            bench.say(f"round {number + 1}: {home[0].name}")
-            bench.measure(home[0], worlds["gateway"], home[1])
-            bench.say(f"round {number + 1}: {what.name}")
-            world = worlds.get(what.server, worlds["gateway"])
-            world.reset()
-            bench.measure(what, world, row, plain if what.server == "bare" else None)
-        # From one replay to the next T moves by a half, as 16 threads fall into step or do not.
-        units["T"].append(statistics.mean(home[1].server_us[-len(others) :]))
-    home[1].server_us = units["T"]
-    units["B"] = rows[1].server_us
-    for row in rows[2:4]:
-        units[row.name[-1]] = [more - b for more, b in zip(row.server_us, units["B"], strict=True)]
-    report["units"] = {name: statistics.median(each) for name, each in units.items()}
-    report["endpoints"] = [row.json() | judged(row, units) for row in rows]
-    shown = ", ".join(f"{name} {value:.0f}" for name, value in report["units"].items())
-    show(f"One worker, {CONNECTIONS} connections. CPU µs: {shown}", report["endpoints"])
+    units = {name: probe(min(bench.count, 1000), call) for name, call in probes.items()}
+    (home, home_row), *others = zip(chosen, rows, strict=True)
+    for what, row in others:
+        bench.say(f"round {number}: {home.name}")
+        bench.measure(home, worlds["gateway"], home_row)
+        bench.say(f"round {number}: {what.name}")
+        world = worlds.get(what.server, worlds["gateway"])
+        world.reset()
+        bench.measure(what, world, row, plain if what.server == "bare" else None)
+    bare_us, sign_us, post_us = (row.server_us[-1] for row in rows[1:4])
+    units |= {"B": bare_us, "R": sign_us - bare_us, "P": post_us - bare_us}
+    return units | {"T": statistics.mean(home_row.server_us[-len(others) :])}
 
 
 def judged(row: Row, units: dict[str, list[float]]) -> Report:
     """A row in multiples of T, and of its limit; medians over rounds, each with its own T."""
     times, _, plus = row.limit.partition(" + ")
-    more = units.get(plus, [0.0] * len(units["T"]))
-    ratio = statistics.median(
-        (cpu - extra) / t for cpu, extra, t in zip(row.server_us, more, units["T"], strict=True)
-    )
+    more = statistics.median(units[plus]) if plus else 0.0
+    pairs = zip(row.server_us, units["T"], strict=True)
+    ratio = statistics.median((cpu - more) / t for cpu, t in pairs)
     return {"in_T": ratio, "holds": ratio <= float(times) if times else None}
 
 
