@@ -3433,7 +3433,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
         environ = bottle.request.environ
-        return split_host(environ.get("HTTP_HOST", ""), environ["wsgi.url_scheme"])
+        # No name is longer than 253, no port than 5; split_host keeps what it was asked of late.
+        return split_host(environ.get("HTTP_HOST", "")[:260], environ["wsgi.url_scheme"])
 
     def path(self) -> str:
         """The path and the query that were requested, as they came."""

@@ -16,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1071,6 +1072,19 @@ def test_a_header_of_which_one_field_is_changed(
         assert "server-authorization" not in answer.headers
     assert record(session) == before
     assert nonces(session) == []  # or strangers could fill the store
+
+
+def test_hosts_of_any_length_leave_no_memory_behind(session: WsgiClient) -> None:
+    """What is kept of the last hosts must not be what a stranger has to send to fill it."""
+    tracemalloc.start()
+    try:
+        for n in range(200):
+            environ = {"HTTP_HOST": f"{n:03}" + "x" * 100_000, "HTTP_AUTHORIZATION": "Hawk"}
+            assert session.raw("POST", "/unregister", b"", environ).errno == 109
+        assert tracemalloc.get_traced_memory()[0] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert session.call("/sms/verify", {"msisdn": NUMBER}).status == 200
 
 
 def test_an_id_in_capitals_is_unknown(session: WsgiClient) -> None:
