@@ -1225,8 +1225,11 @@ def public_key_json(key: PublicKey) -> Json:
     return {"algorithm": "DS", "y": f"{y:x}", "p": f"{g.p:x}", "q": f"{g.q:x}", "g": f"{g.g:x}"}
 
 
-def parse_public_key(value: object) -> PublicKey:
-    """Read a public key in BrowserID's form (an object, or its JSON as a string).
+def canonical_key(value: object) -> Json:
+    """Check a public key in BrowserID's form (an object, or its JSON as a string).
+
+    Returns:
+        It as a certificate states it: no leading zeros, lower case, and nothing else in it.
 
     Raises:
         InvalidParameter: Another form, or no plausible key of a size in ``ALGORITHMS``.
@@ -1234,15 +1237,12 @@ def parse_public_key(value: object) -> PublicKey:
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-    if isinstance(value, dict) and value.get("algorithm") in ("RS", "DS"):
-        names, base = ("ne", 10) if value["algorithm"] == "RS" else ("ypqg", 16)
-        texts = [value.get(name) for name in names]
-        if all(isinstance(text, str) and _DIGITS[base].fullmatch(text) for text in texts):
-            numbers = [int(str(text), base) for text in texts]
-            with contextlib.suppress(ValueError):  # InvalidToken, or cryptography's own
-                key = (_rsa_key if base == 10 else _dsa_key)(*numbers)
-                algorithm_of(key)
-                return key
+    if isinstance(value, dict) and (kind := value.get("algorithm")) in ("RS", "DS"):
+        names, base, plausible = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, _is_dsa)
+        found: Json = {name: value.get(name) for name in names}
+        numbers = (isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in found.values())
+        if all(numbers) and plausible(*(int(text, base) for text in found.values())):
+            return {"algorithm": kind} | {n: t.lstrip("0").lower() for n, t in found.items()}
     raise InvalidParameter(
         'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} of 1024 or 2048 '
         'bits, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", "g": "<hex>"} of '
@@ -1253,19 +1253,25 @@ def parse_public_key(value: object) -> PublicKey:
 _DIGITS: Final = {10: re.compile("[0-9]{1,700}"), 16: re.compile("[0-9a-fA-F]{1,700}")}
 
 
-def _rsa_key(n: int, e: int) -> PublicKey:
-    if n % 2 == 0 or e % 2 == 0 or not 3 <= e < 2**32 or math.gcd(n, SMALL_FACTORS) != 1:
-        raise InvalidToken("no RSA key")
-    return rsa.RSAPublicNumbers(e, n).public_key()
+def _is_rsa(n: int, e: int) -> bool:
+    size, odd = n.bit_length(), n % 2 == e % 2 == 1
+    return size in (1024, 2048) and odd and 3 <= e < 2**32 and math.gcd(n, SMALL_FACTORS) == 1
 
 
-def _dsa_key(y: int, p: int, q: int, g: int) -> PublicKey:
+def _is_dsa(y: int, p: int, q: int, g: int) -> bool:
     # FIPS 186-4, A.2.2: g and y lie in the subgroup of order q; p and q look prime.
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
     if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
-        raise InvalidToken("no DSA key")
-    if any(pow(x, q, p) != 1 for x in (g, y)) or any(pow(2, m - 1, m) != 1 for m in (p, q)):
-        raise InvalidToken("no DSA key")
+        return False
+    return all(pow(x, q, p) == 1 for x in (g, y)) and all(pow(2, m - 1, m) == 1 for m in (p, q))
+
+
+def parse_public_key(value: object) -> PublicKey:
+    """The key that ``canonical_key`` finds plausible, to verify signatures with."""
+    key = canonical_key(value)
+    if key["algorithm"] == "RS":
+        return rsa.RSAPublicNumbers(int(key["e"]), int(key["n"])).public_key()
+    y, p, q, g = (int(key[name], 16) for name in "ypqg")
     return dsa.DSAPublicNumbers(y, dsa.DSAParameterNumbers(p, q, g)).public_key()
 
 
@@ -1312,18 +1318,19 @@ def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
 
 
 def issue_certificate(
-    key: PrivateKey, issuer: str, email: str, client_key: PublicKey, msisdn: Msisdn,
+    key: PrivateKey, issuer: str, email: str, client_key: Json, msisdn: Msisdn,
     verified_s: int, now_ms: int, duration_s: int,
 ) -> str:  # fmt: skip
     """A certificate that the holder of ``client_key`` controls ``msisdn``.
 
     Args:
         email: The principal, from ``principal_for``.
+        client_key: In BrowserID's form, from ``canonical_key``.
         verified_s: When the number was last verified, in seconds; BrowserID's own times
             are milliseconds, and so are all claims.
     """
     claims = {
-        "public-key": public_key_json(client_key),
+        "public-key": client_key,
         "principal": {"email": email},
         "iat": now_ms - CERTIFICATE_BACKDATE_MS,
         "exp": now_ms + duration_s * 1000,
@@ -1375,7 +1382,7 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, InvalidParameter):
         key = serialization.load_pem_private_key(pem, None)
         if isinstance(key, PrivateKey) and key.key_size == 2048:
-            parse_public_key(public_key_json(key.public_key()))
+            canonical_key(public_key_json(key.public_key()))
             return key, made
     raise StartError(
         f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a back-up, "
@@ -3069,7 +3076,7 @@ class Gateway:
         if not (isinstance(code, str) and code.isascii() and len(code) in lengths):
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
-        client_key = parse_public_key(params["publicKey"]) if "publicKey" in params else None
+        client_key = canonical_key(params["publicKey"]) if "publicKey" in params else None
         duration_s = self._duration_s(params)
 
         # ACT, RECORD
@@ -3096,7 +3103,7 @@ class Gateway:
         """Sign a certificate for the client's key, once its number is verified."""
         # VALIDATE
         require(params, "publicKey")
-        key, duration_s = parse_public_key(params["publicKey"]), self._duration_s(params)
+        key, duration_s = canonical_key(params["publicKey"]), self._duration_s(params)
 
         def decide(user: User) -> tuple[User, None]:
             if not user.verified_s:
@@ -3205,7 +3212,7 @@ class Gateway:
             raise InvalidParameter("duration must be whole seconds, at least 1")
         return longest if value is None else min(value, longest)
 
-    def _certificate(self, session: Session, client_key: PublicKey, duration_s: int) -> Json:
+    def _certificate(self, session: Session, client_key: Json, duration_s: int) -> Json:
         user, issuer, now_ms = session.user, self.settings.issuer, int(self.clock() * 1000)
         number = self._number(session, user)
         email = principal_for(self.secrets.principal, number, issuer)
