@@ -1629,9 +1629,8 @@ _recv: Final = ctypes.PyDLL(None).recv
 
 Not to be called without ``MSG_DONTWAIT``, or all threads wait.
 """
-for _call in (_send, _recv):
-    _call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-    _call.restype = ctypes.c_ssize_t
+_send.argtypes = _recv.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_send.restype = _recv.restype = ctypes.c_ssize_t
 _reply_error: Final = redis.connection.DefaultParser.parse_error
 
 
@@ -2297,10 +2296,13 @@ class OutboxSms(SmsProvider):
 
     def _open(self, now_s: int) -> None:
         with self._lock:
+            if now_s == self._opened_s:  # somebody was faster
+                return
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.prune()
-            path, flags = self.folder / self._name(now_s), os.O_CREAT | os.O_APPEND | os.O_WRONLY
-            file = os.open(path, flags, 0o600)
+            name = self._name(now_s)
+            if name != self._name(self._opened_s):
+                self.prune()
+            file = os.open(self.folder / name, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
             # Our descriptor keeps its number, so that nobody writes to a closed one.
             os.dup2(file, self._file, inheritable=False)
             os.close(file)
@@ -2395,9 +2397,8 @@ class HttpSms(SmsProvider):
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
         self.uses_id = "{id}" in f"{self.target} {self.headers} {self.body} {self.receipt_url}"
-        login = {name: self.entry[name] for name in self.needs}
-        basic = base64.b64encode(":".join(login.values()).encode()).decode()
-        self.login = {**login, "basic": basic}
+        self.login = {name: self.entry[name] for name in self.needs}
+        self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
         where = f"{parts.scheme}://{parts.netloc}"
         try:  # a request as it will be: it shows unknown places and types
             self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
@@ -3119,8 +3120,7 @@ class Gateway:
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user."""
-        number = self.step(session, lambda user: (None, self._number(session, user)))
-        if number:
+        if number := self.step(session, lambda user: (None, self._number(session, user))):
             self.sms.forget(number)
 
     # -- What they share ------------------------------------------------------
