@@ -384,7 +384,7 @@ def measure_memory(
     storage.load([_life_of(0, settings, 0)[4]])  # which deletes nothing, and loads the script
     size = -(-users // 20)
     parts = [range(start, min(start + size, users)) for start in range(0, users, size)]
-    used = [_used_bytes(storage)]
+    used = [_settled_bytes(storage)]
 
     def each(*steps: int) -> None:
         for step in steps:
@@ -405,6 +405,15 @@ def measure_memory(
         (pending - empty) / users, (verified - empty) / users, (nonces - verified) / users,
         sum(int(node["used_memory_rss"]) for node in told), curve,
     )  # fmt: skip
+
+
+def _settled_bytes(storage: gateway.Storage) -> int:
+    # The tables of a store that was emptied just now shrink in the background, ten times a second.
+    before, used, tries = -1, _used_bytes(storage), 20
+    while abs(used - before) > 1000 and (tries := tries - 1):
+        time.sleep(0.3)
+        before, used = used, _used_bytes(storage)
+    return used
 
 
 def _used_bytes(storage: gateway.Storage) -> int:

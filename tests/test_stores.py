@@ -351,9 +351,14 @@ def test_a_heartbeat(make: Callable[..., WsgiClient]) -> None:
 
 
 def test_memory_is_measured_and_left_empty(backend: Backend) -> None:
+    """Also in a store that was emptied just now, whose tables shrink only a little later."""
     storage, steps = Storage(backend.home.url), list[float]()
+    exact = backend.name in ("embedded", "redis")  # a busy cluster's own needs blur so few users
+    keys = [b"%d" % n for n in range(60_000 if exact else 600)]
+    storage.load([(key, ("SET", key, "x", "EX", 99)) for key in keys])
+    storage.load([(key, ("DEL", key)) for key in keys])
     used = lab.measure_memory(storage, gateway.Settings(), 2000, CLOCK, steps.append)
-    if backend.name in ("embedded", "redis"):  # a busy cluster's own needs blur so few users
+    if exact:
         assert 90 < used.registered < used.verified < used.pending < 400
     assert used.curve[0][0] == 0
     assert used.curve[-1][0] == used.users == 2000
