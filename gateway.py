@@ -2277,7 +2277,7 @@ class OutboxSms(SmsProvider):
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
         self._file, self._opened_s = os.open(os.devnull, os.O_WRONLY), 0
-        weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, self._file).atexit = False  # threads may still write
         self._lock = threading.Lock()
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
@@ -2396,13 +2396,15 @@ class HttpSms(SmsProvider):
         headers = {str(k).lower(): v for k, v in self.headers.items()}
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
-        self.uses_id = "{id}" in f"{self.target} {self.headers} {self.body} {self.receipt_url}"
         self.login = {name: self.entry[name] for name in self.needs}
-        self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
+        templates = (self.target, self.headers, self.body, self.fields, self.receipt_url)
+        self.uses_id = "{id}" in str(templates)
         where = f"{parts.scheme}://{parts.netloc}"
         try:  # a request as it will be: it shows unknown places and types
             self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
             re.compile(self.entry.get("success", ""))
+            basic = base64.b64encode(":".join(self.login.values()).encode()).decode()
+            self.login["basic"] = basic
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
         except (LookupError, TypeError, ValueError, re.error, urllib3.exceptions.HTTPError):
             raise self.bad(
@@ -3385,11 +3387,6 @@ _JSON: Final = json.JSONDecoder(parse_constant=_refuse)
 
 
 @lru_cache
-def _quoted(path: str) -> str:
-    return quote(path.encode("latin-1"), safe="/~!$&'()*+,;=:@")
-
-
-@lru_cache
 def split_host(host: str, scheme: str) -> tuple[str, int]:
     """Host and port that a Host header names; "" if it is unusable."""
     default = 443 if scheme == "https" else 80
@@ -3447,7 +3444,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """The path and the query that were requested, as they came."""
         environ = bottle.request.environ
         query = str(environ.get("QUERY_STRING", ""))
-        return _quoted(environ["bottle.raw_path"]) + (query and "?" + query)
+        path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
+        return path + (query and "?" + query)
 
     def hawk_request(self) -> HawkRequest:
         """What Hawk signs of this request, under the name that clients call us by."""

@@ -8,6 +8,7 @@ import datetime
 import ipaddress
 import json
 import logging
+import re
 import socket
 import ssl
 import subprocess
@@ -118,6 +119,18 @@ def test_any_gateway_by_templates(
     else:
         form = request.form if "form" in kind else ElementTree.fromstring(request.body).attrib
         assert form == {"to": NUMBER, "t": TEXT}
+
+
+@pytest.mark.parametrize("place", ["%7Bid%7D", "{id}", "m-%7Bid}"])
+def test_an_id_is_made_however_its_place_is_spelled(provider: Provider, place: str) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    entry = {"kind": "http", "endpoint": provider.url, "headers": form, "body": f"ref={place}"}
+    sender = sender_of(entry)
+    sender.send("Gateway", TO, TEXT)
+    sender.send("Gateway", TO, TEXT)
+    first, second = (request.form["ref"] for request in provider.received)
+    assert re.fullmatch("(m-)?[0-9a-f]{16}", first)
+    assert first != second
 
 
 def test_a_get_without_a_body(provider: Provider) -> None:
@@ -348,6 +361,7 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({"kind": "http", **URL, "headers": {"A": 5}}, "templates"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
         ({"kind": "http", **URL, "success": "("}, "regular expression"),
+        ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
         ({"kind": "http", **URL, "api_key": "hunter2"}, "api_key"),
         ({**NEXMO, "timeout_s": 0}, "timeout_s"),
         ({**NEXMO, "timeout_s": 13}, "timeout_s"),
