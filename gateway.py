@@ -93,7 +93,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tomllib
@@ -3821,6 +3820,9 @@ class EmbeddedStore:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
             if sys.platform == "linux":
+                # To be woken for each command would push a worker off its CPU, and answer less.
+                with contextlib.suppress(OSError):
+                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
                 die_with_parent(parent, signal.SIGTERM)
 
         process = subprocess.Popen(
@@ -3890,33 +3892,31 @@ def application() -> GatewayApp:
     return app
 
 
-def worker_app(settings: Settings, storage_url: str, parent: int, places: str = "") -> GatewayApp:
-    """The application of one of our worker processes, which die with their parent.
-
-    Args:
-        places: A file in which workers lock the number of the CPU that is theirs, if each
-            is to have one.
-    """
-    if places:
-        _settle(os.open(places, os.O_RDWR))
+def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
+    """The application of one of our worker processes, which die with their parent."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     threading.Thread(target=_stop_once, daemon=True).start()
+    if sys.platform == "linux":
+        threading.Thread(target=_stay_together, daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
 
 
-def _settle(places: int) -> None:
-    """Stay on a CPU that no other worker has, with all threads that are yet to come.
+def _stay_together() -> None:
+    """Keep our threads on one CPU, whichever is free; this one may run on any, and tells.
 
     One thread at a time runs Python, and each that is let in elsewhere finds none of what the
-    one before had in that CPU's caches. The lock lives as long as this process.
+    one before had in that CPU's caches: a request would cost half as much again, or more. Once
+    a second the kernel chooses anew, as it wakes us where nobody is busy, if there is a place.
     """
-    for cpu in sorted(os.sched_getaffinity(0)):
-        with contextlib.suppress(OSError):  # another worker's
-            fcntl.lockf(places, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
-            os.sched_setaffinity(0, {cpu})
-            return
+    me, here = threading.get_native_id(), ctypes.CDLL(None).sched_getcpu
+    while True:
+        cpu = here()
+        for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
+            with contextlib.suppress(OSError):  # it has ended, or we may not
+                os.sched_setaffinity(task, {cpu})
+        time.sleep(1)
 
 
 def _stop_once() -> None:
@@ -4029,16 +4029,12 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
-    with tempfile.NamedTemporaryFile(prefix="gateway") as places:
-        # As many workers as CPUs: each has its own. Fewer: the kernel knows best which are free.
-        own = sys.platform == "linux" and settings.workers == _cpus()
-        own_cpus = places.name if own else ""
-        load = partial(worker_app, settings, storage_url, os.getpid(), own_cpus)
-        try:
-            server.serve(target_loader=load, wrap_loader=False)
-        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
-            if not server.interrupt_signal:
-                raise
+    load = partial(worker_app, settings, storage_url, os.getpid())
+    try:
+        server.serve(target_loader=load, wrap_loader=False)
+    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+        if not server.interrupt_signal:
+            raise
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:

@@ -451,34 +451,68 @@ def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
     assert nothing_lives(process.folder)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its CPU")
-def test_each_worker_has_a_cpu_of_its_own_where_there_are_enough(start_gateway: Start) -> None:
-    cpus = os.sched_getaffinity(0)
-    process = start_gateway("--workers", str(len(cpus)))
+def cpus_of(worker: psutil.Process) -> list[set[int]]:
+    """Where each thread of a worker may run."""
+    found = []
+    for task in Path(f"/proc/{worker.pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            found.append(os.sched_getaffinity(int(task.name)))
+    return found
 
-    def places() -> list[list[int]]:
-        return sorted(worker.cpu_affinity() for worker in workers_of(process))
 
-    def replaced(victim: psutil.Process) -> bool:
-        return victim not in workers_of(process) and places() == each_its_own
+def cpu_of(worker: psutil.Process) -> int | None:
+    """The one CPU on which all threads of a worker stay, but the one that looks around."""
+    everywhere, cpus = os.sched_getaffinity(0), cpus_of(worker)
+    held = [cpu for cpu in cpus if cpu != everywhere]
+    together = len(held) == len(cpus) - 1 and all(len(cpu) == 1 for cpu in held)
+    return min(held[0]) if together and all(cpu == held[0] for cpu in held) else None
 
-    each_its_own = [[cpu] for cpu in sorted(cpus)]
-    assert eventually(lambda: places() == each_its_own)
-    for _ in cpus:  # who comes next takes the place that is free
-        victim = min(workers_of(process), key=lambda worker: worker.pid)
-        victim.kill()
-        assert eventually(partial(replaced, victim), 10)
-    assert set(store_of(process).cpu_affinity()) == cpus
+
+SEVERAL_CPUS = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux, which lets a thread choose its CPU, and two of them",
+)
+
+
+@SEVERAL_CPUS
+def test_the_threads_of_a_worker_stay_on_one_cpu(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "2")
+    clients = [verified(process) for _ in range(4)]  # so that threads have begun to work
+    workers = workers_of(process)
+    assert eventually(lambda: None not in map(cpu_of, workers)), list(map(cpus_of, workers))
+    workers[0].kill()  # who takes its place does as it did
+    assert eventually(
+        lambda: len(workers_of(process)) == 2 and workers[0] not in workers_of(process), 10
+    )
+    assert eventually(lambda: None not in map(cpu_of, workers_of(process)))
+    assert all(can_sign(again(client, process)) for client in clients)
+    for free in (process.family()[0], store_of(process)):
+        assert set(free.cpu_affinity()) == os.sched_getaffinity(0)
     assert process.stop() == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process choose its CPU")
-@pytest.mark.parametrize("more", [-1, 1])
-def test_no_worker_is_tied_to_a_cpu_otherwise(start_gateway: Start, more: int) -> None:
-    cpus = os.sched_getaffinity(0)
-    process = start_gateway("--workers", str(max(1, len(cpus) + more)))
-    expected = [cpus] if len(cpus) > 1 else [{0}]
-    assert [set(w.cpu_affinity()) for w in workers_of(process)][:1] == expected
+@SEVERAL_CPUS
+def test_a_worker_leaves_a_cpu_that_somebody_else_holds(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "1")
+    (worker,) = workers_of(process)
+    assert eventually(lambda: cpu_of(worker) is not None)
+    cpu, busy = cpu_of(worker), psutil.cpu_percent(0.5, percpu=True)
+    assert cpu is not None
+    if min(busy[other] for other in os.sched_getaffinity(0) - {cpu}) > 50:
+        pytest.skip("there is no free CPU to go to")
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        os.sched_setaffinity(other.pid, {cpu})
+        try:
+            assert eventually(lambda: cpu_of(worker) not in (None, cpu), 20)
+        finally:
+            other.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how the kernel is to schedule it")
+def test_the_store_lets_workers_finish(start_gateway: Start) -> None:
+    process = start_gateway()
+    assert os.sched_getscheduler(store_of(process).pid) == os.SCHED_BATCH
+    assert {os.sched_getscheduler(w.pid) for w in workers_of(process)} == {os.SCHED_OTHER}
 
 
 def test_service_goes_on_when_all_workers_are_killed(start_gateway: Start) -> None:

@@ -7,7 +7,9 @@ with. ``/sign`` and ``/post`` do one thing more than ``/``, and so tell what tha
 from __future__ import annotations
 
 import sys
+import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -17,6 +19,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import gateway
 
 SIGNING_KEY = rsa.generate_private_key(65537, 2048)
 HTTP = urllib3.PoolManager(maxsize=64)
@@ -36,7 +42,8 @@ def post(url: str) -> Any:
 
 
 def the_app(provider_url: str) -> bottle.Bottle:
-    """For Granian's workers, which are processes of their own."""
+    """For Granian's workers, which are processes of their own, and run like the gateway's."""
+    threading.Thread(target=gateway._stay_together, daemon=True).start()
     app, answer = bottle.Bottle(), {"name": "bare", "description": "A Bottle route, nothing else."}
 
     def sms() -> dict[str, Any]:
