@@ -93,6 +93,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -936,14 +937,9 @@ def hawk_target(method: str, url: str) -> HawkRequest:
 
 
 def build_authorization(
-    credentials: Credentials,
-    request: HawkRequest,
-    ts: int,
-    nonce: str,
-    content_type: str = "",
-    body: bytes = b"",
-    ext: str = "",
-) -> str:
+    credentials: Credentials, request: HawkRequest, ts: int, nonce: str,
+    content_type: str = "", body: bytes = b"", ext: str = "",
+) -> str:  # fmt: skip
     """The Authorization header of a request: the client's side of Hawk."""
     hash = payload_hash(content_type, body)
     header = HawkHeader(credentials.hawk_id, str(ts), nonce, "", hash, ext)
@@ -3862,11 +3858,9 @@ class EmbeddedStore:
 
 
 def create_app(
-    settings: Settings,
-    storage_url: str = "",
-    clock: Clock = time.time,
+    settings: Settings, storage_url: str = "", clock: Clock = time.time,
     random_bytes: RandomBytes = secrets.token_bytes,
-) -> GatewayApp:
+) -> GatewayApp:  # fmt: skip
     """The WSGI application for some settings; keys are made if there are none.
 
     Args:
@@ -3892,30 +3886,45 @@ def application() -> GatewayApp:
     return app
 
 
-def worker_app(settings: Settings, storage_url: str, parent: int) -> GatewayApp:
-    """The application of one of our worker processes, which die with their parent."""
+def worker_app(settings: Settings, storage_url: str, parent: int, places: str) -> GatewayApp:
+    """The application of one of our worker processes, which die with their parent.
+
+    Args:
+        places: A file in which each worker locks the number of the CPU that it is on.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     threading.Thread(target=_stop_once, daemon=True).start()
     if sys.platform == "linux":
-        threading.Thread(target=_stay_together, daemon=True).start()
+        threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
 
 
-def _stay_together() -> None:
-    """Keep our threads on one CPU, whichever is free; this one may run on any, and tells.
+def stay_together(places: str) -> None:
+    """Keep the threads of this process on one CPU, for ever, and no other worker's (Linux).
 
     One thread at a time runs Python, and each that is let in elsewhere finds none of what the
-    one before had in that CPU's caches: a request would cost half as much again, or more. Once
-    a second the kernel chooses anew, as it wakes us where nobody is busy, if there is a place.
+    one before had in that CPU's caches: a request would cost half as much again, or more. This
+    thread may run on any. Once a second the kernel wakes it up where nobody is busy, if there
+    is such a place, and so shows the others where to go when another program holds their CPU.
+
+    Args:
+        places: Of ``worker_app``. Who finds all CPUs taken goes wherever the kernel likes.
     """
     me, here = threading.get_native_id(), ctypes.CDLL(None).sched_getcpu
+    file, cpus, mine = os.open(places, os.O_RDWR), os.sched_getaffinity(0), set[int]()
     while True:
-        cpu = here()
+        for cpu in [here()] if mine else [here(), *cpus]:
+            with contextlib.suppress(OSError):  # it is another worker's
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
+                for left in mine - {cpu}:
+                    fcntl.lockf(file, fcntl.LOCK_UN, 1, left)
+                mine = {cpu}
+                break
         for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
             with contextlib.suppress(OSError):  # it has ended, or we may not
-                os.sched_setaffinity(task, {cpu})
+                os.sched_setaffinity(task, mine or cpus)
         time.sleep(1)
 
 
@@ -4029,12 +4038,13 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
-    load = partial(worker_app, settings, storage_url, os.getpid())
-    try:
-        server.serve(target_loader=load, wrap_loader=False)
-    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
-        if not server.interrupt_signal:
-            raise
+    with tempfile.NamedTemporaryFile(prefix="gateway") as places:
+        load = partial(worker_app, settings, storage_url, os.getpid(), places.name)
+        try:
+            server.serve(target_loader=load, wrap_loader=False)
+        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+            if not server.interrupt_signal:
+                raise
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:
@@ -4141,17 +4151,13 @@ def main(argv: list[str]) -> int:
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        if given["command"] == "demo":
-            return demo(settings, given["msisdn"])
-        if given["command"] == "generate-keypair":
-            return generate_keypair(settings, given["algorithm"])
-        if given["command"] == "memory":
-            return memory(settings, given["users"])
-        if given["command"] == "settings":
-            return show_settings(settings, given["toml"])
-        if given["command"] == "messages":
-            return show_messages(settings)
-        return serve(settings)
+        calls: dict[str, tuple[Any, ...]] = {
+            "serve": (serve,), "demo": (demo, given["msisdn"]), "memory": (memory, given["users"]),
+            "generate-keypair": (generate_keypair, given["algorithm"]),
+            "settings": (show_settings, given["toml"]), "messages": (show_messages,),
+        }  # fmt: skip
+        command, *args = calls[given["command"]]
+        return int(command(settings, *args))
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

@@ -464,8 +464,8 @@ def cpu_of(worker: psutil.Process) -> int | None:
     """The one CPU on which all threads of a worker stay, but the one that looks around."""
     everywhere, cpus = os.sched_getaffinity(0), cpus_of(worker)
     held = [cpu for cpu in cpus if cpu != everywhere]
-    together = len(held) == len(cpus) - 1 and all(len(cpu) == 1 for cpu in held)
-    return min(held[0]) if together and all(cpu == held[0] for cpu in held) else None
+    places = set().union(*held)
+    return places.pop() if len(places) == 1 and len(held) == len(cpus) - 1 else None
 
 
 SEVERAL_CPUS = pytest.mark.skipif(
@@ -475,20 +475,38 @@ SEVERAL_CPUS = pytest.mark.skipif(
 
 
 @SEVERAL_CPUS
-def test_the_threads_of_a_worker_stay_on_one_cpu(start_gateway: Start) -> None:
-    process = start_gateway("--workers", "2")
-    clients = [verified(process) for _ in range(4)]  # so that threads have begun to work
-    workers = workers_of(process)
-    assert eventually(lambda: None not in map(cpu_of, workers)), list(map(cpus_of, workers))
-    workers[0].kill()  # who takes its place does as it did
-    assert eventually(
-        lambda: len(workers_of(process)) == 2 and workers[0] not in workers_of(process), 10
-    )
-    assert eventually(lambda: None not in map(cpu_of, workers_of(process)))
-    assert all(can_sign(again(client, process)) for client in clients)
+def test_the_threads_of_a_worker_stay_on_a_cpu_of_its_own(start_gateway: Start) -> None:
+    cpus = os.sched_getaffinity(0)
+    process = start_gateway("--workers", str(len(cpus)))
+    client = verified(process)  # so that threads have begun to work
+
+    def places() -> list[int | None]:
+        return sorted(map(cpu_of, workers_of(process)), key=str)
+
+    def replaced(victim: psutil.Process) -> bool:
+        return victim not in workers_of(process) and places() == each_its_own
+
+    each_its_own = sorted(cpus, key=str)
+    assert eventually(lambda: places() == each_its_own), list(map(cpus_of, workers_of(process)))
+    for _ in cpus:  # who comes next takes the place that is free
+        victim = min(workers_of(process), key=lambda worker: worker.pid)
+        victim.kill()
+        assert eventually(partial(replaced, victim), 10)
+    assert eventually(lambda: can_sign(again(client, process)))  # connections may break until then
     for free in (process.family()[0], store_of(process)):
-        assert set(free.cpu_affinity()) == os.sched_getaffinity(0)
+        assert set(free.cpu_affinity()) == cpus
     assert process.stop() == 0
+
+
+@SEVERAL_CPUS
+def test_a_worker_that_finds_every_cpu_taken_runs_on_all(start_gateway: Start) -> None:
+    cpus = os.sched_getaffinity(0)
+    process = start_gateway("--workers", str(len(cpus) + 1))
+    workers = workers_of(process)
+    assert eventually(lambda: len([w for w in workers if cpu_of(w) is not None]) == len(cpus))
+    time.sleep(1.5)  # and so it stays
+    (other,) = (worker for worker in workers if cpu_of(worker) is None)
+    assert cpus_of(other) == [cpus] * len(cpus_of(other))
 
 
 @SEVERAL_CPUS

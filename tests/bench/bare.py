@@ -43,7 +43,8 @@ def post(url: str) -> Any:
 
 def the_app(provider_url: str) -> bottle.Bottle:
     """For Granian's workers, which are processes of their own, and run like the gateway's."""
-    threading.Thread(target=gateway._stay_together, daemon=True).start()
+    # The file in which those that run lock their CPU may be any; so route and provider have two.
+    threading.Thread(target=gateway.stay_together, args=(__file__,), daemon=True).start()
     app, answer = bottle.Bottle(), {"name": "bare", "description": "A Bottle route, nothing else."}
 
     def sms() -> dict[str, Any]:
