@@ -24,9 +24,10 @@ def test_every_endpoint_answers_as_it_should(client: str, tmp_path: Path) -> Non
         pytest.skip("wrk is not installed")
     assert bench.main(["endpoints", *TINY, "--client", client, "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["name"] for row in report["endpoints"]] == [w.name for w in bench.WORKLOADS]
-    assert {row["name"]: row["errors"] for row in report["endpoints"] if row["errors"]} == {}
-    assert set(report["units"]) == {"T", "B", "R", "P", "S", "R alone", "P alone"}
+    for key in ("endpoints", "saturated"):
+        assert [row["name"] for row in report[key]] == [w.name for w in bench.WORKLOADS]
+        assert {row["name"]: row["errors"] for row in report[key] if row["errors"]} == {}
+        assert set(report[key + " units"]) == {"T", "B", "R", "P", "S", "R alone", "P alone"}
     assert report["client"] == client
     assert "/certificate/sign" in (tmp_path / "bench.svg").read_text()
 
