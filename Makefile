@@ -33,7 +33,7 @@ notebooks: .venv/done  ## execute the notebooks again, in place
 docs: .venv/done  ## build the pages in docs/, to be opened from disk
 	$(BIN)/python notebooks/pages.py docs
 
-bench: .venv/done  ## measure what each request costs (ten minutes; ARGS="--help" tells more)
+bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)
 
 L10N := --no-wrap -N --ignore-obsolete --ignore-pot-creation-date -i locale/messages.pot -d locale
