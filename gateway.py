@@ -93,7 +93,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import tomllib
@@ -3818,7 +3817,8 @@ class EmbeddedStore:
             if sys.platform == "linux":
                 # To be woken for each command would push a worker off its CPU, and answer less.
                 with contextlib.suppress(OSError):
-                    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+                    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
                 die_with_parent(parent, signal.SIGTERM)
 
         process = subprocess.Popen(
@@ -3890,12 +3890,13 @@ def worker_app(settings: Settings, storage_url: str, parent: int, places: str) -
     """The application of one of our worker processes, which die with their parent.
 
     Args:
-        places: A file in which each worker locks the number of the CPU that it is on.
+        places: A file in which each worker locks the number of the CPU that it is on; "" where
+            there is none.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     threading.Thread(target=_stop_once, daemon=True).start()
-    if sys.platform == "linux":
+    if os.access(places, os.W_OK):
         threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, storage_url)
@@ -3906,25 +3907,26 @@ def stay_together(places: str) -> None:
 
     One thread at a time runs Python, and each that is let in elsewhere finds none of what the
     one before had in that CPU's caches: a request would cost half as much again, or more. This
-    thread may run on any. Once a second the kernel wakes it up where nobody is busy, if there
-    is such a place, and so shows the others where to go when another program holds their CPU.
+    thread may run on any. Once a second the kernel wakes it up where nobody is busy, if it
+    sees such a place, and so shows the others where to go when their CPU is held by somebody.
 
     Args:
         places: Of ``worker_app``. Who finds all CPUs taken goes wherever the kernel likes.
     """
     me, here = threading.get_native_id(), ctypes.CDLL(None).sched_getcpu
-    file, cpus, mine = os.open(places, os.O_RDWR), os.sched_getaffinity(0), set[int]()
+    file, mine = os.open(places, os.O_RDWR), set[int]()
     while True:
-        for cpu in [here()] if mine else [here(), *cpus]:
-            with contextlib.suppress(OSError):  # it is another worker's
+        for cpu in [here()] if mine else [here(), *os.sched_getaffinity(0)]:
+            with contextlib.suppress(OSError):  # another worker's
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
                 for left in mine - {cpu}:
                     fcntl.lockf(file, fcntl.LOCK_UN, 1, left)
                 mine = {cpu}
                 break
-        for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
-            with contextlib.suppress(OSError):  # it has ended, or we may not
-                os.sched_setaffinity(task, mine or cpus)
+        with contextlib.suppress(OSError):  # no more files may be opened now
+            for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
+                with contextlib.suppress(OSError):  # it has ended, or we may not
+                    os.sched_setaffinity(task, mine or os.sched_getaffinity(0))
         time.sleep(1)
 
 
@@ -4038,13 +4040,14 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
-    with tempfile.NamedTemporaryFile(prefix="gateway") as places:
-        load = partial(worker_app, settings, storage_url, os.getpid(), places.name)
-        try:
-            server.serve(target_loader=load, wrap_loader=False)
-        except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
-            if not server.interrupt_signal:
-                raise
+    # A file that has no name, and so stays when old ones are swept out of /tmp.
+    places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
+    load = partial(worker_app, settings, storage_url, os.getpid(), places)
+    try:
+        server.serve(target_loader=load, wrap_loader=False)
+    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+        if not server.interrupt_signal:
+            raise
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:

@@ -524,6 +524,23 @@ def test_a_worker_leaves_a_cpu_that_somebody_else_holds(start_gateway: Start) ->
             assert eventually(lambda: cpu_of(worker) not in (None, cpu), 20)
         finally:
             other.kill()
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    assert len([lock for lock in locks if lock[1] == "POSIX" and lock[4] == str(worker.pid)]) == 1
+
+
+@SEVERAL_CPUS
+def test_a_worker_that_may_open_no_file_looks_around_again_later(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "1")
+    (worker,) = workers_of(process)
+    assert eventually(lambda: cpu_of(worker) is not None)
+    limit = psutil.RLIMIT_NOFILE
+    before = worker.rlimit(limit)
+    worker.rlimit(limit, (3, before[1]))
+    time.sleep(1.5)  # it has looked once
+    worker.rlimit(limit, before)
+    for task in Path(f"/proc/{worker.pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), os.sched_getaffinity(0))
+    assert eventually(lambda: cpu_of(worker) is not None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how the kernel is to schedule it")

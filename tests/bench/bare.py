@@ -1,7 +1,8 @@
 """The least that Bottle can do on the same server, and an SMS provider that takes everything.
 
-``python tests/bench/bare.py PORT THREADS PROVIDER_URL``: what the benchmark compares the gateway
-with. ``/sign`` and ``/post`` do one thing more than ``/``, and so tell what that costs in a server.
+``python tests/bench/bare.py PORT THREADS PLACES PROVIDER_URL``: what the benchmark compares the
+gateway with; ``PLACES`` is the file that ``gateway.stay_together`` needs. ``/sign`` and ``/post`` do
+one thing more than ``/``, and so tell what that costs in a server.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def post(url: str) -> Any:
     return HTTP.request("POST", url, body=FORM, headers=HEADERS, retries=False).json()
 
 
-def the_app(provider_url: str) -> bottle.Bottle:
+def the_app(places: str, provider_url: str) -> bottle.Bottle:
     """For Granian's workers, which are processes of their own, and run like the gateway's."""
-    # The file in which those that run lock their CPU may be any; so route and provider have two.
-    threading.Thread(target=gateway.stay_together, args=(__file__,), daemon=True).start()
+    if sys.platform == "linux":
+        threading.Thread(target=gateway.stay_together, args=(places,), daemon=True).start()
     app, answer = bottle.Bottle(), {"name": "bare", "description": "A Bottle route, nothing else."}
 
     def sms() -> dict[str, Any]:
@@ -69,4 +70,4 @@ if __name__ == "__main__":
         websockets=False,
         workers=1,
         blocking_threads=int(sys.argv[2]),
-    ).serve(target_loader=partial(the_app, sys.argv[3]), wrap_loader=False)
+    ).serve(target_loader=partial(the_app, *sys.argv[3:]), wrap_loader=False)
