@@ -1,8 +1,8 @@
 """The least that Bottle can do on the same server, and an SMS provider that takes everything.
 
 ``python tests/bench/bare.py PORT THREADS PLACES PROVIDER_URL``: what the benchmark compares the
-gateway with; ``PLACES`` is the file that ``gateway.stay_together`` needs. ``/sign`` and ``/post`` do
-one thing more than ``/``, and so tell what that costs in a server.
+gateway with; ``PLACES`` is the file that ``gateway.stay_together`` needs. ``/sign`` and ``/post``
+do one thing more than ``/``, and so tell what that costs in a server.
 """
 
 from __future__ import annotations
