@@ -3815,7 +3815,7 @@ class EmbeddedStore:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
             if sys.platform == "linux":
-                # To be woken for each command would push a worker off its CPU, and answer less.
+                # Let in at once for each command, it would push a worker off its CPU each time.
                 with contextlib.suppress(OSError):
                     if os.sched_getscheduler(0) == os.SCHED_OTHER:
                         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
