@@ -4139,7 +4139,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "gateway.py", description="Prove control of a phone number.", allow_abbrev=False
     )
-    commands = ("serve", "demo", "generate-keypair", "memory", "messages", "settings")
+    commands: dict[str, tuple[Any, ...]] = {  # who does it, and which options it takes
+        "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
+        "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
+        "settings": (show_settings, "toml"),
+    }  # fmt: skip
     parser.add_argument("command", nargs="?", default="serve", choices=commands)
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
@@ -4154,13 +4158,8 @@ def main(argv: list[str]) -> int:
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        calls: dict[str, tuple[Any, ...]] = {
-            "serve": (serve,), "demo": (demo, given["msisdn"]), "memory": (memory, given["users"]),
-            "generate-keypair": (generate_keypair, given["algorithm"]),
-            "settings": (show_settings, given["toml"]), "messages": (show_messages,),
-        }  # fmt: skip
-        command, *args = calls[given["command"]]
-        return int(command(settings, *args))
+        command, *names = commands[given["command"]]
+        return int(command(settings, *(given[name] for name in names)))
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1

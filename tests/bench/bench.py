@@ -430,11 +430,9 @@ def endpoints(bench: Bench, report: Report) -> None:
                 for name, value in one_round(bench, chosen, rows, connections).items():
                     units.setdefault(name, []).append(value)
         rows[0].server_us = units["T"]
+        report[key] = [row.json() | judged(row, units) for row in rows]
         medians = {name: statistics.median(each) for name, each in units.items()}
-        report[key], report[key + " units"] = (
-            [row.json() | judged(row, units) for row in rows],
-            medians,
-        )
+        report[key + " units"] = medians
         shown = ", ".join(f"{name} {value:.0f}" for name, value in medians.items())
         show(f"One worker, {connections} at a time. CPU µs: {shown}", report[key])
 
