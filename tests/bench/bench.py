@@ -41,6 +41,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -334,11 +335,11 @@ class Bench:
     steps: int = 0
     step: int = 0
 
-    def start(self, name: str, *options: str) -> World:
-        """Start a gateway."""
+    def start(self, name: str, *options: str, connections: int = CONNECTIONS) -> World:
+        """Start a gateway, and let it start the threads that ``connections`` will need."""
         world = World(self.folder / name, *options)
         self.stack.callback(world.close)
-        self.warm_up(world)
+        self.warm_up(world, connections)
         return world
 
     def say(self, what: str) -> None:
@@ -364,10 +365,10 @@ class Bench:
         server_us, store_us = ((b - a) / len(requests) * 1e6 for a, b in zip(*edges, strict=True))
         row.add(server_us, store_us, run, what.status)
 
-    def warm_up(self, world: World) -> None:
-        """Let every thread connect, before anything is counted."""
+    def warm_up(self, world: World, connections: int = CONNECTIONS) -> None:
+        """Let every thread connect, before anything is counted: Granian starts them as needed."""
         requests = workload("/sms/verify_code").requests(world, min(1000, 10 * self.count))
-        clients.run_python(world.port, requests, CONNECTIONS, lambda: None)
+        clients.run_python(world.port, requests, connections, lambda: None)
 
 
 # -- The parts of the benchmark -----------------------------------------------
@@ -448,9 +449,10 @@ def one_round(
     plain = Bare(bench.folder, threads, url)
     bench.stack.callback(plain.close)
     entry = {"kind": "nexmo", "endpoint": url, "api_key": "key", "api_secret": "secret"}
+    paying, start = json.dumps([entry]), partial(bench.start, connections=connections)
     worlds = {
-        "gateway": bench.start(f"one{bench.step}"),
-        "paying": bench.start(f"paying{bench.step}", "--sms-providers", json.dumps([entry])),
+        "gateway": start(f"one{bench.step}"),
+        "paying": start(f"paying{bench.step}", "--sms-providers", paying),
     }
     storage = gateway.Storage(f"unix://{worlds['gateway'].folder}/data/store.sock")
     probes: dict[str, Callable[[], object]] = {
