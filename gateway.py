@@ -347,10 +347,8 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _is_origin(url: str) -> bool:
     with contextlib.suppress(ValueError):
-        host = r"([\w.-]+|\[[0-9a-f:.]+\])"
-        return bool(
-            re.fullmatch(rf"https?://{host}(:[0-9]+)?", url, re.A) and urlsplit(url).port != 0
-        )
+        origin = r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
+        return bool(re.fullmatch(origin, url, re.A)) and urlsplit(url).port != 0
     return False
 
 
@@ -2284,8 +2282,9 @@ class OutboxSms(SmsProvider):
         if os.write(self._file, line := b"\n" + message.encode()) < len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
         if self.console:
-            self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece, among threads
-            self.console.flush()
+            with contextlib.suppress(OSError):  # nobody reads along any more; it is kept, though
+                self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece at a time
+                self.console.flush()
         return []
 
     def _open(self, now_s: int) -> None:
@@ -3667,9 +3666,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         rows: dict[int, str] = {}
         for e in error_classes():
             anchor = "" if e.errno in rows else f" id={e.errno}"
-            rows[e.errno or 0] = rows.get(e.errno or 0, "") + (
-                f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
-            )
+            row = f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
+            rows[e.errno or 0] = rows.get(e.errno or 0, "") + row
         return html_answer("Errors", f"<dl>{''.join(rows.values())}</dl>")
 
     def outbox(self) -> Answer:
@@ -4055,10 +4053,8 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> N
     size = f"{settings.workers} workers, {settings.threads} threads each"
     say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
     say(f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}")
-    say(
-        f"  data {data}"
-        + f", verified users {settings.certificate_store}" * bool(settings.certificate_store)
-    )
+    verified = f", verified users {settings.certificate_store}" * bool(settings.certificate_store)
+    say(f"  data {data}{verified}")
     say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
     if sms.outbox:
         say("       The outbox prints every code here and shows it at /outbox.")
@@ -4159,10 +4155,15 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = commands[given["command"]]
-        return int(command(settings, *(given[name] for name in names)))
+        status = int(command(settings, *(given[name] for name in names)))
+        sys.stdout.flush()
+        return status
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
+    except BrokenPipeError:  # ``| head``: nobody reads on, nor is Python to try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

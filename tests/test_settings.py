@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lab
 import pytest
 from support import GatewayProcess
 
@@ -705,6 +709,24 @@ def test_table_lists_every_setting_with_its_value(run: Callable[..., Ended]) -> 
     assert '"Test 1"' in lines["mt_sender"]
     assert '{"310": "+1555"}' in lines["mt_sender_map"]
     assert "86400" in lines["session_ttl_s"]
+
+
+@pytest.mark.parametrize("command", ["settings", "messages", "generate-keypair", "demo"])
+def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path) -> None:
+    """``| head``: no traceback, and nothing is left half-done."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.closing(lab.free_port()) as holder:
+        port = str(holder.getsockname()[1])
+    argv = [sys.executable, "gateway.py", command, "--port", port, "--keys-dir", str(tmp_path)]
+    ended = subprocess.run(
+        argv, stdout=writer, stderr=subprocess.PIPE, cwd=lab.ROOT, text=True, check=False
+    )
+    os.close(writer)
+    made = [path.name for path in tmp_path.iterdir()]
+    assert (ended.returncode, made) == (1, ["browserid.pem"] * (command == "generate-keypair"))
+    assert "Traceback" not in ended.stderr
+    assert "Exception" not in ended.stderr
 
 
 def test_toml_of_the_defaults_loads_back(

@@ -622,6 +622,16 @@ def test_outbox_messages_say_all_and_come_oldest_first(outbox: gateway.OutboxSms
     assert before <= message["at"] <= time.time()
 
 
+def test_outbox_outlives_its_console(outbox: gateway.OutboxSms) -> None:
+    """``python gateway.py | head``: whoever read along has gone, and the message is kept."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as outbox.console:
+        for text in ("one", "two"):
+            put(outbox, text)
+    assert texts(outbox) == ["one", "two"]
+
+
 @pytest.mark.parametrize("to", ["", "*", "44770090012", "4477009001230", "?", "../x", "[0-9]"])
 def test_outbox_lists_one_whole_number_only(outbox: gateway.OutboxSms, to: str) -> None:
     put(outbox, "one")
