@@ -88,6 +88,7 @@ import multiprocessing
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import struct
@@ -100,7 +101,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -120,6 +121,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
@@ -156,6 +158,8 @@ HKDF_SESSION_INFO: Final = b"identity.mozilla.com/picl/v1/sessionToken"
 """HKDF context of a session's credentials, as in 2014: clients depend on it."""
 HAWK_HEADER_MAX_CHARS: Final = 4096
 """Longest Hawk header that is parsed."""
+ACCEPT_LANGUAGE_MAX_CHARS: Final = 1000
+"""How much of an Accept-Language header is read; browsers send a tenth of it."""
 CERTIFICATE_BACKDATE_MS: Final = 10_000
 """How far ``iat`` lies in the past, for verifiers whose clocks are late."""
 RECORD_VERSION: Final = 1
@@ -167,7 +171,7 @@ RETRY_AFTER_S: Final = 5
 HOUR_S: Final = 3600
 """Window of ``sends_per_hour``, and how long the outbox keeps a message."""
 DAY_S: Final = 86400
-"""How long the id of an inbound message is remembered; the longest life of a nonce."""
+"""How long the id of an inbound message is remembered."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_IDLE_S: Final = 0.01
@@ -219,15 +223,9 @@ class InvalidToken(ValueError):
 
 
 class GatewayError(Exception):
-    """Something unforeseen happened; it has been logged.
+    """Something unforeseen happened; it has been logged."""
 
-    Also the base of all errors that a client is told. Each subclass is one errno.
-
-    Args:
-        message: For a human: what was wrong, what is allowed, what to do next.
-        retry_after_s: Seconds to wait, on 429 and 503.
-        headers: Further response headers.
-    """
+    # Also the base of all errors that a client is told; each subclass is one errno.
 
     status: ClassVar[int] = 500
     errno: ClassVar[Errno | None] = Errno.UNFORESEEN
@@ -238,6 +236,13 @@ class GatewayError(Exception):
     def __init__(
         self, message: str, retry_after_s: int | None = None, headers: Mapping[str, str] = {}
     ) -> None:
+        """Say what was wrong, what is allowed and what to do next.
+
+        Args:
+            message: That, for a human.
+            retry_after_s: Seconds to wait, on 429 and 503.
+            headers: Further response headers.
+        """
         super().__init__(message)
         self.message, self.retry_after_s, self.headers = message, retry_after_s, headers
 
@@ -345,6 +350,11 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return None
 
 
+def _is_wildcard(host: str) -> bool:
+    address = _address(host)  # and the old ways to write 0.0.0.0
+    return address.is_unspecified if address else bool(re.fullmatch("(0x|[0.])*", host))
+
+
 def _is_origin(url: str) -> bool:
     with contextlib.suppress(ValueError):
         origin = r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
@@ -352,6 +362,8 @@ def _is_origin(url: str) -> bool:
     return False
 
 
+_ORIGIN: Final = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
+"""What a browser says in the header Origin, if it says where it is; or any."""
 SMS_LISTS: Final = ("sms_providers", "sms_inbound")
 """The two settings that are lists of objects with a kind, and that may hold secrets."""
 SIGNED: Final = ("nexmo", "twilio")
@@ -363,7 +375,8 @@ INBOUND: Final = (*SIGNED, "kannel", "beepsend", "http")
 def _usable_webhook(entry: Json) -> bool:
     texts = all(type(text) is str and text for text in entry.values())
     known = {"kind", "path_secret", *["signature_secret"] * (entry["kind"] in SIGNED)}
-    return texts and entry.keys() <= known and entry["kind"] in INBOUND
+    one_segment = texts and "/" not in entry.get("path_secret", "")
+    return one_segment and entry.keys() <= known and entry["kind"] in INBOUND
 
 
 def _shown_field(name: str, value: Any) -> Any:
@@ -446,14 +459,15 @@ class Settings:
             if not _is_origin(self.public_url.removesuffix("/")):
                 raise self._bad("public_url", "scheme, host and port: https://id.example")
             object.__setattr__(self, "public_url", self.public_url.removesuffix("/"))
-        elif not self.host or getattr(_address(self.host), "is_unspecified", self.host == "0"):
+        elif _is_wildcard(self.host):
             raise self._bad("host", "a wildcard only together with public_url")
         schemes = r"(unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+sentinel://.+/[^/?])"
         if self.storage_url and not re.match(schemes, self.storage_url):
             raise self._bad("storage_url", STORAGE_URLS)
         table = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|$))+)?)?"
         if not re.fullmatch(table, self.certificate_store, re.A):
-            raise self._bad("certificate_store", "dynamodb://TABLE?region=…&endpoint_url=…")
+            allowed = "dynamodb://TABLE?region=…&endpoint_url=…, with 3 or more letters in TABLE"
+            raise self._bad("certificate_store", allowed)
         if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
         if self.sms_host_line not in ("auto", "on", "off"):
@@ -473,18 +487,22 @@ class Settings:
         if name in SMS_LISTS:
             if not all(isinstance(e, dict) and type(e.get("kind")) is str for e in value or ()):
                 raise self._bad(name, 'a list of objects that each have a "kind"')
-            if name == "sms_inbound" and not all(map(_usable_webhook, value or ())):
+            twice = len({entry["kind"] for entry in value or ()}) < len(value or ())
+            if name == "sms_inbound" and (twice or not all(map(_usable_webhook, value or ()))):
                 raise self._bad(
                     name,
-                    f"kind {', '.join(INBOUND)}, with a path_secret or, for "
+                    f"one of each kind {', '.join(INBOUND)}, with a path_secret (no /) or, for "
                     f"{' and '.join(SIGNED)}, a signature_secret",
                 )
-        elif kind is list and any(type(v) is not str or v == "null" for v in value):
+        elif kind is list and not all(type(v) is str and re.fullmatch(_ORIGIN, v) for v in value):
             raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
+        if kind is str and re.search(r"[\x00-\x1f\x7f]", value):
+            raise self._bad(name, "a text without control characters")
         if name == "host" and not (re.fullmatch(r"[\w.-]*", value, re.A) or _address(value)):
             raise self._bad(name, "a name or an address, without a port")
         for key, text in value.items() if kind is dict else ():
-            if not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key) or type(text) is not str:
+            usable = type(text) is str and text.isprintable()
+            if not usable or not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key):
                 raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
 
     def _bad(self, name: str, allowed: str) -> SettingsError:
@@ -524,7 +542,8 @@ class Settings:
         """The value of one setting as JSON, with what is secret in it hidden."""
         value = getattr(self, name)
         if name.endswith("_url"):
-            value = re.sub(r"\?.*", "?…", re.sub("//.*@", "//…@", str(value)))
+            value = re.sub(r"(?s)^(\w+:(//)?)?.*@", r"\1…@", str(value))
+            value = re.sub(r"(?s)\?.*", "?…", value)
         elif name == "master_secret" and value:
             value = "…"
         elif name in SMS_LISTS and isinstance(value, list):
@@ -536,13 +555,9 @@ class Settings:
 
 
 _KINDS: Final[Mapping[type, str]] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    list: "a JSON list",
-    dict: "a JSON object",
-}
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false",
+    list: "a JSON list", dict: "a JSON object",
+}  # fmt: skip
 
 
 def load_settings(
@@ -583,7 +598,7 @@ def load_settings(
 def _from_text(source: str, text: str, kind: type, secret: bool) -> Any:
     value: Any = text
     if kind is not str:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
         if type(value) is not kind and not (kind is list and value is None):
             shown = "something else" if secret else text
@@ -633,8 +648,10 @@ def parse_msisdn(value: object) -> Msisdn:
             number = phonenumbers.parse(value)
             e164 = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
             possible = phonenumbers.is_possible_number_with_reason(number)
+            # What was written with a trunk prefix (+44 (0)…) may not end as another number's.
+            stable = e164[1:] == re.sub("[^0-9]", "", value) or phonenumbers.parse(e164) == number
             # Not "local only", which lacks an area code; E.164 ends at 15 digits.
-            if possible == phonenumbers.ValidationResult.IS_POSSIBLE and len(e164) <= 16:
+            if possible == phonenumbers.ValidationResult.IS_POSSIBLE and stable and len(e164) <= 16:
                 return Msisdn(e164)
     raise InvalidParameter(
         "msisdn is no possible phone number: write it with + and country code, +447700900123"
@@ -1005,7 +1022,9 @@ def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """
     wanted: list[tuple[float, str]] = []
     for item in accept_language.lower().split(","):
-        found = re.fullmatch(r"\s*([a-z0-9\-*]+)\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
+        found = re.fullmatch(
+            r"\s*([a-z0-9\-*]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item
+        )
         if found and float(found[2] or 1) > 0:
             wanted.append((-float(found[2] or 1), found[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
@@ -1372,7 +1391,7 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     path = Path(settings.keys_dir, "browserid.pem")
     pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
     with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, InvalidParameter):
-        key = serialization.load_pem_private_key(pem, None)
+        key = load_pem_private_key(pem, None)
         if isinstance(key, PrivateKey) and key.key_size == 2048:
             canonical_key(public_key_json(key.public_key()))
             return key, made
@@ -1401,7 +1420,7 @@ def _pem(key: PrivateKey) -> bytes:
 
 
 class User(NamedTuple):
-    """All that is kept about one session, packed into at most 96 bytes.
+    """All that is kept about one session, packed into at most 89 bytes.
 
     Attributes:
         hawk_key: 32 bytes.
@@ -1429,7 +1448,7 @@ class User(NamedTuple):
     tried: int = 0
 
     def pack(self) -> bytes:
-        """The record: 34 bytes once registered, 87 or 89 while a code is alive, then 70 or 89.
+        """The record: 34 bytes once registered, 86 to 89 while a code is alive, then 70 or 89.
 
         What is not there yet is zero, and stands at the end, where zeros are left out.
         """
@@ -1488,7 +1507,7 @@ COUNT_SCRIPT: Final = """#!lua
 -- KEYS: times of the last messages, newest first. ARGV: now, limit, window in seconds.
 local oldest = redis.call('LINDEX', KEYS[1], ARGV[2] - 1)
 local wait = oldest and oldest + ARGV[3] - ARGV[1] or 0
-if wait > 0 then return math.ceil(wait) end
+if wait > 0 then return math.min(math.ceil(wait), ARGV[3]) end
 redis.call('LPUSH', KEYS[1], ARGV[1])
 redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
 redis.call('EXPIRE', KEYS[1], ARGV[3])
@@ -1510,6 +1529,7 @@ Node = tuple[str, int]
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
 Then = Callable[[list[Any]], Command | None] | None
+_Dialers = concurrent.futures.ThreadPoolExecutor
 Meanwhile = Callable[[], object] | None
 """What to do while a server works: work that pays even if its answer will be another one."""
 
@@ -1522,17 +1542,19 @@ class Link:
 
     Args:
         url: As ``redis.from_url`` takes it.
+        dialers: Connect for us: nothing else bounds how long a name server takes.
 
     Raises:
         ValueError, TypeError: The URL is not usable.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        pool = redis.ConnectionPool.from_url(
+    def __init__(self, url: str, timeout_s: float, dialers: _Dialers | None = None) -> None:
+        self._pool = redis.ConnectionPool.from_url(
             url, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None,
             socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
         )  # fmt: skip
-        self._connection: Any = pool.make_connection()  # which sends nothing yet
+        self._connection: Any = self._pool.make_connection()  # which sends nothing yet
+        self._dialers, self._timeout_s = dialers or _Dialers(1), timeout_s
         self._used_s, self._came = 0.0, ctypes.create_string_buffer(4096)
 
     def open(self) -> None:
@@ -1554,11 +1576,18 @@ class Link:
         except redis.RedisError:
             self.close()
         if not connection.is_connected:
-            connection.connect()
+            self._connect(connection)
             self._socket, self._reader = connection._sock, hiredis.Reader(replyError=_reply_error)
             self._plain = not isinstance(connection, redis.SSLConnection)
             if self._plain:  # OpenSSL would wait for ever
                 self._wait_in_kernel()
+
+    def _connect(self, connection: Any) -> None:
+        try:
+            self._dialers.submit(connection.connect).result(2 * self._timeout_s)
+        except concurrent.futures.TimeoutError:
+            self._connection = self._pool.make_connection()
+            raise redis.ConnectionError("not connected in time") from None
 
     def _wait_in_kernel(self) -> None:
         # Python keeps a time-out by asking first whether it would have to wait. Each time it
@@ -1658,6 +1687,7 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self.url, self._threads, self._lock = url, threading.local(), threading.Lock()
+        self._dialers = _Dialers(16, "store")
         scheme, _, rest = url.partition("://")
         self._scheme, _, self._kind = scheme.partition("+")
         user, at, rest = rest.rpartition("@")
@@ -1684,7 +1714,7 @@ class Storage:
     def _link(self, node: Node, login: str, timeout_s: float = STORAGE_TIMEOUT_S) -> Link:
         host = f"[{node[0]}]" if ":" in node[0] else node[0]
         url = f"{self._scheme}://{login}{host}:{node[1]}?{self._options}"
-        return Link(url if self._kind else self.url, timeout_s)
+        return Link(url if self._kind else self.url, timeout_s, self._dialers)
 
     def _opened(self, node: Node) -> Link:
         """This thread's link to a node, open."""
@@ -1819,7 +1849,7 @@ class Storage:
         answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), **how)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
-            raise Unavailable("the storage has no second copy yet; try /certificate/sign")
+            raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
         return Commit(answers[0])
 
     def count_send(self, now_s: float, limit: int) -> int:
@@ -1845,7 +1875,8 @@ class Storage:
     def ping(self, now_s: float) -> None:
         """Prove that every node takes writes; a replica takes none, and answers a PING."""
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
-        table = self._nodes or [None]
+        if not (table := self._nodes):  # another thread has just met a failure
+            raise Unavailable("the storage changes; try again")
         others, number = set(table) - {table[self._slot(b"heartbeat")]}, 0
         while others:
             key = b"heartbeat %d" % (number := number + 1)
@@ -1885,7 +1916,7 @@ class Storage:
             StartError: It stays away, or it cannot do what we need.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
-        deadline_s = time.monotonic() + STORE_START_S
+        said, deadline_s = False, time.monotonic() + STORE_START_S
         while True:
             try:
                 found = [warning for told in self.info() for warning in self._judge(told)]
@@ -1900,6 +1931,15 @@ class Storage:
                 if time.monotonic() > deadline_s:
                     why = str(error) or type(error).__name__
                     raise StartError(f"the store {where} cannot be used: {why}") from None
+                if not said:
+                    LOG.warning("waiting for the store %s", where)
+                said = True
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+            ):  # redis-py tries options when it connects
+                raise SettingsError("storage_url holds a host or options that cannot be") from None
             if self._kind:
                 self._nodes = None
             time.sleep(0.1)
@@ -2169,6 +2209,7 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     left_s = user.code_expires_s - settings.code_ttl_s + settings.session_ttl_s - now_s
     sends = user.sends if left_s > 0 else 0
     if sends >= settings.sends_per_session:
+        left_s = min(left_s, settings.session_ttl_s)  # our clock was ahead, else
         raise TooManyCodes("this session has asked for all the codes it may", left_s)
     return sends
 
@@ -2281,9 +2322,9 @@ class OutboxSms(SmsProvider):
         message = json.dumps({"to": to, "from": sender, "text": text, "at": now_s})
         if os.write(self._file, line := b"\n" + message.encode()) < len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
-        if self.console:
+        if self.console and _has_room(self.console):
             with contextlib.suppress(OSError):  # nobody reads along any more; it is kept, though
-                self.console.write(f"SMS to {to} from {sender}: {text}\n")  # one piece at a time
+                self.console.write(f"SMS to {to} from {sender}: {text}\n")  # a piece at a time
                 self.console.flush()
         return []
 
@@ -2344,6 +2385,14 @@ class OutboxSms(SmsProvider):
             at = content.find(begin, end)
 
 
+def _has_room(console: TextIO) -> bool:
+    """Tell whether a line can be written at once: who is to read it may have stopped (Ctrl-S)."""
+    try:
+        return bool(select.select([], [console], [], 0)[1])
+    except ValueError:  # a notebook's own, which is no file
+        return True
+
+
 class _Response(http.client.HTTPResponse):
     """An answer that is read, head and body, for the socket's time-out in all.
 
@@ -2356,7 +2405,9 @@ class _Response(http.client.HTTPResponse):
         end, read = time.monotonic() + (sock.gettimeout() or SEND_BUDGET_S), raw.readinto
 
         def readinto(buffer: Any) -> Any:
-            sock.settimeout(max(end - time.monotonic(), 0.001))
+            if (left_s := end - time.monotonic()) <= 0:  # what never ends never waits
+                raise TimeoutError("the answer is not whole in time")
+            sock.settimeout(left_s)
             return read(buffer)
 
         raw.readinto = readinto
@@ -2380,7 +2431,9 @@ class HttpSms(SmsProvider):
 
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
-        parts, request = urlsplit(self.entry["endpoint"]), {**self.entry, **self.template}
+        request, parts = {**self.entry, **self.template}, urlsplit("")
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(self.entry["endpoint"])
         if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
             raise self.bad("needs endpoint: a URL that begins with http:// or https://")
         self.headers, self.body = request["headers"], request["body"]
@@ -2449,6 +2502,8 @@ class HttpSms(SmsProvider):
         else:
             body = fill(self.body, ESCAPES[self.content_type])
         headers = {name: text for name, t in self.headers.items() if (text := fill(t, str))}
+        if not all(re.fullmatch("[\t -~\x80-\xff]*", text) for text in headers.values()):
+            raise ValueError("no header can say this")
         target = fill(self.target, partial(quote, safe=""))
         return {"url": target, "headers": headers, "body": body.encode() or None}
 
@@ -2458,18 +2513,22 @@ class HttpSms(SmsProvider):
         timeout = urllib3.Timeout(total=timeout_s, connect=connect_s)
         values = self._values(sender, to, text)
         try:
+            request = self._request(values)
+        except ValueError:
+            raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
+        try:
             answer = self.pool.urlopen(
-                self.entry.get("method", "POST"), **self._request(values), timeout=timeout,
+                self.entry.get("method", "POST"), **request, timeout=timeout,
                 redirect=False, preload_content=False,
             )  # fmt: skip
             body = answer.read(ANSWER_MAX_BYTES)
             answer.close()
         except (
             urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError,
-            urllib3.exceptions.SSLError, ValueError,  # the last: no header can say this
+            urllib3.exceptions.SSLError,
         ) as error:  # fmt: skip
             raise SmsFailed(f"{self.kind} cannot be reached: {type(error).__name__}") from None
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
         if not 200 <= answer.status < 300:
             error_class = MEANINGS.get(answer.status, SmsFailed)
@@ -2524,7 +2583,7 @@ class NexmoSms(HttpSms):
             return [str(part.get("message-id", "")) for part in parts]
         told = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
         about_this = bool(told) and self.REFUSED.issuperset(map(str, told))
-        raise (SmsRefused if about_this else SmsFailed)(f"nexmo refused it, status {told}")
+        raise (SmsRefused if about_this else SmsFailed)(f"nexmo refused it, status {told[:9]}")
 
 
 class TwilioSms(HttpSms):
@@ -2601,7 +2660,10 @@ class SnsSms(SmsProvider):
             retries={"total_max_attempts": 1}, max_pool_connections=settings.threads,
         )  # fmt: skip
         where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
-        self.client, self.known = boto3.client("sns", **where, config=config), known
+        try:
+            self.client, self.known = boto3.client("sns", **where, config=config), known
+        except (known.BotoCoreError, ValueError):
+            raise self.bad("needs a region, an endpoint and a profile that boto3 takes") from None
         early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
         self.surely_not = (*early, known.NoCredentialsError, known.ParamValidationError)
 
@@ -2818,6 +2880,8 @@ def check_inbound(
         # Older than the ids of messages that we remember: it may be a replay.
         stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
         right = right and not (stamp and now_s - int(stamp[0]) > DAY_S)
+        # "&to" in a name would be read as another parameter by whoever signed the text.
+        right = right and not any(re.search("[&=]", name) for name in params)
     if key and not right:
         raise Forbidden("the signature of this webhook is missing, wrong or too old")
 
@@ -2890,7 +2954,10 @@ class Gateway:
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
-        nonce_ttl_s = min(max(left_s, 1) + 1, DAY_S)
+        # Its time may be far ahead, and the session alive by then.
+        longest_s = self.settings.verified_ttl_s or left_s + 1
+        longest_s = longest_s if user.verified_s else self.settings.session_ttl_s
+        nonce_ttl_s = min(max(left_s, 1) + 1, longest_s)
         return Session(hawk_id, user, storage_id, record, header, request, nonce_ttl_s)
 
     def check_request(self, session: Session, content_type: str, body: bytes) -> None:
@@ -3078,7 +3145,7 @@ class Gateway:
         # ACT, RECORD
         def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
             now_s = int(self.clock())
-            if not user.code_digest or now_s >= user.code_expires_s:
+            if not self._code_lives(user, now_s):
                 raise Expired("no code is waiting: it was used, used up, or is too old")
             digest = code_digest(self.secrets.code, session.storage_id, code)
             if hmac.compare_digest(digest, user.code_digest):
@@ -3114,9 +3181,14 @@ class Gateway:
         return made[-1]
 
     def unregister(self, session: Session) -> None:
-        """Drop everything about the user."""
-        if number := self.step(session, lambda user: (None, self._number(session, user))):
-            self.sms.forget(number)
+        """Drop everything about the user: first what lies elsewhere, as a 503 may be the end."""
+
+        def decide(user: User) -> tuple[None, None]:
+            if number := self._number(session, user):
+                self.sms.forget(number)
+            return None, None
+
+        self.step(session, decide)
 
     # -- What they share ------------------------------------------------------
 
@@ -3128,6 +3200,11 @@ class Gateway:
     def _sender(self, network: Network, msisdn: Msisdn) -> str:
         return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
 
+    def _code_lives(self, user: User, now_s: int) -> bool:
+        longest_s = self.settings.code_ttl_s + self.settings.hawk_skew_s
+        # Not one that was made while our clock was far ahead.
+        return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
+
     def _next_code(self, session: Session, user: User) -> tuple[User, str]:
         """A fresh code, and the user who waits for it. Wrong tries of a living code count on."""
         now_s, settings = int(self.clock()), self.settings
@@ -3136,7 +3213,7 @@ class Gateway:
             code = long_code(settings.long_code_bytes, self.random_bytes)
         else:
             code = short_code(settings.short_code_digits, self.random_bytes)
-        tries = user.tries if user.code_digest and now_s < user.code_expires_s else 0
+        tries = user.tries if self._code_lives(user, now_s) else 0
         digest = code_digest(self.secrets.code, session.storage_id, code)
         expires_s = now_s + settings.code_ttl_s
         user = user._replace(sends=sends, tries=tries, code_expires_s=expires_s, code_digest=digest)
@@ -3172,11 +3249,12 @@ class Gateway:
                         raise TooManyMessages("the gateway may send no more for a while", wait_s)
                     counted = True
                 sent = self.sms.send(sender, msisdn, text, user.tried)
-            except (SmsFailed, TooManyMessages) as error:
-                if counted:
-                    self.storage.uncount_send()
+            except (SmsFailed, TooManyMessages, Unavailable) as error:
+                with contextlib.suppress(Unavailable):  # this count is gone in an hour
+                    if counted:
+                        self.storage.uncount_send()
                 self._replace_record(session, before)
-                if isinstance(error, TooManyMessages):
+                if not isinstance(error, SmsFailed):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
         # RECORD: what a resend and the receipts go by; the message is out, whatever happens here
@@ -3194,6 +3272,7 @@ class Gateway:
             self.storage.commit(session.storage_id, kept, record)
 
     def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
+        language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(country_of(msisdn))
         tag = negotiate_language(language, self.catalogues)
@@ -3202,7 +3281,7 @@ class Gateway:
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
         if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-            value = int(value) if len(value) < 4000 else longest
+            value = int(value) if len(value.lstrip("0")) < 4000 else longest
         if value is not None and (type(value) is not int or value < 1):
             raise InvalidParameter("duration must be whole seconds, at least 1")
         return longest if value is None else min(value, longest)
@@ -3676,7 +3755,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
         if outbox is None or not near or any(name.startswith(FORWARDED) for name in environ):
             raise bottle.HTTPError(404, "Not found: '/outbox'")
-        return json_answer(outbox.messages(bottle.request.query.get("to", "")))
+        return json_answer(outbox.messages(bottle.request.query.get("to", "").lstrip("+ ")))
 
 
 # =============================================================================
@@ -3689,6 +3768,8 @@ TAKEOVER_S: Final = 2.0
 """How long a start waits until what a killed gateway left behind is gone."""
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 """What ends a gateway."""
+DISK_LEFT_MIN_BYTES: Final = 4_000_000
+"""With less room than this for it the embedded store takes no writes: those of a second."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 LOGGING: Final[Json] = {
@@ -3748,11 +3829,12 @@ class EmbeddedStore:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._take_lock()
         except OSError as error:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
-        self._take_lock()
         self._binary, self._stopping = valkey_binary(), threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
         self._thread = threading.Thread(target=self._keep_running, daemon=True)
         self._thread.start()
         threading.Thread(target=self._keep_on_disk, daemon=True).start()
@@ -3780,8 +3862,11 @@ class EmbeddedStore:
         delay_s = 0.0
         while not self._stopping.wait(delay_s):
             started = time.monotonic()
-            self._process = self._start()
-            status = self._process.wait()
+            try:
+                self._process = self._start()
+                status = str(self._process.wait())
+            except OSError as error:  # no process or file may be opened now
+                status = str(error.strerror)
             if not self._stopping.is_set():
                 LOG.error("the embedded store ended (status %s); it is started again", status)
             # At once after a crash, but in no tight loop if it cannot start at all.
@@ -3794,10 +3879,19 @@ class EmbeddedStore:
         rest it leaves to us. Its own "everysec" puts off writing while a disk is slow, and
         answers all the same; "always" makes every answer wait for the disk.
         """
+        full = 0
         while not self._stopping.wait(1.0):
-            for path in self.folder.glob("appendonlydir/*.incr.aof"):
-                with contextlib.suppress(OSError), path.open("rb") as file:
-                    os.fsync(file.fileno())
+            with contextlib.suppress(OSError, redis.RedisError):  # another time, then
+                for path in self.folder.glob("appendonlydir/*.incr.aof"):
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+                # On a full disk it answers what it could not write, before it refuses the rest.
+                disk, was_full = os.statvfs(self.folder), full
+                little = disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
+                full = int(little and disk.f_blocks > 0)  # some file systems do not say
+                self._client.config_set("min-replicas-to-write", full)
+                if full > was_full:
+                    LOG.error("the disk of data_dir is full: nothing is written until it is not")
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent, command = os.getpid(), [str(self._binary)]
@@ -3829,12 +3923,11 @@ class EmbeddedStore:
         return process
 
     def _wait_until_ready(self) -> None:
-        client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
         deadline = time.monotonic() + STORE_START_S
         while time.monotonic() < deadline:
             try:
-                client.ping()
-                return client.close()
+                self._client.ping()
+                return
             except redis.exceptions.BusyLoadingError:
                 deadline = time.monotonic() + STORE_START_S
             except redis.RedisError:
@@ -3857,16 +3950,18 @@ class EmbeddedStore:
 
 def create_app(
     settings: Settings, storage_url: str = "", clock: Clock = time.time,
-    random_bytes: RandomBytes = secrets.token_bytes,
+    random_bytes: RandomBytes = secrets.token_bytes, pem: bytes = b"",
 ) -> GatewayApp:  # fmt: skip
     """The WSGI application for some settings; keys are made if there are none.
 
     Args:
         storage_url: Where the store is, if ``settings`` leave that to us.
+        pem: The signing key, if it is loaded already.
     """
     url, sms = storage_url or settings.storage_url, SmsSender(settings)
     storage = open_storage(settings, url, clock, random_bytes)
-    (key, _), (master, _) = load_signing_key(settings), load_master_secret(settings)
+    master = load_master_secret(settings)[0]
+    key: Any = load_pem_private_key(pem, None) if pem else load_signing_key(settings)[0]
     return GatewayApp(Gateway(settings, storage, sms, key, master, clock, random_bytes))
 
 
@@ -3884,20 +3979,27 @@ def application() -> GatewayApp:
     return app
 
 
-def worker_app(settings: Settings, storage_url: str, parent: int, places: str) -> GatewayApp:
+def worker_app(
+    settings: Settings, storage_url: str, parent: int, places: str, pem: bytes
+) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
+    Keys are the parent's: were they files again, a worker that is replaced might find, or make,
+    others than the rest have.
+
     Args:
+        settings: With the master secret in it.
         places: A file in which each worker locks the number of the CPU that it is on; "" where
             there is none.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our parent's, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     if os.access(places, os.W_OK):
         threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
-    return create_app(settings, storage_url)
+    return create_app(settings, storage_url, pem=pem)
 
 
 def stay_together(places: str) -> None:
@@ -3980,10 +4082,10 @@ def _who_listens(port: int) -> str:
         for row in (line.split() for line in table.read_text().splitlines()[1:]):
             if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
                 listening.add(f"socket:[{row[9]}]")
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) in listening:
-                process = link.parent.parent
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
+            opened = map(os.path.realpath, (process / "fd").iterdir())
+            if any(file.rpartition("/")[2] in listening for file in opened):
                 command = (process / "cmdline").read_bytes()
                 parent = process.with_name((process / "stat").read_text().split()[3])
                 if (parent / "cmdline").read_bytes() == command:  # a worker: name its gateway
@@ -4005,15 +4107,18 @@ def serve(settings: Settings) -> int:
     holder, store = claim_port(settings), None
     try:
         sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
-        made = load_master_secret(settings)[1] | load_signing_key(settings)[1]
+        master, new_master = load_master_secret(settings)
+        key, new_key = load_signing_key(settings)
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir)
         url = store.url if store else settings.storage_url
         warnings = open_storage(settings, url, time.time, secrets.token_bytes).check()
-        _announce(settings, store.folder if store else settings.shown("storage_url"), sms, made)
+        data = store.folder if store else settings.shown("storage_url")
+        _announce(settings, data, sms, new_master or new_key)
         for warning in warnings:
             say(f"  WARNING: {warning}")
-        _run_workers(settings, holder.getsockname()[0], url)
+        settings = replace(settings, master_secret=master.hex())
+        _run_workers(settings, holder.getsockname()[0], url, _pem(key))
     except KeyboardInterrupt:
         pass
     finally:
@@ -4022,11 +4127,12 @@ def serve(settings: Settings) -> int:
         if store:
             store.stop()
         holder.close()
-    say("stopped")
+    with contextlib.suppress(OSError):  # the terminal is gone
+        say("stopped")
     return 0
 
 
-def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
+def _run_workers(settings: Settings, address: str, storage_url: str, pem: bytes) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
@@ -4038,9 +4144,13 @@ def _run_workers(settings: Settings, address: str, storage_url: str) -> None:
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
+    # To Granian SIGHUP is "reload"; to us it is the end of our terminal, and so ours but for nohup.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    ended: Any = (lambda *_: None) if ignored else server.signal_handler_interrupt
+    server.signal_handler_reload = ended  # type: ignore[method-assign]
     # A file that has no name, and so stays when old ones are swept out of /tmp.
     places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
-    load = partial(worker_app, settings, storage_url, os.getpid(), places)
+    load = partial(worker_app, settings, storage_url, os.getpid(), places, pem)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
@@ -4057,7 +4167,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> N
     say(f"  data {data}{verified}")
     say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
     if sms.outbox:
-        say("       The outbox prints every code here and shows it at /outbox.")
+        say("       The outbox prints every code here and shows it at /outbox?to=DIGITS")
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
@@ -4079,14 +4189,15 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
             default, real = cast(Callable[[], Any], f.default_factory)(), getattr(settings, f.name)
             hidden = json.loads(value) != real  # as a value "…" would do harm
             mark = "# " if hidden or real == default else ""
-            print(f"# {about}\n{mark}{f.name} = {_toml(json.loads(value))}\n")
+            shown = _toml(json.loads(value)) if value != "null" else "…"
+            print(f"# {about}\n{mark}{f.name} = {shown}\n")
         else:
             print(f"{f.name:20} {value:28} {about}")
     return 0
 
 
 def show_messages(settings: Settings) -> int:
-    """Print the short message in every language: what it takes, and whether a host line fits."""
+    """Print the message in every language, its size, and whether a host line fits."""
     code, host = "1" * settings.short_code_digits, settings.line_host
     for tag, catalogue in sorted(load_messages(len(code)).items()):
         text = message_text(code, catalogue, host)
@@ -4098,8 +4209,8 @@ def show_messages(settings: Settings) -> int:
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | None):
-        return "[" + ", ".join(_toml(item) for item in value or ()) + "]"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -4114,7 +4225,7 @@ def demo(settings: Settings, msisdn: str) -> int:
 
 
 def memory(settings: Settings, users: int) -> int:
-    """Measure what users cost in the store (by default in a new one of our own), and print it."""
+    """Measure what users cost in the store (by default a new one), and print it."""
     if users < 1:
         raise SettingsError(f"--users is {users}; allowed: at least 1")
     return int(_lab("memory").memory(settings, users))
@@ -4130,17 +4241,24 @@ def _lab(command: str) -> Any:
     return lab
 
 
-def main(argv: list[str]) -> int:
-    """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage)."""
+_COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
+    "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
+    "settings": (show_settings, "toml"),
+}  # fmt: skip
+"""Who does what, and which options it takes."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
     parser = argparse.ArgumentParser(
-        "gateway.py", description="Prove control of a phone number.", allow_abbrev=False
+        "gateway.py", usage="gateway.py [COMMAND] [--SETTING VALUE ...]", allow_abbrev=False,
+        description="\n".join(["Prove control of a phone number.", "", *about]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "command", nargs="?", default="serve", choices=_COMMANDS, help="if none: serve"
     )
-    commands: dict[str, tuple[Any, ...]] = {  # who does it, and which options it takes
-        "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
-        "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
-        "settings": (show_settings, "toml"),
-    }  # fmt: skip
-    parser.add_argument("command", nargs="?", default="serve", choices=commands)
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
@@ -4150,11 +4268,20 @@ def main(argv: list[str]) -> int:
     for f in fields(Settings):
         option = "--" + f.name.replace("_", "-")
         group.add_argument(option, metavar="VALUE", help=f.metadata["about"])
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage)."""
+    parser = _parser()
+    for word in argv:  # argparse would complain about what follows it
+        if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
+            parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        command, *names = commands[given["command"]]
+        command, *names = _COMMANDS[given["command"]]
         status = int(command(settings, *(given[name] for name in names)))
         sys.stdout.flush()
         return status
@@ -4164,6 +4291,8 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # ``| head``: nobody reads on, nor is Python to try once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

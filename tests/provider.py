@@ -133,6 +133,17 @@ def after(seconds: float) -> Callable[[Any], None]:
     return answer
 
 
+def flood(head: bytes, more: bytes) -> Callable[[Any], None]:
+    """Send ``head``, and then ``more`` without end."""
+
+    def answer(handler: Any) -> None:
+        handler.wfile.write(head)
+        while not handler.server.provider.closing.is_set():
+            handler.wfile.write(more * 10_000)
+
+    return answer
+
+
 def drip(data: bytes) -> Callable[[Any], None]:
     """Send these bytes one by one, then hang."""
 

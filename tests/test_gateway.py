@@ -1182,6 +1182,30 @@ def test_a_message_without_an_id_is_handled_each_time(session: WsgiClient) -> No
     assert len(session.outbox()) == 2
 
 
+@pytest.mark.parametrize("ahead_s", [3600, 3 * 86400, 300 * 86400])
+def test_a_nonce_is_kept_until_its_own_time_has_passed(
+    client: WsgiClient, clock: Clock, ahead_s: int
+) -> None:
+    """Refused as stale by a client whose clock is fast, a request must not be good later."""
+    client.verified()
+    ts = int(clock()) + ahead_s
+    for later_s in (0, ahead_s - 59, 118):
+        clock.now_s += later_s
+        answer = client.call("/unregister", ts=ts, nonce="n")
+        assert (answer.status, answer.errno) == (401, 109)
+    [nonce] = (
+        k for k in client.gateway.storage._run("KEYS", "{*") if client_nonce(client, "n") == k
+    )
+    assert client.gateway.storage._run("TTL", nonce) > ahead_s - 10
+
+
+def client_nonce(client: WsgiClient, nonce: str) -> bytes:
+    """Where a client's nonce is kept."""
+    assert client.credentials
+    storage_id = client.gateway.secrets.id_for(client.credentials.hawk_id)
+    return gateway.nonce_key(storage_id, nonce)
+
+
 def test_the_id_of_a_message_is_no_nonce_of_a_request(session: WsgiClient) -> None:
     """Whoever may text must not be able to use up nonces, nor the other way round."""
     assert session.call("/certificate/sign", {"publicKey": KEY}, nonce="same").errno == 104

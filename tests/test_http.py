@@ -1366,7 +1366,8 @@ def test_a_store_that_goes_in_the_middle_is_a_signed_503(
     answer = session.call(path, SIGNED[path])
     assert (answer.status, answer.errno) == (503, 201)
     assert "server-authorization" in answer.headers
-    assert len(session.outbox()) == 1
+    # Of who may be gone already, and then does not ask again, nothing is left.
+    assert len(session.outbox()) == (path != "/unregister")
 
 
 def test_a_stale_request_and_one_with_a_wrong_hash_use_up_their_nonces(

@@ -301,6 +301,49 @@ def test_messages_that_were_refused_do_not_count(
     refused(client.ask(), 114)
 
 
+@pytest.mark.parametrize("fails", ["count_send", "uncount_send"])
+def test_a_message_that_cannot_be_counted_changes_nothing(
+    make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch, fails: str,
+) -> None:  # fmt: skip
+    """The node of a cluster that counts may be away while the session's own is well."""
+    client = make_client(sends_per_session=2, **paid)
+    client.register()
+    assert client.ask().status == 200
+    code, session = provider.code(), client.gateway.storage.get(client_id(client))
+
+    def away(*_: Any) -> int:
+        raise gateway.Unavailable("gone")
+
+    monkeypatch.setattr(client.gateway.storage, fails, away)
+    provider.status = "1"
+    for _ in range(3):
+        assert client.call("/sms/resend_code").errno == 201
+    assert client.gateway.storage.get(client_id(client)) == session
+    assert client.call("/sms/verify_code", {"code": code}).status == 200
+
+
+def client_id(client: WsgiClient) -> gateway.StorageId:
+    """Under what a client's session is stored."""
+    assert client.credentials
+    return client.gateway.secrets.id_for(client.credentials.hawk_id)
+
+
+def test_waits_are_no_longer_than_they_can_be(
+    make_client: Callable[..., WsgiClient], paid: dict[str, Any], clock: Clock
+) -> None:
+    """Nor is a code alive for longer, if it was made while our clock was a year ahead."""
+    client = make_client(sends_per_session=1, sends_per_hour=1, clock=clock, **paid)
+    one, two = sessions(client, 2)
+    year_s = 365 * 86400
+    clock.now_s += year_s
+    assert one.ask().status == 200
+    clock.now_s -= year_s
+    assert refused(one.ask(), 114) == gateway.DAY_S
+    assert refused(two.ask(), 116) == gateway.HOUR_S
+    assert one.call("/sms/verify_code", {"code": "123456"}).errno == 111
+
+
 # -- sends_per_hour -----------------------------------------------------------
 
 

@@ -412,3 +412,23 @@ def test_update_l10n_of_a_changed_sentence_stops_until_it_is_translated(tree: Pa
     ended = update(tree, "y\n")
     assert ended.returncode != 0
     assert "not translated" in ended.stderr
+
+
+def test_a_header_of_languages_costs_no_more_the_longer_it_is(client: WsgiClient) -> None:
+    """400 kB of ``a-a-a…`` took eight seconds: each part was tried after the one before it."""
+    tag, steps = "a-" * 100 + "a", 0
+
+    class Counting(dict[str, NullTranslations]):
+        def __contains__(self, key: object) -> bool:
+            nonlocal steps
+            steps += 1
+            return super().__contains__(key)
+
+    catalogues = Counting(en=NullTranslations(), de=NullTranslations())
+    assert gateway.negotiate_language(f"{tag}, de;q=0.5", catalogues) == "de"
+    assert steps < 10
+    client.register()
+    late = "xx," * 400 + "de"  # beyond what is read
+    for header, sentence in (("de," + late, "Ihr"), (late, "Your")):
+        client.call("/sms/verify", {"msisdn": NUMBER}, environ={"HTTP_ACCEPT_LANGUAGE": header})
+        assert client.outbox()[-1]["text"].startswith(sentence)

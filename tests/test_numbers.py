@@ -349,3 +349,22 @@ def test_sender_is_the_most_exact_one(table: Mapping[str, str], network: Network
         assert found == table[network.mcc + network.mnc]
     else:
         assert found == table.get(network.mcc, "default")
+
+
+@QUICK
+@given(
+    st.from_regex(
+        r"\+(375 ?8|86 ?0|55 ?0|57|82 ?0|61 ?0|44 ?\(0\)|7|1) ?[0-9]{6,12}", fullmatch=True
+    )
+)
+def test_a_number_that_was_read_is_read_again_as_itself(value: str) -> None:
+    """Else a session could not be asked about the number that it was told to have."""
+    with contextlib.suppress(InvalidParameter):
+        msisdn = gateway.parse_msisdn(value)
+        assert gateway.parse_msisdn(msisdn) == msisdn
+
+
+def test_a_trunk_prefix_is_left_out_or_refused() -> None:
+    assert gateway.parse_msisdn("+44 (0)7700 900123") == "+447700900123"
+    with pytest.raises(InvalidParameter):
+        gateway.parse_msisdn("+375 8 8457131869")  # once it is left out, it could be again

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,7 @@ import pytest
 import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from provider import Provider, after, drip, hang, nexmo, reply, taken
+from provider import Provider, after, drip, flood, hang, nexmo, reply, taken
 from support import NUMBER, GatewayProcess, WsgiClient
 
 import gateway
@@ -67,7 +68,7 @@ def test_twilio_is_asked_as_its_documentation_says(provider: Provider) -> None:
     provider.answer = reply({"sid": "SM123", "status": "queued"}, 201)
     entry = {"kind": "twilio", "account_sid": "AC1", "auth_token": "hunter2"}
     endpoint = provider.url + "/Accounts/{account_sid}/Messages.json"
-    inbound = [{"kind": "twilio", "path_secret": "p/a b"}]
+    inbound = [{"kind": "twilio", "path_secret": "p?a b"}]
     sender = sender_of({**entry, "endpoint": endpoint, "receipts": True}, sms_inbound=inbound)
     assert sender.send("+15550001111", TO, "Ünï: 1").ids == ["SM123"]
     [request] = provider.received
@@ -76,7 +77,7 @@ def test_twilio_is_asked_as_its_documentation_says(provider: Provider) -> None:
     assert request.headers["authorization"] == f"Basic {login}"
     assert request.form == {
         "From": "+15550001111", "To": NUMBER, "Body": "Ünï: 1",
-        "StatusCallback": "http://127.0.0.1:5000/sms/receipt/p%2Fa%20b?provider=twilio",
+        "StatusCallback": "http://127.0.0.1:5000/sms/receipt/p%3Fa%20b?provider=twilio",
     }  # fmt: skip
     assert "hunter2" not in request.target + request.body
 
@@ -646,3 +647,50 @@ def test_two_of_three_are_broken(
         return counts(three) == [before[0] + 1, *before[1:]]
 
     kannel.wait_for(healed, 30)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "more"), [(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (CHUNKED + b"0\r\n", b"a: b\r\n")]
+)
+def test_an_answer_that_never_ends_is_given_up(
+    provider: Provider, head: bytes, more: bytes
+) -> None:
+    """What is always there never has to be waited for, and so no time-out of a socket ends it."""
+    provider.answer = flood(head, more)
+    nexmo_ = {"kind": "nexmo", "api_key": "k", "api_secret": "s", "timeout_s": 1}
+    started = time.monotonic()
+    assert sender_of({**nexmo_, "endpoint": provider.url}).send("Gateway", TO, "1").kind == ""
+    assert time.monotonic() - started < 3
+
+
+def test_a_broken_answer_leaves_it_open_whether_the_message_was_taken(provider: Provider) -> None:
+    """The request was sent whole: undone, the phone would get a code that is dead."""
+    provider.answer = drip(CHUNKED + b"-5\r\n")
+    entry = {"kind": "nexmo", "api_key": "k", "api_secret": "s", "endpoint": provider.url}
+    assert sender_of(entry).send("Gateway", TO, "1").kind == ""
+
+
+def test_what_no_header_can_say_is_surely_not_sent(provider: Provider) -> None:
+    entry = {"kind": "kannel", "endpoint": provider.url, "username": "u", "password": "p"}
+    for sender in ("Шлюз", "a\r\nX-Other: b"):
+        with pytest.raises(gateway.SmsFailed):
+            sender_of(entry).send(sender, TO, "1")
+    assert provider.received == []
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "nexmo", "api_key": "k", "api_secret": "s", "endpoint": "https://[bad/x"},
+        {"kind": "http", "endpoint": "https://user:hunter2\u2100@h/x"},
+        {"kind": "sns", "region": "eu west 1"},
+        {"kind": "sns", "region": "eu-west-1", "endpoint": "nonsense"},
+    ],
+)
+def test_an_entry_that_cannot_be_is_refused_and_not_quoted(entry: Any) -> None:
+    with pytest.raises(gateway.SettingsError, match="sms_providers") as refused:
+        sender_of(entry)
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -555,6 +558,125 @@ def test_the_store_lets_workers_finish(start_gateway: Start) -> None:
     assert {os.sched_getscheduler(w.pid) for w in workers_of(process)} == {os.SCHED_OTHER}
 
 
+def test_a_replaced_worker_has_the_keys_of_the_others(start_gateway: Start) -> None:
+    """Files may have been moved: a worker that made new ones would certify on its own."""
+    process = start_gateway("--workers", "2")
+    client, key = verified(process), public_key(process)
+    (process.folder / "keys").rename(process.folder / "away")
+    victim = workers_of(process)[0]
+    victim.kill()
+    assert eventually(lambda: len(workers_of(process)) == 2 and victim not in process.family(), 10)
+    assert eventually(lambda: can_sign(again(client, process)), 2)
+    for _ in range(20):
+        assert public_key(process) == key
+        assert can_sign(again(client, process))
+    assert not (process.folder / "keys").exists()
+    assert process.stop() == 0
+
+
+def test_a_terminal_that_closes_ends_the_gateway(start_gateway: Start) -> None:
+    process = start_gateway("--workers", "2")
+    for member in process.family():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGHUP)
+    assert process.process.wait(20) == 0
+    assert "Traceback" not in process.output
+    assert nothing_lives(process.folder)
+
+
+def test_a_gateway_outlives_its_terminal_if_it_is_told_to(
+    start_gateway: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``nohup`` tells."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start_gateway("--workers", "2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    workers = {worker.pid for worker in workers_of(process)}
+    for member in process.family():
+        member.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert {worker.pid for worker in workers_of(process)} == workers
+    assert can_sign(verified(process))
+    assert process.stop() == 0
+
+
+def test_a_console_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
+    """A pager, or Ctrl-S: once the pipe was full, every send waited for ever."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    outbox = gateway.OutboxSms({"kind": "outbox"}, gateway.Settings(data_dir=str(tmp_path)))
+    with os.fdopen(reader), os.fdopen(writer, "w") as outbox.console:
+        for n in range(200):
+            outbox.send("Gateway", gateway.Msisdn(NUMBER), f"message {n}")
+    assert len(outbox.messages(NUMBER[1:])) == 200
+
+
+def test_a_store_that_cannot_be_started_at_once_is_started_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = gateway.EmbeddedStore(str(tmp_path / "data"))
+    failed, real = threading.Event(), subprocess.Popen
+
+    def fail(*_: Any, **__: Any) -> Any:
+        failed.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.stop)
+        monkeypatch.setattr(subprocess, "Popen", fail)
+        assert store._process
+        store._process.kill()
+        assert failed.wait(5)
+        monkeypatch.setattr(subprocess, "Popen", real)
+        with contextlib.closing(redis.Redis.from_url(store.url)) as client:
+
+            def answers() -> bool:
+                with contextlib.suppress(redis.RedisError):
+                    return bool(client.ping())
+                return False
+
+            assert eventually(answers, 5)
+    assert "Too many open files" in caplog.text
+
+
+def test_a_store_takes_nothing_that_may_not_reach_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a full disk Valkey answers what it could not write, before it refuses the rest."""
+    store, full, real = gateway.EmbeddedStore(str(tmp_path / "data")), threading.Event(), os.statvfs
+
+    def little(path: Any) -> Any:
+        disk = real(path)
+        left = 3_900_000 // disk.f_frsize if full.is_set() else disk.f_bavail
+        return types.SimpleNamespace(f_bavail=left, f_frsize=disk.f_frsize, f_blocks=disk.f_blocks)
+
+    monkeypatch.setattr(os, "statvfs", little)
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.stop)
+        storage, key = gateway.Storage(store.url), gateway.StorageId(b"k" * 16)
+
+        def writes() -> bool:
+            with contextlib.suppress(gateway.Unavailable):
+                storage.create(key, b"record", 60)
+                return True
+            return False
+
+        assert writes()
+        full.set()
+        assert eventually(lambda: not writes(), 5)
+        assert storage.get(key) == b"record"
+        with pytest.raises(gateway.Unavailable):
+            storage.commit(key, b"record", b"another")
+        assert store._process
+        store._process.kill()  # a new one knows it, too
+        assert eventually(lambda: not writes(), 5)
+        full.clear()
+        assert eventually(writes, 5)
+    assert "disk of data_dir is full" in caplog.text
+
+
 def test_service_goes_on_when_all_workers_are_killed(start_gateway: Start) -> None:
     process = start_gateway()
     client = verified(process)
@@ -880,6 +1002,15 @@ def test_a_data_dir_that_cannot_be(start_gateway: Start, tmp_path: Path) -> None
         assert "data_dir" in said
 
 
+def test_a_data_dir_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(gateway.StartError, match=r"data_dir .* No space left"):
+        gateway.EmbeddedStore(str(tmp_path / "data"))
+
+
 # -- The first start, raced ---------------------------------------------------
 
 
@@ -974,7 +1105,16 @@ def test_a_store_that_evicts_is_refused_or_warned_of(
     assert "Traceback" not in process.output
 
 
-@pytest.mark.parametrize("url", ["http://localhost:6379", "redis://localhost:port"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:6379",
+        "redis://localhost:port",
+        "redis://a..b:6379",
+        "redis+cluster://a..b:6379",
+        "redis://localhost:6379?retry=3",
+    ],
+)
 def test_an_impossible_storage_url_is_refused(url: str, start_gateway: Start) -> None:
     """Catches a start that succeeds, and fails at every request."""
     process = start_gateway("--storage-url", url, wait=False)

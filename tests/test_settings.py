@@ -6,13 +6,16 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lab
+import psutil
 import pytest
 from support import GatewayProcess
 
@@ -579,7 +582,7 @@ def test_webhook_off_loopback_needs_a_secret(place: dict[str, Any]) -> None:
     ],
 )
 def test_open_webhook_off_loopback(entry: gateway.Json) -> None:
-    values = {**ABROAD, "sms_inbound": [{"kind": "nexmo", "path_secret": "right"}, entry]}
+    values = {**ABROAD, "sms_inbound": [{"kind": "twilio", "path_secret": "right"}, entry]}
     with pytest.raises(SettingsError, match="sms_inbound"):
         Settings(public_url="https://id.example", **values)
 
@@ -611,9 +614,18 @@ def test_webhook_off_loopback_with_a_secret(place: dict[str, Any], field: str) -
         {"sms_inbound": {"kind": "nexmo"}},
         {"sms_inbound": [{"kind": "nexom", "path_secret": "x"}]},  # would open no webhook
         {"sms_inbound": [{"kind": "nexmo", "signature-secret": "x"}]},  # would check nothing
+        {"sms_inbound": [{"kind": "http", "path_secret": "a/b"}]},  # never one segment of a path
+        {"sms_inbound": [{"kind": "http", "path_secret": s} for s in "ab"]},  # b would not count
+        {"allowed_origins": ["https://a.example/"]},  # no browser says that
+        {"allowed_origins": ["x y"]},
+        {"allowed_origins": [""]},
+        {"mt_sender": "a\r\nb"},
+        {"host": "0.0"},  # old spellings of 0.0.0.0
+        {"host": "00"},
+        {"host": "0x0.0"},
     ],
 )
-def test_bad_sms_entries(make_app: Callable[..., Any], values: dict[str, Any]) -> None:
+def test_values_that_could_never_work(make_app: Callable[..., Any], values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(values))):
         make_app(**values)
 
@@ -633,6 +645,10 @@ NEXMO = 'kind = "nexmo", api_key = "k"'
         'storage_url = "unix://:hunter2@/run/valkey.sock"',
         'storage_url = "unix:///run/valkey.sock?db=1&password=hunter2"',
         'storage_url = ["redis://:hunter2@h"]',
+        'storage_url = "redis:user:hunter2@h"',
+        'storage_url = "redis:/:hunter2@h:6379"',
+        'storage_url = "postgres:u:hunter2@h"',
+        'storage_url = "redis://u:hun\\nhunter2@h"',
         'master_secret = "hunter2"',
         'master_secret = ["hunter2"]',
         "master_secret = hunter2",  # no TOML at all
@@ -696,6 +712,39 @@ def test_master_secret_is_hidden_and_used() -> None:
 def test_master_secret_has_64_digits(length: int) -> None:
     with pytest.raises(SettingsError, match="master_secret"):
         Settings(master_secret="a" * length)
+
+
+# -- The command line ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["--prot", "--storge-url", "--prot=80", "--"])
+def test_an_unknown_option_is_named_and_not_its_value(run: Callable[..., Ended], word: str) -> None:
+    ended = run(word, "80")
+    assert (ended.status, ended.out) == (2, "")
+    assert word.partition("=")[0] in ended.err.splitlines()[-1]
+    assert "80" not in ended.err
+
+
+def test_help_says_what_each_command_does(run: Callable[..., Ended]) -> None:
+    told = run("--help").out
+    for command in gateway._COMMANDS:
+        assert len(told.split(f"\n  {command} ")) == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "memory"])
+def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path) -> None:
+    with contextlib.closing(lab.free_port()) as holder:
+        port = str(holder.getsockname()[1])
+    argv = [sys.executable, "-u", "gateway.py", command, "--port", port, "--users", "2000000"]
+    with subprocess.Popen(
+        argv, cwd=lab.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not psutil.Process(process.pid).children():  # a gateway or a store of its own
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in told
 
 
 # -- The command "settings" ---------------------------------------------------

@@ -170,7 +170,10 @@ def test_functions_are_short() -> None:
 
 
 def test_the_module_stays_readable_in_an_afternoon() -> None:
-    """Beyond DESIGN's 2,000 lines since issues 3 and 4: it must not grow, and should shrink."""
+    """Beyond DESIGN's 2,000 lines since issues 3 and 4: it must not grow, and should shrink.
+
+    It grew once from 2,600, by what an attack on the whole of it found (November 2026).
+    """
     documented: set[int] = set()
     for node in ast.walk(TREE):
         body = getattr(node, "body", [])
@@ -182,7 +185,7 @@ def test_the_module_stays_readable_in_an_afternoon() -> None:
         for number, line in enumerate(LINES, 1)
         if number not in documented and line.strip() and not line.strip().startswith("#")
     ]
-    assert len(code) <= 2600
+    assert len(code) <= 2700
     assert max(map(len, LINES)) <= 100
 
 

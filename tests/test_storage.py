@@ -209,6 +209,49 @@ def link(storage: gateway.Storage) -> Iterator[gateway.Link]:
         yield link
 
 
+def test_a_name_server_that_does_not_answer_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only of providers was the name ever asked in time."""
+    ended, real = threading.Event(), socket.getaddrinfo
+
+    def slow(host: Any, *args: Any, **named: Any) -> Any:
+        ended.wait(20)
+        return real(host, *args, **named)
+
+    with contextlib.closing(socket.socket()) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"redis://localhost:{nobody.getsockname()[1]}"
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for scheme in ("redis", "redis+cluster"):
+        storage = gateway.Storage(url.replace("redis", scheme, 1))
+        started = time.monotonic()
+        with ThreadPoolExecutor(20) as threads:  # more than may wait for a name
+            keys = [StorageId(b"%016d" % n) for n in range(20)]
+            for asked in [threads.submit(storage.get, key) for key in keys]:
+                with pytest.raises(gateway.Unavailable):
+                    asked.result()
+        assert time.monotonic() - started < 5  # each waits its second, or for the one who asks
+    ended.set()
+
+
+def test_a_ping_that_meets_a_failure_of_others_is_a_503(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = client.gateway.storage
+    monkeypatch.setattr(storage, "_nodes", storage._nodes)
+    real = storage._run
+
+    def run(*command: Any, **named: Any) -> Any:
+        answer = real(*command, **named)
+        storage._nodes = None  # as another thread does, once a node has failed
+        return answer
+
+    monkeypatch.setattr(storage, "_run", run)
+    answer = client.get("/__heartbeat__")
+    assert (answer.status, answer.json) == (503, {"storage": False})
+
+
 def test_link_sends_and_reads_what_no_buffer_holds(link: gateway.Link) -> None:
     large = os.urandom(3_000_000)
     assert link.talk(("SET", "large", large), ("GET", "large"), ("DEL", "large"))[1] == large

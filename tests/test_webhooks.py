@@ -55,6 +55,27 @@ def test_a_signature_does_not_last_for_ever(
     assert client.get("/sms/momt/?provider=nexmo&" + urlencode(params)).status == expected
 
 
+@pytest.mark.parametrize("name", ["messageId", "timestamp"])
+def test_a_signed_call_cannot_be_cut_into_other_parameters(
+    make_client: MakeClient, name: str
+) -> None:
+    """``&a=1&b=2`` is signed; "a=1&b" with the value 2 would give the same text."""
+    import hmac
+
+    client = make_client(sms_inbound=[{"kind": "nexmo", "signature_secret": "t"}])
+    params = {"msisdn": NUMBER[1:], "text": "x", "messageId": "M1", "to": "447700900000"}
+    params |= {"timestamp": str(int(time.time()))}
+    text = "".join(f"&{key}={params[key]}" for key in sorted(params))
+    sig = hmac.digest(b"t", text.encode(), "sha256").hex()
+    order = sorted(params)
+    after = order[order.index(name) + 1]
+    cut = {key: value for key, value in params.items() if key not in (name, after)}
+    cut[f"{name}={params[name]}&{after}"] = params[after]
+    path = "/sms/momt/?provider=nexmo&"
+    assert client.get(path + urlencode({**params, "sig": sig})).status == 200
+    assert client.get(path + urlencode({**cut, "sig": sig})).status == 403
+
+
 # -- Without a signature --------------------------------------------------------
 
 
