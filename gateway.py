@@ -125,6 +125,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
 
 # =============================================================================
 # 1. Vocabulary
@@ -178,6 +179,8 @@ STORAGE_IDLE_S: Final = 0.01
 """How long a connection to the store rests before it is looked at: no server is back sooner."""
 DISCOVERY_S: Final = 0.3
 """How long we may ask who holds what now, once a node of a cluster or group has failed."""
+_UNDONE_S: Final = 60
+"""How long it is known that a message was refused, to others of its session that are being sent."""
 REPLICATION_MS: Final = 100
 """How long a replica, where there is one, may take to have what must not be lost."""
 STORE_START_S: Final = 10.0
@@ -1414,6 +1417,8 @@ def _pem(key: PrivateKey) -> bytes:
 #                                in DynamoDB that is
 # "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
 #                                id of an SMS, that was used
+#                                the record before one that  a minute
+#                                was undone
 # "receipt " 12 bytes            what became of a message    a day
 # "sends"                        times of messages sent      an hour
 # "heartbeat"                    the last health check       a minute
@@ -2084,10 +2089,9 @@ class DynamoTable:
 
 
 TABLE: Final[Json] = {
-    "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+    "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}], "BillingMode": "PAY_PER_REQUEST",
     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
-    "BillingMode": "PAY_PER_REQUEST",
-}
+}  # fmt: skip
 TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
 TABLE_START_S: Final = 60.0
 """How long a new DynamoDB table may take until it can be used."""
@@ -2452,7 +2456,7 @@ class HttpSms(SmsProvider):
             basic = base64.b64encode(":".join(self.login.values()).encode()).decode()
             self.login["basic"] = basic
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
-        except (LookupError, TypeError, ValueError, re.error, urllib3.exceptions.HTTPError):
+        except (LookupError, TypeError, ValueError, re.error, HTTPError):
             raise self.bad(
                 "needs templates of known names ({from}, {to}, {text}, …), a body of one of the "
                 f"types {', '.join(ESCAPES)}, and a regular expression as success"
@@ -2471,7 +2475,7 @@ class HttpSms(SmsProvider):
                     self.in_thread(connection.timeout, super(Connection, connection).connect)
                 except TimeoutError:
                     why = "not connected in time"
-                    raise urllib3.exceptions.ConnectTimeoutError(connection, why) from None
+                    raise ConnectTimeoutError(connection, why) from None
 
         return Connection
 
@@ -2523,12 +2527,9 @@ class HttpSms(SmsProvider):
             )  # fmt: skip
             body = answer.read(ANSWER_MAX_BYTES)
             answer.close()
-        except (
-            urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError,
-            urllib3.exceptions.SSLError,
-        ) as error:  # fmt: skip
+        except (ConnectTimeoutError, NewConnectionError, SSLError) as error:
             raise SmsFailed(f"{self.kind} cannot be reached: {type(error).__name__}") from None
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
         if not 200 <= answer.status < 300:
             error_class = MEANINGS.get(answer.status, SmsFailed)
@@ -2552,10 +2553,8 @@ FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
     FORM["Content-Type"]: str,  # urlencode is for all of it
     "application/json": lambda text: json.dumps(text)[1:-1],
-    "application/xml": html.escape,
-    "text/xml": html.escape,
-    "text/plain": str,
-}
+    "application/xml": html.escape, "text/xml": html.escape, "text/plain": str,
+}  # fmt: skip
 """How a value is written into a body of each Content-Type."""
 
 
@@ -2955,10 +2954,9 @@ class Gateway:
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
         # Its time may be far ahead, and the session alive by then.
-        longest_s = self.settings.verified_ttl_s or left_s + 1
-        longest_s = longest_s if user.verified_s else self.settings.session_ttl_s
-        nonce_ttl_s = min(max(left_s, 1) + 1, longest_s)
-        return Session(hawk_id, user, storage_id, record, header, request, nonce_ttl_s)
+        settings, ttl_s = self.settings, max(left_s, 1) + 1
+        lives_s = settings.verified_ttl_s or ttl_s if user.verified_s else settings.session_ttl_s
+        return Session(hawk_id, user, storage_id, record, header, request, min(ttl_s, lives_s))
 
     def check_request(self, session: Session, content_type: str, body: bytes) -> None:
         """Check what else a Hawk header promises: its time, and the hash of the body.
@@ -3253,7 +3251,7 @@ class Gateway:
                 with contextlib.suppress(Unavailable):  # this count is gone in an hour
                     if counted:
                         self.storage.uncount_send()
-                self._replace_record(session, before)
+                self._undo(session, before)
                 if not isinstance(error, SmsFailed):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
@@ -3265,6 +3263,21 @@ class Gateway:
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         # ANSWER
         return sender
+
+    def _undo(self, session: Session, before: bytes) -> None:
+        """Put back the record before this request; and before the one that made that, if undone.
+
+        Of two messages that are refused at once the second began with the record of the first.
+        """
+
+        def undone(record: bytes) -> StorageId:
+            return StorageId(nonce_key(session.storage_id, "undone " + record.hex()))
+
+        made, known = session.record, before
+        self.storage.create(undone(made), before, _UNDONE_S)  # for who began with it
+        while known and (kept := self.storage.get(session.storage_id)) == made:
+            self.storage.commit(session.storage_id, kept, known)
+            made, known = known, self.storage.get(undone(known)) or b""
 
     def _replace_record(self, session: Session, record: bytes) -> None:
         """Write another record than the one that this request committed, if it is still there."""
@@ -3351,10 +3364,9 @@ ROUTES: Final = (
 """Every route; each is there bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
 PREFLIGHT: Final = {
-    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "3600",
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Access-Control-Max-Age": "3600",
-}
+}  # fmt: skip
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
 FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
 """What the names of headers that a proxy adds begin with, in WSGI's spelling."""

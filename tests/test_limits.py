@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -299,6 +300,45 @@ def test_messages_that_were_refused_do_not_count(
     provider.status = "0"
     assert client.ask().status == 200
     refused(client.ask(), 114)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("first", [True, False])
+def test_messages_that_are_refused_at_once_change_nothing(
+    make_client: Callable[..., WsgiClient], monkeypatch: pytest.MonkeyPatch,
+    order: tuple[int, ...], first: bool,
+) -> None:  # fmt: skip
+    """A double tap while providers are down: each began with the record of the one before."""
+    client = make_client(sends_per_session=9)
+    client.register()
+    if not first:
+        assert client.ask().status == 200
+    before, code = records(client), "" if first else client.code()
+    sending, ends = threading.Semaphore(0), [threading.Event() for _ in order]
+    number = iter(range(len(order)))
+
+    def refuse(*_: Any) -> Any:
+        mine = next(number)
+        sending.release()
+        assert ends[mine].wait(10)
+        raise gateway.SmsFailed("refused")
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(len(order)) as threads:
+        patched.setattr(client.gateway.sms, "send", refuse)
+        asked = []
+        for _ in order:
+            same = client.another()
+            same.credentials = client.credentials
+            asked.append(threads.submit(same.ask, "+447700900999" if first else NUMBER))
+            assert sending.acquire(timeout=10)
+        for n in order:
+            ends[n].set()
+            assert asked[n].result().errno == 201
+    assert records(client) == before
+    if first:  # the number was mistyped
+        assert client.ask().status == 200
+    else:
+        assert client.call("/sms/verify_code", {"code": code}).status == 200
 
 
 @pytest.mark.parametrize("fails", ["count_send", "uncount_send"])
