@@ -473,7 +473,7 @@ def memory(settings: gateway.Settings, users: int) -> int:
     )
     print(f"of 100 signed requests a second: {6000 * used.nonce:,.0f} bytes")
     print(f"resident with all of them: {used.resident:,} bytes; plan 1.5 times what is used")
-    print(f"\n  usage = users × {a:.0f} + {b:.0f}    (2015: users × 1216 + 600000)\n")
+    print(f"\n  usage = users × {a:.0f} {b:+.0f}    (2015: users × 1216 +600000)\n")
     print("  verified users   2015, GB   used, GB   resident, GB")
     for n in (3.5e6, 10e6, 60e6):
         now = (n * a + b) / 1e9
