@@ -1025,9 +1025,7 @@ def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """
     wanted: list[tuple[float, str]] = []
     for item in accept_language.lower().split(","):
-        found = re.fullmatch(
-            r"\s*([a-z0-9\-*]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item
-        )
+        found = re.fullmatch(r"\s*([a-z0-9*-]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
         if found and float(found[2] or 1) > 0:
             wanted.append((-float(found[2] or 1), found[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
@@ -3179,14 +3177,13 @@ class Gateway:
         return made[-1]
 
     def unregister(self, session: Session) -> None:
-        """Drop everything about the user: first what lies elsewhere, as a 503 may be the end."""
-
-        def decide(user: User) -> tuple[None, None]:
-            if number := self._number(session, user):
-                self.sms.forget(number)
-            return None, None
-
-        self.step(session, decide)
+        """Drop everything about the user."""
+        try:
+            number = self.step(session, lambda user: (None, self._number(session, user)))
+        except Unavailable:  # they may be gone all the same, and then nobody asks again
+            self.sms.forget(self._number(session, session.user))
+            raise
+        self.sms.forget(number)
 
     # -- What they share ------------------------------------------------------
 
