@@ -68,7 +68,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -101,6 +100,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
@@ -1532,9 +1532,21 @@ Node = tuple[str, int]
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
 Then = Callable[[list[Any]], Command | None] | None
-_Dialers = concurrent.futures.ThreadPoolExecutor
 Meanwhile = Callable[[], object] | None
 """What to do while a server works: work that pays even if its answer will be another one."""
+
+
+def _in_time(threads: ThreadPoolExecutor, limit_s: float, call: Any, **named: Any) -> None:
+    """Do something that nothing else bounds in time, such as asking a name server.
+
+    Raises:
+        TimeoutError: It is not done yet; its thread goes on, and is missing for the next.
+    """
+    future = threads.submit(call, **named)
+    try:
+        future.result(limit_s)
+    finally:
+        future.cancel()  # where it did not begin, it never will
 
 
 class Link:
@@ -1545,19 +1557,19 @@ class Link:
 
     Args:
         url: As ``redis.from_url`` takes it.
-        dialers: Connect for us: nothing else bounds how long a name server takes.
+        dialers: The threads that connect.
 
     Raises:
         ValueError, TypeError: The URL is not usable.
     """
 
-    def __init__(self, url: str, timeout_s: float, dialers: _Dialers | None = None) -> None:
+    def __init__(self, url: str, timeout_s: float, dialers: ThreadPoolExecutor) -> None:
         self._pool = redis.ConnectionPool.from_url(
             url, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None,
             socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
         )  # fmt: skip
         self._connection: Any = self._pool.make_connection()  # which sends nothing yet
-        self._dialers, self._timeout_s = dialers or _Dialers(1), timeout_s
+        self._dialers, self._timeout_s = dialers, timeout_s
         self._used_s, self._came = 0.0, ctypes.create_string_buffer(4096)
 
     def open(self) -> None:
@@ -1579,18 +1591,15 @@ class Link:
         except redis.RedisError:
             self.close()
         if not connection.is_connected:
-            self._connect(connection)
+            try:
+                _in_time(self._dialers, 2 * self._timeout_s, connection.connect)
+            except TimeoutError:
+                self._connection = self._pool.make_connection()
+                raise redis.ConnectionError("not connected in time") from None
             self._socket, self._reader = connection._sock, hiredis.Reader(replyError=_reply_error)
             self._plain = not isinstance(connection, redis.SSLConnection)
             if self._plain:  # OpenSSL would wait for ever
                 self._wait_in_kernel()
-
-    def _connect(self, connection: Any) -> None:
-        try:
-            self._dialers.submit(connection.connect).result(2 * self._timeout_s)
-        except concurrent.futures.TimeoutError:
-            self._connection = self._pool.make_connection()
-            raise redis.ConnectionError("not connected in time") from None
 
     def _wait_in_kernel(self) -> None:
         # Python keeps a time-out by asking first whether it would have to wait. Each time it
@@ -1690,7 +1699,7 @@ class Storage:
 
     def __init__(self, url: str) -> None:
         self.url, self._threads, self._lock = url, threading.local(), threading.Lock()
-        self._dialers = _Dialers(16, "store")
+        self._dialers = ThreadPoolExecutor(16, "store")
         scheme, _, rest = url.partition("://")
         self._scheme, _, self._kind = scheme.partition("+")
         user, at, rest = rest.rpartition("@")
@@ -1937,11 +1946,7 @@ class Storage:
                 if not said:
                     LOG.warning("waiting for the store %s", where)
                 said = True
-            except (
-                AttributeError,
-                TypeError,
-                ValueError,
-            ):  # redis-py tries options when it connects
+            except (AttributeError, TypeError, ValueError):  # what connecting shows
                 raise SettingsError("storage_url holds a host or options that cannot be") from None
             if self._kind:
                 self._nodes = None
@@ -2211,7 +2216,7 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     left_s = user.code_expires_s - settings.code_ttl_s + settings.session_ttl_s - now_s
     sends = user.sends if left_s > 0 else 0
     if sends >= settings.sends_per_session:
-        left_s = min(left_s, settings.session_ttl_s)  # our clock was ahead, else
+        left_s = min(left_s, settings.session_ttl_s)  # it is more if our clock was ahead
         raise TooManyCodes("this session has asked for all the codes it may", left_s)
     return sends
 
@@ -2259,7 +2264,7 @@ class SmsProvider:
             if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
                 raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
         half = max(1, settings.threads // 2)  # as many sends as there may be at once
-        self._threads = concurrent.futures.ThreadPoolExecutor(half, f"sms {self.kind}")
+        self._sending = ThreadPoolExecutor(half, f"sms {self.kind}")
 
     def bad(self, what: str) -> SettingsError:
         """The error that refuses the entry; it quotes none of its values."""
@@ -2273,18 +2278,6 @@ class SmsProvider:
             SmsUnknown: The provider did not say.
         """
         raise NotImplementedError
-
-    def in_thread(self, timeout_s: float, call: Callable[..., T], *args: Any, **named: Any) -> T:
-        """Do something that nothing else bounds in time.
-
-        Raises:
-            TimeoutError: It is not done yet; its thread goes on, and is missing for the next.
-        """
-        future = self._threads.submit(call, *args, **named)
-        try:
-            return future.result(timeout_s)
-        finally:
-            future.cancel()  # where it did not begin, it never will
 
     def forget(self, to: Msisdn) -> None:
         """Drop what is kept here about a number."""
@@ -2468,9 +2461,9 @@ class HttpSms(SmsProvider):
             response_class = _Response
 
             def connect(connection) -> None:  # noqa: N805
-                # In a thread of its own: nothing else bounds how long a name server takes.
+                connect = super(Connection, connection).connect
                 try:
-                    self.in_thread(connection.timeout, super(Connection, connection).connect)
+                    _in_time(self._sending, connection.timeout, connect)
                 except TimeoutError:
                     why = "not connected in time"
                     raise ConnectTimeoutError(connection, why) from None
@@ -2672,7 +2665,7 @@ class SnsSms(SmsProvider):
         typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
         message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         try:
-            self.in_thread(timeout_s, self.client.publish, **message)
+            _in_time(self._sending, timeout_s, self.client.publish, **message)
         except TimeoutError:
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.known.ClientError as error:
@@ -3252,14 +3245,18 @@ class Gateway:
                 if not isinstance(error, SmsFailed):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
-        # RECORD: what a resend and the receipts go by; the message is out, whatever happens here
+        # RECORD: the message is out, whatever happens here
         with contextlib.suppress(Unavailable):
-            if len(self.sms.providers) > 1 and sent.tried != user.tried:
-                self._replace_record(session, user._replace(tried=sent.tried).pack())
-            for message_id in filter(None, sent.ids):
-                self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
+            self._note_sent(session, user, sent)
         # ANSWER
         return sender
+
+    def _note_sent(self, session: Session, user: User, sent: Sent) -> None:
+        """Keep what a resend and the receipts go by."""
+        if len(self.sms.providers) > 1 and sent.tried != user.tried:
+            self._replace(session, session.record, user._replace(tried=sent.tried).pack())
+        for message_id in filter(None, sent.ids):
+            self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
 
     def _undo(self, session: Session, before: bytes) -> None:
         """Put back the record before this request; and before the one that made that, if undone.
@@ -3272,14 +3269,14 @@ class Gateway:
 
         made, known = session.record, before
         self.storage.create(undone(made), before, _UNDONE_S)  # for who began with it
-        while known and (kept := self.storage.get(session.storage_id)) == made:
-            self.storage.commit(session.storage_id, kept, known)
+        while known and self._replace(session, made, known):
             made, known = known, self.storage.get(undone(known)) or b""
 
-    def _replace_record(self, session: Session, record: bytes) -> None:
-        """Write another record than the one that this request committed, if it is still there."""
-        if (kept := self.storage.get(session.storage_id)) == session.record:
+    def _replace(self, session: Session, made: bytes, record: bytes) -> bool:
+        """Write another record than the one that was made, if that is still there."""
+        if still := (kept := self.storage.get(session.storage_id)) == made:
             self.storage.commit(session.storage_id, kept, record)
+        return still
 
     def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
@@ -3844,6 +3841,7 @@ class EmbeddedStore:
         self._binary, self._stopping = valkey_binary(), threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
+        self._full = False
         self._thread = threading.Thread(target=self._keep_running, daemon=True)
         self._thread.start()
         threading.Thread(target=self._keep_on_disk, daemon=True).start()
@@ -3888,19 +3886,22 @@ class EmbeddedStore:
         rest it leaves to us. Its own "everysec" puts off writing while a disk is slow, and
         answers all the same; "always" makes every answer wait for the disk.
         """
-        full = 0
         while not self._stopping.wait(1.0):
-            with contextlib.suppress(OSError, redis.RedisError):  # another time, then
+            with contextlib.suppress(OSError):  # no file may be opened now
                 for path in self.folder.glob("appendonlydir/*.incr.aof"):
-                    with path.open("rb") as file:
+                    with contextlib.suppress(OSError), path.open("rb") as file:
                         os.fsync(file.fileno())
-                # On a full disk it answers what it could not write, before it refuses the rest.
-                disk, was_full = os.statvfs(self.folder), full
-                little = disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
-                full = int(little and disk.f_blocks > 0)  # some file systems do not say
-                self._client.config_set("min-replicas-to-write", full)
-                if full > was_full:
-                    LOG.error("the disk of data_dir is full: nothing is written until it is not")
+            with contextlib.suppress(OSError, redis.RedisError):
+                self._refuse_writes_on_a_full_disk()
+
+    def _refuse_writes_on_a_full_disk(self) -> None:
+        # By itself the server answers what it could not write, before it refuses the rest.
+        disk, was_full = os.statvfs(self.folder), self._full
+        little = disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
+        self._full = little and disk.f_blocks > 0  # some file systems do not say
+        if self._full > was_full:
+            LOG.error("the disk of data_dir is full: nothing is written until it is not")
+        self._client.config_set("min-replicas-to-write", int(self._full))
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent, command = os.getpid(), [str(self._binary)]
@@ -3954,6 +3955,7 @@ class EmbeddedStore:
                 hung = time.monotonic() > deadline
                 self._process.send_signal(signal.SIGKILL if hung else signal.SIGTERM)
             self._thread.join(0.1)
+        self._client.close()
         os.close(self._lock)
 
 

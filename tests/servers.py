@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ class Server:
 
     def call(self, *command: Any, timeout_s: float = 10) -> Any:
         """One command on a connection of its own; its raw answer."""
-        with contextlib.closing(gateway.Link(self.url, timeout_s)) as link:
+        with contextlib.closing(gateway.Link(self.url, timeout_s, ThreadPoolExecutor(1))) as link:
             link.open()
             return link.talk(command)[0]
 

@@ -204,7 +204,7 @@ def test_records_of_other_versions(
 @pytest.fixture
 def link(storage: gateway.Storage) -> Iterator[gateway.Link]:
     """A link to the embedded store, open, that gives up after a fifth of a second."""
-    with contextlib.closing(gateway.Link(storage.url, 0.2)) as link:
+    with contextlib.closing(gateway.Link(storage.url, 0.2, ThreadPoolExecutor(1))) as link:
         link.open()
         yield link
 
