@@ -1999,24 +1999,19 @@ class DynamoTable:
     """
 
     def __init__(self, url: str, clock: Clock) -> None:
+        parts, self._clock = urlsplit(url), clock
+        self.name, options = parts.netloc, dict(parse_qsl(parts.query))
         try:
-            import boto3
-            from botocore.config import Config
             from botocore.exceptions import BotoCoreError, ClientError
+
+            self.errors = (BotoCoreError, ClientError, ValueError)
+            self._client = _aws_client(
+                "dynamodb", options.get("region"), options.get("endpoint_url"),
+                connect_timeout=STORAGE_TIMEOUT_S / 2, read_timeout=STORAGE_TIMEOUT_S,
+                max_pool_connections=512,
+            )  # fmt: skip
         except ImportError:
             raise StartError("certificate_store needs boto3: pip install boto3") from None
-        parts, self._clock = urlsplit(url), clock
-        self.name, self.errors = parts.netloc, (BotoCoreError, ClientError, ValueError)
-        options = dict(parse_qsl(parts.query))
-        config = Config(
-            connect_timeout=STORAGE_TIMEOUT_S / 2, read_timeout=STORAGE_TIMEOUT_S,
-            retries={"total_max_attempts": 1}, max_pool_connections=512,
-        )  # fmt: skip
-        try:
-            self._client = boto3.client(
-                "dynamodb", region_name=options.get("region"), config=config,
-                endpoint_url=options.get("endpoint_url"),
-            )  # fmt: skip
         except self.errors as error:
             raise StartError(f"certificate_store cannot be used: {error}") from None
 
@@ -2078,17 +2073,13 @@ class DynamoTable:
 
     def _described(self) -> Json:
         """What DynamoDB says about the table; nothing while it is only asked for."""
+        known = self._client.exceptions
         try:
             return cast(Json, self._client.describe_table(TableName=self.name)["Table"])
-        except self.errors as error:
-            if _aws_code(error) != "ResourceNotFoundException":
-                raise
-        try:
-            self._client.create_table(TableName=self.name, **TABLE)
-        except self.errors as error:
-            if _aws_code(error) != "ResourceInUseException":  # another gateway was faster
-                raise
-        return {}
+        except known.ResourceNotFoundException:
+            with contextlib.suppress(known.ResourceInUseException):  # another gateway was faster
+                self._client.create_table(TableName=self.name, **TABLE)
+            return {}
 
 
 TABLE: Final[Json] = {
@@ -2098,6 +2089,15 @@ TABLE: Final[Json] = {
 TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
 TABLE_START_S: Final = 60.0
 """How long a new DynamoDB table may take until it can be used."""
+
+
+def _aws_client(service: str, region: str | None, endpoint: str | None, **limits: float) -> Any:
+    """A client that tries everything once, by boto3: loaded only where a setting needs it."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(retries={"total_max_attempts": 1}, **limits)
+    return boto3.client(service, region_name=region, endpoint_url=endpoint or None, config=config)
 
 
 def _aws_code(error: Exception) -> str:
@@ -2640,18 +2640,15 @@ class SnsSms(SmsProvider):
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
         try:
-            import boto3
             import botocore.exceptions as known
-            from botocore.config import Config
+
+            self.client = _aws_client(
+                "sns", self.entry["region"], self.entry["endpoint"],
+                connect_timeout=self.entry["connect_timeout_s"],
+                read_timeout=self.entry["timeout_s"], max_pool_connections=settings.threads,
+            )  # fmt: skip
         except ImportError:
             raise self.bad("needs boto3: pip install boto3") from None
-        config = Config(
-            connect_timeout=self.entry["connect_timeout_s"], read_timeout=self.entry["timeout_s"],
-            retries={"total_max_attempts": 1}, max_pool_connections=settings.threads,
-        )  # fmt: skip
-        where = {"region_name": entry["region"], "endpoint_url": self.entry["endpoint"] or None}
-        try:
-            self.client, self.known = boto3.client("sns", **where, config=config), known
         except (known.BotoCoreError, ValueError):
             raise self.bad("needs a region, an endpoint and a profile that boto3 takes") from None
         early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
@@ -2668,7 +2665,7 @@ class SnsSms(SmsProvider):
             _in_time(self._sending, timeout_s, self.client.publish, **message)
         except TimeoutError:
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
-        except self.known.ClientError as error:
+        except self.client.exceptions.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
             refused = code.startswith(("InvalidParameter", "OptedOut"))
             raise (SmsRefused if refused else SmsFailed)(f"sns refused it: {code}") from None
