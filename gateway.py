@@ -2343,10 +2343,9 @@ class OutboxSms(SmsProvider):
         found: list[Json] = []
         for path in self._files() if digits.isdecimal() else ():
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
-                content = path.read_bytes()
-                for line in self._lines_to("+" + digits, content):
+                for line in self._lines_to("+" + digits, path.read_bytes()):
                     with contextlib.suppress(ValueError):  # being written
-                        found.append(json.loads(content[line]))
+                        found.append(json.loads(line[1]))
         return [message for message in found if message["at"] > time.time() - HOUR_S]
 
     def prune(self) -> None:
@@ -2360,7 +2359,7 @@ class OutboxSms(SmsProvider):
         for path in self._files():
             with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
                 for line in self._lines_to(to, file.read()):
-                    os.pwrite(file.fileno(), b" " * (line.stop - line.start), line.start)
+                    os.pwrite(file.fileno(), b" " * len(line[1]), line.start(1))
 
     def _files(self) -> list[Path]:
         """Oldest first."""
@@ -2371,13 +2370,9 @@ class OutboxSms(SmsProvider):
     def _name(self, at_s: float) -> str:
         return f"{int(at_s) // 60}.jsonl"  # minutes since the epoch: for centuries, 8 digits
 
-    def _lines_to(self, to: str, content: bytes) -> Iterator[slice]:
-        begin = f'\n{{"to": "{to}", '.encode()  # as json.dumps writes it
-        at = content.find(begin)
-        while at >= 0:
-            end = content.find(b"\n", at + 1) % (len(content) + 1)  # -1: it is the last
-            yield slice(at + 1, end)
-            at = content.find(begin, end)
+    def _lines_to(self, to: str, content: bytes) -> Iterator[re.Match[bytes]]:
+        begin = f'{{"to": "{to}", '.encode()  # as json.dumps writes it
+        return re.finditer(b"\n(" + re.escape(begin) + b".*)", content)
 
 
 def _has_room(console: TextIO) -> bool:
@@ -2438,8 +2433,6 @@ class HttpSms(SmsProvider):
         self.content_type = media_type(str(headers.get("content-type", "text/plain")))
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
         self.login = {name: self.entry[name] for name in self.needs}
-        templates = (self.target, self.headers, self.body, self.fields, self.receipt_url)
-        self.uses_id = "{id}" in str(templates)
         where = f"{parts.scheme}://{parts.netloc}"
         try:  # a request as it will be: it shows unknown places and types
             self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
@@ -2480,7 +2473,7 @@ class HttpSms(SmsProvider):
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
         wide = measure(text).encoding == "UCS-2"
-        own_id = secrets.token_hex(8) if self.uses_id else ""
+        own_id = secrets.token_hex(8)
         return self.login | {
             "from": sender, "from_digits": sender.removeprefix("+"), "to": to, "to_digits": to[1:],
             "text": text, "type": "unicode" * wide, "coding": "2" if wide else "0", "id": own_id,
@@ -3902,13 +3895,13 @@ class EmbeddedStore:
 
     def _start(self) -> subprocess.Popen[bytes]:
         parent, command = os.getpid(), [str(self._binary)]
-        for option in (
-            "port 0", "appendonly yes", "appendfsync no", "unixsocketperm 700",
-            "maxmemory-policy noeviction",
-            f"unixsocket {self.socket}", f"dir {self.folder}", f"logfile {self.folder}/store.log",
-        ):  # fmt: skip
-            name, _, value = option.partition(" ")
-            command += ["--" + name, value]
+        options = {
+            "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
+            "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
+            "save": "", "maxmemory-policy": "noeviction",
+        }  # fmt: skip
+        for name, value in options.items():
+            command += ["--" + name, str(value)]
 
         def in_child() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -3921,7 +3914,7 @@ class EmbeddedStore:
                 die_with_parent(parent, signal.SIGTERM)
 
         process = subprocess.Popen(
-            [*command, "--save", ""], cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
+            command, cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
             preexec_fn=in_child, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         if sys.platform != "linux":  # a shell reads a pipe that ends with us
