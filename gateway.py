@@ -2429,14 +2429,14 @@ class HttpSms(SmsProvider):
         self.headers, self.body = request["headers"], request["body"]
         self.fields = parse_qsl(str(self.body))  # if it is a form
         self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
-        headers = {str(k).lower(): v for k, v in self.headers.items()}
-        self.content_type = media_type(str(headers.get("content-type", "text/plain")))
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
         self.login = {name: self.entry[name] for name in self.needs}
         where = f"{parts.scheme}://{parts.netloc}"
         try:  # a request as it will be: it shows unknown places and types
             self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
             re.compile(self.entry.get("success", ""))
+            content_type = urllib3.HTTPHeaderDict(self.headers).get("content-type", "text/plain")
+            self.content_type = media_type(content_type)
             basic = base64.b64encode(":".join(self.login.values()).encode()).decode()
             self.login["basic"] = basic
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
@@ -2880,6 +2880,7 @@ class Session:
     """One signed request whose MAC is right: whose it is, and their record as it was read.
 
     Attributes:
+        before: The record that its commit replaced.
         spent: Whether its nonce is used up, as it must be before anything is answered.
         unsure: A commit got no answer. It may have run, so it is not sent again.
     """
@@ -2891,6 +2892,7 @@ class Session:
     header: HawkHeader
     request: HawkRequest
     nonce_ttl_s: int
+    before: bytes = b""
     spent: bool = False
     unsure: bool = False
 
@@ -2983,7 +2985,8 @@ class Gateway:
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
-                session.user, session.record = user or session.user, new
+                session.before, session.record = session.record, new
+                session.user = user or session.user
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
@@ -3206,16 +3209,9 @@ class Gateway:
         Args:
             msisdn: The session's number, if it is at hand.
         """
-        before = session.record
-
-        def remember(user: User) -> tuple[User, str]:
-            nonlocal before
-            before = session.record
-            return decide(user)
-
         with self.sms.slot():
             # RECORD
-            code, user, counted = self.step(session, remember), session.user, False
+            code, user, counted = self.step(session, decide), session.user, False
             # ACT
             msisdn = msisdn or self._number(session, user)
             sender = self._sender(user.network, msisdn)
@@ -3231,7 +3227,7 @@ class Gateway:
                 with contextlib.suppress(Unavailable):  # this count is gone in an hour
                     if counted:
                         self.storage.uncount_send()
-                self._undo(session, before)
+                self._undo(session)
                 if not isinstance(error, SmsFailed):
                     raise
                 raise Unavailable("no SMS provider took the message; try again") from None
@@ -3248,7 +3244,7 @@ class Gateway:
         for message_id in filter(None, sent.ids):
             self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
 
-    def _undo(self, session: Session, before: bytes) -> None:
+    def _undo(self, session: Session) -> None:
         """Put back the record before this request; and before the one that made that, if undone.
 
         Of two messages that are refused at once the second began with the record of the first.
@@ -3257,8 +3253,8 @@ class Gateway:
         def undone(record: bytes) -> StorageId:
             return StorageId(nonce_key(session.storage_id, "undone " + record.hex()))
 
-        made, known = session.record, before
-        self.storage.create(undone(made), before, _UNDONE_S)  # for who began with it
+        made, known = session.record, session.before
+        self.storage.create(undone(made), known, _UNDONE_S)  # for who began with it
         while known and self._replace(session, made, known):
             made, known = known, self.storage.get(undone(known)) or b""
 
@@ -3738,12 +3734,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
-        rows: dict[int, str] = {}
+        rows = ""
         for e in error_classes():
-            anchor = "" if e.errno in rows else f" id={e.errno}"
-            row = f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
-            rows[e.errno or 0] = rows.get(e.errno or 0, "") + row
-        return html_answer("Errors", f"<dl>{''.join(rows.values())}</dl>")
+            anchor = "" if f"id={e.errno}>" in rows else f" id={e.errno}"
+            rows += f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
+        return html_answer("Errors", f"<dl>{rows}</dl>")
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS : messages of the last hour, for this machine alone."""
@@ -3838,20 +3833,18 @@ class EmbeddedStore:
         self._wait_until_ready()
 
     def _take_lock(self) -> None:
-        deadline = time.monotonic() + TAKEOVER_S
-        while True:
-            try:
+        for _ in range(round(TAKEOVER_S / 0.01)):
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # a store killed with its gateway needs a moment to die
-                if time.monotonic() > deadline:
-                    other = os.pread(self._lock, 20, 0).decode() or "unknown"
-                    os.close(self._lock)
-                    raise StartError(
-                        f"data_dir {self.folder} is in use by another gateway, process {other}: "
-                        "stop it, or choose another data_dir"
-                    ) from None
-                time.sleep(0.01)
+            time.sleep(0.01)  # a store killed with its gateway needs a moment to die
+        else:
+            other = os.pread(self._lock, 20, 0).decode() or "unknown"
+            os.close(self._lock)
+            raise StartError(
+                f"data_dir {self.folder} is in use by another gateway, process {other}: "
+                "stop it, or choose another data_dir"
+            )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
@@ -4053,8 +4046,8 @@ def claim_port(settings: Settings) -> socket.socket:
     Raises:
         StartError: Somebody listens there, or the address is not ours.
     """
-    deadline, where = time.monotonic() + TAKEOVER_S, f"{settings.host} port {settings.port}"
-    while True:
+    where = f"{settings.host} port {settings.port}"
+    for _ in range(round(TAKEOVER_S / 0.02)):
         holder = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -4064,12 +4057,10 @@ def claim_port(settings: Settings) -> socket.socket:
             holder.close()
             if error.errno != errno.EADDRINUSE:
                 raise StartError(f"cannot listen on {where}: {error.strerror}") from None
-            if time.monotonic() > deadline:
-                other = _who_listens(settings.port)
-                raise StartError(
-                    f"{where} is in use by {other}: stop it, or choose another port"
-                ) from None
         time.sleep(0.02)
+    else:
+        other = _who_listens(settings.port)
+        raise StartError(f"{where} is in use by {other}: stop it, or choose another port")
     if sys.platform == "linux":
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
