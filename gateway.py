@@ -2646,6 +2646,7 @@ class SnsSms(SmsProvider):
             raise self.bad("needs a region, an endpoint and a profile that boto3 takes") from None
         early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
         self.surely_not = (*early, known.NoCredentialsError, known.ParamValidationError)
+        self.late = (TimeoutError, known.ReadTimeoutError)  # the latter is an OSError, too
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Publish one message."""
@@ -2656,7 +2657,7 @@ class SnsSms(SmsProvider):
         message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         try:
             _in_time(self._sending, timeout_s, self.client.publish, **message)
-        except TimeoutError:
+        except self.late:
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.client.exceptions.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
