@@ -1878,11 +1878,13 @@ class Storage:
         Args:
             sent: Only that it was sent; a receipt that was faster counts more.
         """
-        self._run("SET", _receipt_key(kind, message_id), outcome, "EX", DAY_S, *["NX"] * sent)
+        key = _receipt_key(kind, message_id)
+        self._run("SET", key, outcome, "EX", DAY_S, *["NX"] * sent, key=key)
 
     def outcome(self, kind: str, message_id: str) -> str:
         """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
-        return (self._run("GET", _receipt_key(kind, message_id)) or b"").decode()
+        key = _receipt_key(kind, message_id)
+        return (self._run("GET", key, key=key) or b"").decode()
 
     def ping(self, now_s: float) -> None:
         """Prove that every node takes writes; a replica takes none, and answers a PING."""
