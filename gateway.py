@@ -79,6 +79,7 @@ import hmac
 import html
 import http.client
 import importlib.util
+import io
 import ipaddress
 import json
 import logging
@@ -471,7 +472,7 @@ class Settings:
         if not re.fullmatch(table, self.certificate_store, re.A):
             allowed = "dynamodb://TABLE?region=…&endpoint_url=…, with 3 or more letters in TABLE"
             raise self._bad("certificate_store", allowed)
-        if not re.fullmatch("([0-9a-f]{64})?", self.master_secret):
+        if not re.fullmatch("([0-9a-fA-F]{64})?", self.master_secret):
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
         if self.sms_host_line not in ("auto", "on", "off"):
             raise self._bad("sms_host_line", "auto, on, off")
@@ -2320,7 +2321,8 @@ class OutboxSms(SmsProvider):
         if os.write(self._file, line := b"\n" + message.encode()) < len(line):
             raise OSError(errno.ENOSPC, "the disk is full")
         if self.console and _has_room(self.console):
-            with contextlib.suppress(OSError):  # nobody reads along any more; it is kept, though
+            # Nobody reads along any more, or in another alphabet; it is kept, though.
+            with contextlib.suppress(OSError, ValueError):
                 self.console.write(f"SMS to {to} from {sender}: {text}\n")  # a piece at a time
                 self.console.flush()
         return []
@@ -3665,13 +3667,15 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             else:
                 with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
                     form = json_object(body, content_type)
+        # What is in the URL is ours; a body may have fields of the same names that are not.
+        name, secret = query.pop("provider", ""), secret or query.pop("secret", "")
         params: Json = query | form
-        name, given = params.pop("provider", ""), str(params.pop("secret", "") or "")
+        name, secret = name or params.pop("provider", ""), secret or params.pop("secret", "")
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
         signed = (self.settings.base_url + self.path(), form, self.header("X_TWILIO_SIGNATURE"))
-        check_inbound(entry, secret or given, params, *signed, self.gateway.clock())
+        check_inbound(entry, str(secret or ""), params, *signed, self.gateway.clock())
         return str(name), params
 
     def sms_momt(self, secret: str = "") -> Answer:
@@ -3726,12 +3730,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return html_answer("No web login", "<p>This server certifies phone numbers by SMS.")
 
     def api_specs(self) -> Json:
-        """GET /api-specs : every route, as a Videur document."""
-        size = {"max_body_size": f"{self.settings.request_max_bytes // 1024}k"}
+        """GET /api-specs : every route, as a Videur document (its spec/VAS.rst)."""
+        size = {"max_body_size": f"{math.ceil(self.settings.request_max_bytes / 1024)}k"}
         resources: Json = {}
         for route in ROUTES:
             methods = {name: size if name == "POST" else {} for name in route.methods.split()}
-            resources |= {route.path: methods, versioned(route.path): methods}
+            for path in (route.path, versioned(route.path)):
+                resources["regexp:" * ("<" in path) + path.replace("<secret>", "[^/]+")] = methods
         service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
         return {"service": {**service, "resources": resources}}
 
@@ -4273,6 +4278,8 @@ def main(argv: list[str]) -> int:
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in Latin-1; messages are not
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])

@@ -223,7 +223,9 @@ def test_api_specs_lists_every_route_with_its_methods(client: WsgiClient) -> Non
         for spelled in both(path):
             assert resources[spelled].keys() == methods, spelled
     for path, methods in resources.items():  # and nothing that is not there
-        answer = client.raw("TRACE", path.replace("<secret>", "x"))
+        example = path.removeprefix("regexp:").replace("[^/]+", "x")
+        assert re.fullmatch(path.removeprefix("regexp:"), example)
+        answer = client.raw("TRACE", example)
         allowed = set(answer.headers["allow"].split(","))
         assert (answer.status, allowed - {"HEAD", "OPTIONS"}) == (405, set(methods)), path
         assert methods.get("POST", {"max_body_size": "10k"}) == {"max_body_size": "10k"}
@@ -233,8 +235,20 @@ def test_api_specs_lists_every_route_with_its_methods(client: WsgiClient) -> Non
 def test_every_route_of_the_application_is_in_api_specs(client: WsgiClient) -> None:
     """A route that somebody adds without telling the proxy in front would be unprotected."""
     resources = client.get("/api-specs").json["service"]["resources"]
-    served = {(route.rule, route.method) for route in client.app.routes}
-    assert served == {(path, method) for path, methods in resources.items() for method in methods}
+    served = {
+        (route.rule if "<" not in route.rule else "regexp:" + re.sub("<.*?>", "[^/]+", route.rule))
+        + " " + route.method
+        for route in client.app.routes
+    }  # fmt: skip
+    assert served == {f"{path} {method}" for path in resources for method in resources[path]}
+
+
+@pytest.mark.parametrize(("limit_bytes", "told"), [(10240, "10k"), (1500, "2k"), (1024, "1k")])
+def test_api_specs_allows_what_we_take(
+    make_client: MakeClient, limit_bytes: int, told: str
+) -> None:
+    service = make_client(request_max_bytes=limit_bytes).get("/api-specs").json["service"]
+    assert service["resources"]["/register"]["POST"] == {"max_body_size": told}
 
 
 def test_browserid_names_our_key_and_a_page(client: WsgiClient) -> None:

@@ -187,6 +187,21 @@ def test_sns_by_amazons_own_package(
         form = provider.received[0].form
         assert (form["PhoneNumber"], form["Message"]) == (NUMBER, "x")
         assert "AWS.SNS.SMS.SenderID" in form.values()
+        sender.send("+15005550006", TO, "x")
+        assert "AWS.MM.SMS.OriginationNumber" in provider.received[1].form.values()
+
+
+def test_sns_that_says_nothing_may_have_taken_it(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore's own time-out is an OSError, which from others means that nothing was sent."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    provider.answer = hang
+    entry = {"kind": "sns", "region": "eu-west-1", "endpoint": provider.url, "timeout_s": 0.2}
+    sender = sender_of(entry)
+    with pytest.raises(gateway.SmsUnknown):
+        sender._attempt(sender.providers[0], "Gateway", TO, "x", 5.0)
 
 
 def test_sns_without_boto3_refuses_to_start() -> None:

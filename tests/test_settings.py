@@ -706,6 +706,8 @@ def test_master_secret_is_hidden_and_used() -> None:
     settings = Settings(master_secret="c0ffee" * 10 + "beef")
     assert "c0ffee" not in repr(settings) + settings.shown("master_secret")
     assert gateway.load_master_secret(settings)[0].hex() == "c0ffee" * 10 + "beef"
+    large = Settings(master_secret="C0FFEE" * 10 + "BEEF")
+    assert gateway.load_master_secret(large) == gateway.load_master_secret(settings)
 
 
 @pytest.mark.parametrize("length", [1, 32, 63, 65, 128])
@@ -776,6 +778,18 @@ def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path)
     assert (ended.returncode, made) == (1, ["browserid.pem"] * (command == "generate-keypair"))
     assert "Traceback" not in ended.stderr
     assert "Exception" not in ended.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", ["settings", "messages"])
+def test_commands_print_in_any_alphabet(command: str, encoding: str) -> None:
+    argv = [sys.executable, "gateway.py", command]
+    ended = subprocess.run(
+        argv, capture_output=True, cwd=lab.ROOT, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert rb"\u2026" in ended.stdout or rb"\u05d4" in ended.stdout
 
 
 def test_toml_of_the_defaults_loads_back(

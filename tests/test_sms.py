@@ -632,6 +632,15 @@ def test_outbox_outlives_its_console(outbox: gateway.OutboxSms) -> None:
     assert texts(outbox) == ["one", "two"]
 
 
+def test_outbox_outlives_a_console_in_another_alphabet(
+    outbox: gateway.OutboxSms, tmp_path: Path
+) -> None:
+    """A failure here would look like a provider's, and the next one send the message again."""
+    with (tmp_path / "console").open("w", encoding="latin-1") as outbox.console:
+        put(outbox, "קוד האימות")
+    assert texts(outbox) == ["קוד האימות"]
+
+
 @pytest.mark.parametrize("to", ["", "*", "44770090012", "4477009001230", "?", "../x", "[0-9]"])
 def test_outbox_lists_one_whole_number_only(outbox: gateway.OutboxSms, to: str) -> None:
     put(outbox, "one")

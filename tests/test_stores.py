@@ -271,6 +271,20 @@ def test_a_ping_writes_to_every_node(storage: Storage, backend: Backend) -> None
     assert len(told) == (3 if backend.name == "cluster" else 1)
 
 
+def test_what_became_of_messages_is_asked_where_it_is_kept(storage: Storage) -> None:
+    """A question that is asked in another place of a cluster costs a second one (MOVED)."""
+
+    def moved() -> int:
+        found = [node.get("errorstat_MOVED", "count=0") for node in storage.info()]
+        return sum(int(count.removeprefix("count=")) for count in found)
+
+    before, ids = moved(), [f"M{n}" for n in range(50)]
+    for message_id in ids:
+        storage.note_outcome("nexmo", message_id, "sent", sent=True)
+    assert {storage.outcome("nexmo", message_id) for message_id in ids} == {"sent"}
+    assert moved() == before
+
+
 def test_it_is_fit_to_start_with(storage: Storage) -> None:
     storage.check()
 

@@ -76,6 +76,26 @@ def test_a_signed_call_cannot_be_cut_into_other_parameters(
     assert client.get(path + urlencode({**cut, "sig": sig})).status == 403
 
 
+@pytest.mark.parametrize("field", ["provider", "secret"])
+@pytest.mark.parametrize("value", ["of its own", None, 5])
+def test_a_body_may_have_fields_of_our_names(
+    make_client: MakeClient, field: str, value: object
+) -> None:
+    """What the URL says is ours; Vonage signs what the body says."""
+    import hmac
+
+    entry = {"kind": "nexmo", "signature_secret": "t", "path_secret": "p"}
+    client = make_client(sms_inbound=[entry])
+    body = {"msisdn": NUMBER[1:], "text": "x", field: value}
+    text = "".join(f"&{name}={body[name]}" for name in sorted(body))
+    body["sig"] = hmac.digest(b"t", text.encode(), "sha256").hex()
+    for path, expected in (
+        ("/sms/momt/?provider=nexmo&secret=p", 200), ("/sms/momt/p?provider=nexmo", 200),
+        ("/sms/momt/q?provider=nexmo", 403), ("/sms/momt/?provider=nexmo", 403),
+    ):  # fmt: skip
+        assert client.raw("POST", path, json.dumps(body).encode()).status == expected, path
+
+
 # -- Without a signature --------------------------------------------------------
 
 
