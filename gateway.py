@@ -548,12 +548,10 @@ class Settings:
         if name.endswith("_url"):
             value = re.sub(r"(?s)^(\w+:(//)?)?.*@", r"\1…@", str(value))
             value = re.sub(r"(?s)\?.*", "?…", value)
-        elif name == "master_secret" and value:
-            value = "…"
         elif name in SMS_LISTS and isinstance(value, list):
             entries = [entry for entry in value if isinstance(entry, dict)]
             value = [{k: _shown_field(k, v) for k, v in entry.items()} for entry in entries]
-        elif name in SMS_LISTS and value is not None:
+        elif name in ("master_secret", *SMS_LISTS) and value:
             value = "…"
         return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -2441,8 +2439,7 @@ class HttpSms(SmsProvider):
             re.compile(self.entry.get("success", ""))
             content_type = urllib3.HTTPHeaderDict(self.headers).get("content-type", "text/plain")
             self.content_type = media_type(content_type)
-            basic = base64.b64encode(":".join(self.login.values()).encode()).decode()
-            self.login["basic"] = basic
+            self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
         except (LookupError, TypeError, ValueError, re.error, HTTPError):
             raise self.bad(
@@ -2462,8 +2459,7 @@ class HttpSms(SmsProvider):
                 try:
                     _in_time(self._sending, connection.timeout, connect)
                 except TimeoutError:
-                    why = "not connected in time"
-                    raise ConnectTimeoutError(connection, why) from None
+                    raise ConnectTimeoutError(connection, "not connected in time") from None
 
         return Connection
 
@@ -3458,12 +3454,10 @@ _JSON: Final = json.JSONDecoder(parse_constant=_refuse)
 @lru_cache
 def split_host(host: str, scheme: str) -> tuple[str, int]:
     """Host and port that a Host header names; "" if it is unusable."""
-    default = 443 if scheme == "https" else 80
     try:
-        parts = urlsplit("//" + host)
-        return parts.hostname or "", parts.port or default
+        return hawk_target("", f"{scheme}://{host}")[2:]
     except ValueError:
-        return "", default
+        return hawk_target("", f"{scheme}://")[2:]
 
 
 NOTHING: Final = Answer(200, b"", "text/plain")
@@ -3981,16 +3975,14 @@ def application() -> GatewayApp:
     return app
 
 
-def worker_app(
-    settings: Settings, storage_url: str, parent: int, places: str, pem: bytes
-) -> GatewayApp:
+def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
     Keys are the parent's: were they files again, a worker that is replaced might find, or make,
     others than the rest have.
 
     Args:
-        settings: With the master secret in it.
+        settings: With the master secret and the store in them.
         places: A file in which each worker locks the number of the CPU that it is on; "" where
             there is none.
     """
@@ -4001,7 +3993,7 @@ def worker_app(
     if os.access(places, os.W_OK):
         threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
-    return create_app(settings, storage_url, pem=pem)
+    return create_app(settings, pem=pem)
 
 
 def stay_together(places: str) -> None:
@@ -4117,8 +4109,8 @@ def serve(settings: Settings) -> int:
         _announce(settings, data, sms, new_master or new_key)
         for warning in warnings:
             say(f"  WARNING: {warning}")
-        settings = replace(settings, master_secret=master.hex())
-        _run_workers(settings, holder.getsockname()[0], url, _pem(key))
+        settings = replace(settings, storage_url=url, master_secret=master.hex())
+        _run_workers(settings, holder.getsockname()[0], _pem(key))
     except KeyboardInterrupt:
         pass
     finally:
@@ -4132,7 +4124,7 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _run_workers(settings: Settings, address: str, storage_url: str, pem: bytes) -> None:
+def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
@@ -4150,7 +4142,7 @@ def _run_workers(settings: Settings, address: str, storage_url: str, pem: bytes)
     server.signal_handler_reload = ended  # type: ignore[method-assign]
     # A file that has no name, and so stays when old ones are swept out of /tmp.
     places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
-    load = partial(worker_app, settings, storage_url, os.getpid(), places, pem)
+    load = partial(worker_app, settings, os.getpid(), places, pem)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
