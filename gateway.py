@@ -2455,9 +2455,8 @@ class HttpSms(SmsProvider):
             response_class = _Response
 
             def connect(connection) -> None:  # noqa: N805
-                connect = super(Connection, connection).connect
                 try:
-                    _in_time(self._sending, connection.timeout, connect)
+                    _in_time(self._sending, connection.timeout, super().connect)
                 except TimeoutError:
                     raise ConnectTimeoutError(connection, "not connected in time") from None
 
