@@ -1530,7 +1530,6 @@ Node = tuple[str, int]
 
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
-Then = Callable[[list[Any]], Command | None] | None
 Meanwhile = Callable[[], object] | None
 """What to do while a server works: work that pays even if its answer will be another one."""
 
@@ -1666,12 +1665,6 @@ _send.restype = _recv.restype = ctypes.c_ssize_t
 _reply_error: Final = redis.connection.DefaultParser.parse_error
 
 
-def _wait_for_copy(answers: list[Any]) -> Command | None:
-    """After a commit and ROLE: wait for a replica to have it, where there is one."""
-    result, role = answers
-    return ("WAIT", 1, REPLICATION_MS) if result == Commit.DONE.value and role[2] else None
-
-
 def nonce_key(key: StorageId, nonce: str) -> bytes:
     """Where a used nonce is kept: in a cluster, in the slot of its record."""
     digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()
@@ -1780,14 +1773,16 @@ class Storage:
     # -- How ------------------------------------------------------------------
 
     def _run_all(
-        self, key: bytes, *commands: Command, then: Then = None, meanwhile: Meanwhile = None
+        self, key: bytes, *commands: Command, copied: bool = False, meanwhile: Meanwhile = None
     ) -> list[Any]:
         """Run commands, all of them where ``key`` is and on one connection.
 
         Args:
-            then: From their answers, one more command or ``None``.
+            copied: It is a commit: wait for a replica to have it, where there is one (and give
+                what ROLE and then WAIT said, too).
             meanwhile: Is called each time that they are sent.
         """
+        asked = (*commands, ("ROLE",)) if copied else commands
         try:
             for again in range(COMMIT_TRIES):
                 table = self._table()
@@ -1796,9 +1791,10 @@ class Storage:
                 link: Link | None = None
                 try:
                     link = self._opened(node)
-                    answers = link.talk(*commands, meanwhile=meanwhile)
-                    more = then(answers) if then else None
-                    return answers + (link.talk(more) if more else [])
+                    answers = link.talk(*asked, meanwhile=meanwhile)
+                    if copied and answers[0] == Commit.DONE.value and answers[1][2]:
+                        answers += link.talk(("WAIT", 1, REPLICATION_MS))
+                    return answers
                 except redis.exceptions.MovedError as error:
                     if self._kind != "cluster":
                         raise
@@ -1819,14 +1815,12 @@ class Storage:
     def _run(self, *command: Any, key: bytes = b"") -> Any:
         return self._run_all(key, command)[0]
 
-    def _script(
-        self, script: str, keys: list[bytes], args: Command, *also: Command, **how: Any
-    ) -> list[Any]:
+    def _script(self, script: str, keys: list[bytes], args: Command, **how: Any) -> list[Any]:
         rest = (len(keys), *keys, *args)
         try:
-            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), *also, **how)
+            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), **how)
         except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
-            return self._run_all(keys[0], ("EVAL", script, *rest), *also, **how)
+            return self._run_all(keys[0], ("EVAL", script, *rest), **how)
 
     # -- What -----------------------------------------------------------------
 
@@ -1854,10 +1848,8 @@ class Storage:
             meanwhile: Is called once the store was asked, at least once.
         """
         keys, args = [key, nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
-        if ttl_s < 0 and new:
-            return Commit(self._script(COMMIT_SCRIPT, keys, args, meanwhile=meanwhile)[0])
-        how: Json = {"then": _wait_for_copy, "meanwhile": meanwhile}
-        answers = self._script(COMMIT_SCRIPT, keys, args, ("ROLE",), **how)
+        copied = ttl_s >= 0 or not new
+        answers = self._script(COMMIT_SCRIPT, keys, args, copied=copied, meanwhile=meanwhile)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
