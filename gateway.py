@@ -87,6 +87,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import secrets
 import select
 import signal
@@ -186,6 +187,10 @@ REPLICATION_MS: Final = 100
 """How long a replica, where there is one, may take to have what must not be lost."""
 STORE_START_S: Final = 10.0
 """How long the store may take to answer at our start (our own: beside loading its data)."""
+CONNECTIONS_MAX: Final = 4096
+"""How many connections a worker holds at once; those beyond wait until one ends."""
+CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
+"""A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
 
@@ -339,7 +344,11 @@ def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool
 
 def _cpus() -> int:
     """The CPUs that we may use; in a container these may be fewer than there are."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        quota_us, period_us = map(int, CPU_MAX.read_text().split())
+        return max(1, min(cpus, quota_us // period_us))
+    return cpus
 
 
 def is_loopback(host: str) -> bool:
@@ -800,7 +809,7 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         StartError: It cannot be read or made, or others may read it.
     """
     try:
-        if not path.exists():
+        if not os.path.exists(path):  # unlike path.exists(), it never raises
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             made = make()
@@ -837,7 +846,7 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
     if settings.master_secret:
         return bytes.fromhex(settings.master_secret), False
     path = Path(settings.keys_dir, "master.secret")
-    if not path.exists() and Path(settings.data_dir, "appendonlydir").exists():
+    if not os.path.exists(path) and os.path.exists(Path(settings.data_dir, "appendonlydir")):
         raise StartError(
             f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
             "bring it back, or remove that folder to begin anew"
@@ -1419,6 +1428,8 @@ def _pem(key: PrivateKey) -> bytes:
 # "receipt " 12 bytes            what became of a message    a day
 # "sends"                        times of messages sent      an hour
 # "heartbeat"                    the last health check       a minute
+# "mark"                         a proof of the master       for ever
+#                                secret, which the start asks
 
 
 class User(NamedTuple):
@@ -1637,6 +1648,8 @@ class Link:
                 raise redis.ConnectionError("no answer") from None
             raise
         for answer in answers:
+            if isinstance(answer, redis.ReadOnlyError):  # its name may mean another by now
+                self.close()
             if isinstance(answer, redis.RedisError):
                 raise answer
         return answers
@@ -1809,7 +1822,9 @@ class Storage:
         except redis.RedisError as error:
             if self._kind:
                 self._nodes = None
-            LOG.warning("storage: %s on %s", type(error).__name__, commands[0][0])
+            said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
+            why = said if said.isupper() else type(error).__name__
+            LOG.warning("storage: %s on %s", why, commands[0][0])
             raise Unavailable("the storage does not answer; try again") from None
 
     def _run(self, *command: Any, key: bytes = b"") -> Any:
@@ -1914,11 +1929,14 @@ class Storage:
             told.append({name: value for name, _, value in pairs} | {"dbsize": str(size)})
         return told
 
-    def check(self) -> list[str]:
+    def check(self, master: bytes = b"") -> list[str]:
         """Wait until the store is there; gives warnings about how it is set up.
 
+        Args:
+            master: The master secret. The store keeps what nobody can compute without it.
+
         Raises:
-            StartError: It stays away, or it cannot do what we need.
+            StartError: It stays away, cannot do what we need, or is another secret's.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
         said, deadline_s = False, time.monotonic() + STORE_START_S
@@ -1926,6 +1944,13 @@ class Storage:
             try:
                 found = [warning for told in self.info() for warning in self._judge(told)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
+                mark = hkdf(master, b"msisdn-gateway/v1/mark", 16)
+                kept = master and self._run("SET", b"mark", mark, "NX", "GET", key=b"mark")
+                if kept and kept != mark:
+                    raise StartError(
+                        f"the store {where} was written with another master secret, and nobody in "
+                        "it can be read with this one: bring the right keys_dir back, or empty it"
+                    )
                 return sorted({f"the store {where} {warning}" for warning in found})
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
                 raise StartError(
@@ -1956,10 +1981,10 @@ class Storage:
         if told.get("role") == "slave":
             raise StartError("the store is a read-only replica: name the primary instead")
         found = []
-        if told.get("maxmemory_policy", "").startswith("allkeys"):
+        if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction":
             found.append(
-                f"evicts verified users when it is full (maxmemory-policy "
-                f"{told['maxmemory_policy']}): set noeviction, or volatile-ttl"
+                "forgets users, used nonces and counted messages when it is full "
+                f"(maxmemory-policy {policy}): set noeviction"
             )
         if told.get("aof_enabled") == "0":
             found.append("may lose users in a crash or a restart: set appendonly yes")
@@ -2169,9 +2194,9 @@ class SplitStorage(Storage):
         super().ping(now_s)
         self.table.ping()
 
-    def check(self) -> list[str]:
+    def check(self, master: bytes = b"") -> list[str]:
         """Check both stores, and make the table if there is none."""
-        return super().check() + self.table.check()
+        return super().check(master) + self.table.check()
 
 
 def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
@@ -3756,9 +3781,20 @@ DISK_LEFT_MIN_BYTES: Final = 4_000_000
 """With less room than this for it the embedded store takes no writes: those of a second."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
+
+
+class _Log(logging.StreamHandler[TextIO]):
+    """The log. What nobody reads in time is not written, so that no request waits for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, if there is room for it."""
+        if self.stream and _has_room(self.stream):
+            super().emit(record)
+
+
 LOGGING: Final[Json] = {
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "handlers": {"stderr": {"()": _Log, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
@@ -3958,12 +3994,13 @@ def application() -> GatewayApp:
     With the embedded store that is a server of one process; more need a ``storage_url``.
     """
     settings = load_settings({}, os.environ)
-    load_master_secret(settings)
-    store = None if settings.storage_url else EmbeddedStore(settings.data_dir)
-    app = create_app(settings, store.url if store else "")
-    for warning in app.gateway.storage.check():
+    master, _ = load_master_secret(settings)
+    url = settings.storage_url or EmbeddedStore(settings.data_dir).url
+    # Of its own, and not the application's storage: the server may fork from here, and of two
+    # processes that share a connection each gets the other's answers.
+    for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
         LOG.warning(warning)
-    return app
+    return create_app(settings, url)
 
 
 def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> GatewayApp:
@@ -4095,7 +4132,7 @@ def serve(settings: Settings) -> int:
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir)
         url = store.url if store else settings.storage_url
-        warnings = open_storage(settings, url, time.time, secrets.token_bytes).check()
+        warnings = open_storage(settings, url, time.time, secrets.token_bytes).check(master)
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key)
         for warning in warnings:
@@ -4120,10 +4157,14 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
 
+    with contextlib.suppress(OSError, ValueError):  # macOS does not like "without limit"
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
         workers=settings.workers, blocking_threads=settings.threads,
+        backpressure=CONNECTIONS_MAX,
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
@@ -4156,7 +4197,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> N
 def generate_keypair(settings: Settings, algorithm: str) -> int:
     """Make the server's key pair and print its public half; never replaces a pair."""
     path = Path(settings.keys_dir, "browserid.pem")
-    if path.exists():
+    if os.path.exists(path):
         raise StartError(f"{path} is there already and is not replaced: move it away first")
     key, _ = load_signing_key(settings, algorithm)
     print(f"made {path}", file=sys.stderr)
@@ -4268,7 +4309,8 @@ def main(argv: list[str]) -> int:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"]]
         status = int(command(settings, *(given[name] for name in names)))
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return status
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -314,6 +315,19 @@ def test_racing_starts_make_one_file(tmp_path: Path) -> None:
 def settings_in(folder: Path, **values: str) -> Settings:
     """Settings whose folders lie below ``folder``."""
     return Settings(keys_dir=str(folder / "keys"), data_dir=str(folder / "data"), **values)  # type: ignore[arg-type]
+
+
+def test_keys_in_a_folder_of_somebody_else_are_a_plain_error(tmp_path: Path) -> None:
+    """Made by root, and read by the service's own user: the likeliest mistake of all."""
+    folder, me = tmp_path / "keys", os.geteuid()
+    folder.mkdir(mode=0)
+    with contextlib.ExitStack() as stack:
+        if me == 0:
+            stack.callback(os.seteuid, me)
+            os.seteuid(65534)
+        for load in (gateway.load_master_secret, lambda s: gateway.load_signing_key(s, "RS")):
+            with pytest.raises(gateway.StartError, match=r"cannot keep .*: Permission denied"):
+                load(settings_in(folder))
 
 
 def test_master_secret_is_made_once(tmp_path: Path) -> None:

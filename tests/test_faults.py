@@ -281,7 +281,7 @@ def test_refused_a_server_that_is_too_old() -> None:
     assert storage._judge({"redis_version": "10.0.0"}) == []
 
 
-@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-random"])
 def test_eviction_of_verified_users_is_warned_of(tmp_path: Path, policy: str) -> None:
     options = ("--maxmemory-policy", policy, "--appendonly", "yes")
     with contextlib.closing(Server(tmp_path / "s", *options)) as server:
@@ -290,9 +290,26 @@ def test_eviction_of_verified_users_is_warned_of(tmp_path: Path, policy: str) ->
         assert "noeviction" in warning
 
 
-@pytest.mark.parametrize("policy", ["noeviction", "volatile-ttl"])
-def test_no_warning_of_what_is_right(tmp_path: Path, policy: str) -> None:
-    options = ("--maxmemory-policy", policy, "--appendonly", "yes")
+def test_what_expires_soonest_is_used_nonces(tmp_path: Path) -> None:
+    """volatile-ttl once was our own advice: whoever fills the store could replay a request."""
+    options = ("--maxmemory-policy", "volatile-ttl", "--appendonly", "yes")
+    with contextlib.closing(Server(tmp_path / "s", *options)) as server:
+        (warning,) = check(server)
+        assert "used nonces" in warning
+        server.call("CONFIG", "SET", "maxmemory", "4mb")
+        storage, key = gateway.Storage(server.url), gateway.StorageId(b"k" * 16)
+        storage.create(key, b"record", 10_000)
+        assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.DONE
+        assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.REPLAYED
+        for n in range(100_000):
+            if not server.call("EXISTS", gateway.nonce_key(key, "n")):
+                break
+            storage.create(gateway.StorageId(n.to_bytes(16, "big")), bytes(90), 10_000)
+        assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.DONE
+
+
+def test_no_warning_of_what_is_right(tmp_path: Path) -> None:
+    options = ("--maxmemory-policy", "noeviction", "--appendonly", "yes")
     with contextlib.closing(Server(tmp_path / "s", *options)) as server:
         assert check(server) == []
 
@@ -320,6 +337,38 @@ def test_refused_at_the_start(
         with pytest.raises(gateway.StartError, match=said) as caught:
             check(server)
         assert "secret-of-ours" not in str(caught.value)
+
+
+def test_a_name_that_means_another_server_by_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name or a proxy in front of the primary: an old link to what is a replica now is left."""
+    place = tmp_path / "place"
+    with (
+        contextlib.closing(Server(tmp_path / "a", "--appendonly", "yes")) as first,
+        contextlib.closing(Server(tmp_path / "b", "--appendonly", "yes")) as second,
+    ):
+        place.symlink_to(tmp_path / "a" / "s")
+        storage = gateway.Storage(f"unix://{place}")
+        storage.create(gateway.StorageId(b"1" * 16), b"record", 1000)
+        first.call("REPLICAOF", "127.0.0.1", "1")
+        place.unlink()
+        place.symlink_to(tmp_path / "b" / "s")
+        with pytest.raises(gateway.Unavailable):
+            storage.create(gateway.StorageId(b"2" * 16), b"record", 1000)
+        storage.create(gateway.StorageId(b"3" * 16), b"record", 1000)
+        assert second.call("KEYS", "*") == [b"3" * 16]
+    assert "ReadOnlyError on SET" in caplog.text
+
+
+def test_the_log_says_what_a_server_calls_its_trouble(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("--min-replicas-to-write", "1")
+    with contextlib.closing(Server(tmp_path / "s", *options)) as server:
+        with pytest.raises(gateway.Unavailable):
+            gateway.Storage(server.url).create(gateway.StorageId(b"1" * 16), b"record", 1000)
+        assert "storage: NOREPLICAS on SET" in caplog.text
 
 
 def test_refused_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

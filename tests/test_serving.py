@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -613,6 +615,36 @@ def test_a_console_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
     assert len(outbox.messages(NUMBER[1:])) == 200
 
 
+def test_a_log_that_nobody_reads_holds_up_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    """One line for each request that failed, while the store was away: seconds, and all hung."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    make = gateway.LOGGING["handlers"]["stderr"]["()"]
+    with os.fdopen(reader) as log, os.fdopen(writer, "w") as stderr:
+        handler = make(stderr)
+        for n in range(200):
+            handler.emit(logging.LogRecord("gateway", 30, "", 0, "line %s", (n,), None))
+        lines = os.read(log.fileno(), 65536).decode().splitlines()
+        assert lines[0] == "line 0"
+        assert len(lines) < 200
+        handler.emit(logging.LogRecord("gateway", 30, "", 0, "again", (), None))
+        assert os.read(log.fileno(), 100) == b"again\n"
+    assert capfd.readouterr().err == ""
+
+
+def test_more_connections_than_a_worker_needs_for_its_threads(start_gateway: Start) -> None:
+    """Idle ones held up all others for half a minute, from 1,024 on."""
+    process = start_gateway("--workers", "1")
+    with contextlib.ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for _ in range(1100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", process.port)))
+        with urllib3.PoolManager(retries=False, timeout=10) as http:
+            assert http.request("GET", process.url + "/__lbheartbeat__").status == 200
+
+
 def test_a_store_that_cannot_be_started_at_once_is_started_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1132,6 +1164,43 @@ from wsgiref.simple_server import make_server
 import gateway
 make_server("127.0.0.1", int(sys.argv[1]), gateway.application()).serve_forever()
 """
+
+
+FORKS = """
+import os, threading
+import gateway
+
+app = gateway.application()  # and then four processes, as with uWSGI or gunicorn --preload
+
+def work():
+    storage = app.gateway.storage
+    for n in range(300):
+        key = gateway.StorageId(os.urandom(16))
+        storage.create(key, key, 100)
+        if storage.get(key) != key or storage.commit(key, key, b"x") != gateway.Commit.DONE:
+            os._exit(1)
+
+children = []
+for _ in range(4):
+    if not (child := os.fork()):
+        work()
+        os._exit(0)
+    children.append(child)
+print(*(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_application_in_processes_that_were_forked_from_it(
+    external: gateway.EmbeddedStore, tmp_path: Path
+) -> None:
+    """They once shared one connection, and each read what was answered to another."""
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+    environ |= {"GATEWAY_STORAGE_URL": external.url, "GATEWAY_KEYS_DIR": str(tmp_path / "keys")}
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKS], env=environ, cwd=ROOT, text=True, check=False,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert (ended.stdout, ended.returncode) == ("0 0 0 0\n", 0), ended.stderr
 
 
 @pytest.mark.parametrize("server", ["wsgiref", "granian"])

@@ -749,6 +749,29 @@ def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path)
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("50000 100000", 1), ("150000 100000", 1), ("100000 100000", 1), ("max 100000", 5),
+     ("300000 100000", 3), ("900000 100000", 5), ("", 5), (None, 5)],
+)  # fmt: skip
+def test_a_container_may_have_a_share_of_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, expected: int
+) -> None:
+    """64 workers on the one CPU that a pod was given would be 4 GB for nothing."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)  # elsewhere than on Linux
+    monkeypatch.setattr(gateway, "CPU_MAX", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert gateway._cpus() == expected
+
+
+def test_nothing_is_printed_where_nobody_is() -> None:
+    argv = f"exec '{sys.executable}' gateway.py settings >&-"
+    ended = subprocess.run(["/bin/sh", "-c", argv], cwd=lab.ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 # -- The command "settings" ---------------------------------------------------
 
 

@@ -289,6 +289,16 @@ def test_it_is_fit_to_start_with(storage: Storage) -> None:
     storage.check()
 
 
+def test_another_master_secret_is_refused(storage: Storage) -> None:
+    """Otherwise all users there would be unknown, and nobody would know why."""
+    for master in (b"a" * 32, b"", b"a" * 32):
+        storage.check(master)
+    with pytest.raises(gateway.StartError, match=r"another master secret.*keys_dir"):
+        storage.check(b"b" * 32)
+    assert b"a" * 8 not in storage._run("GET", b"mark", key=b"mark")
+    storage.check(b"a" * 32)
+
+
 def test_no_test_is_skipped_in_silence() -> None:
     missing = [name for name, there in BACKENDS.items() if not there]
     assert bool(servers.left_out()) == bool(missing)
