@@ -187,9 +187,9 @@ REPLICATION_MS: Final = 100
 """How long a replica, where there is one, may take to have what must not be lost."""
 STORE_START_S: Final = 10.0
 """How long the store may take to answer at our start (our own: beside loading its data)."""
-CONNECTIONS_MAX: Final = 4096
+_CONNECTIONS_MAX: Final = 4096
 """How many connections a worker holds at once; those beyond wait until one ends."""
-CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
+_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
@@ -346,7 +346,7 @@ def _cpus() -> int:
     """The CPUs that we may use; in a container these may be fewer than there are."""
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        quota_us, period_us = map(int, CPU_MAX.read_text().split())
+        quota_us, period_us = map(int, _CPU_MAX.read_text().split())
         return max(1, min(cpus, quota_us // period_us))
     return cpus
 
@@ -2528,7 +2528,8 @@ class HttpSms(SmsProvider):
             body = answer.read(ANSWER_MAX_BYTES)
             answer.close()
         except (ConnectTimeoutError, NewConnectionError, SSLError) as error:
-            raise SmsFailed(f"{self.kind} cannot be reached: {type(error).__name__}") from None
+            why = getattr(error.args[-1], "verify_message", "") or type(error).__name__
+            raise SmsFailed(f"{self.kind} cannot be reached: {why}") from None
         except (HTTPError, OSError, ValueError) as error:
             raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
         if not 200 <= answer.status < 300:
@@ -4164,7 +4165,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
         workers=settings.workers, blocking_threads=settings.threads,
-        backpressure=CONNECTIONS_MAX,
+        backpressure=_CONNECTIONS_MAX,
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip

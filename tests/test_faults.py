@@ -298,13 +298,13 @@ def test_what_expires_soonest_is_used_nonces(tmp_path: Path) -> None:
         assert "used nonces" in warning
         server.call("CONFIG", "SET", "maxmemory", "4mb")
         storage, key = gateway.Storage(server.url), gateway.StorageId(b"k" * 16)
-        storage.create(key, b"record", 10_000)
+        server.call("SET", key, b"record")  # for ever, and so it stays
         assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.DONE
         assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.REPLAYED
         for n in range(100_000):
             if not server.call("EXISTS", gateway.nonce_key(key, "n")):
                 break
-            storage.create(gateway.StorageId(n.to_bytes(16, "big")), bytes(90), 10_000)
+            storage.create(gateway.StorageId(n.to_bytes(16, "big")), bytes(9000), 10_000)
         assert storage.commit(key, b"record", b"record", -1, "n", 60) is gateway.Commit.DONE
 
 

@@ -760,7 +760,7 @@ def test_a_container_may_have_a_share_of_the_cpus(
     """64 workers on the one CPU that a pod was given would be 4 GB for nothing."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
     monkeypatch.setattr(os, "cpu_count", lambda: 5)  # elsewhere than on Linux
-    monkeypatch.setattr(gateway, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(gateway, "_CPU_MAX", tmp_path / "cpu.max")
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota + "\n")
     assert gateway._cpus() == expected
