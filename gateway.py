@@ -2719,7 +2719,6 @@ class SmsSender:
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
         if not 1 <= len(self.providers) <= 16:
             raise SettingsError("sms_providers must name at least one provider, at most 16")
-        self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
@@ -2744,11 +2743,15 @@ class SmsSender:
         finally:
             self._slots.release()
 
-    def send(self, sender: str, to: Msisdn, text: str, tried: int = 0) -> Sent:
+    def send(
+        self, sender: str, to: Msisdn, text: str, tried: int = 0,
+        pay: Callable[[], None] = lambda: None,
+    ) -> Sent:  # fmt: skip
         """Send by the first provider that takes the message, in ``SEND_BUDGET_S`` at most.
 
         Args:
             tried: The providers that had a message of this session before, one bit each.
+            pay: Is called before one whose messages may cost money; what it raises is raised.
 
         Raises:
             SmsFailed: Surely nobody took it. If somebody may have, that counts as sent.
@@ -2760,6 +2763,8 @@ class SmsSender:
             provider, started = self.providers[n], time.monotonic()
             if end - started < 1:
                 break
+            if provider.paid:
+                pay()
             if n in self.resting:  # rested: this one message tries whether it is well again
                 self.resting[n] = started + rest_s
             tried |= 1 << n
@@ -3234,13 +3239,16 @@ class Gateway:
             msisdn = msisdn or self._number(session, user)
             sender = self._sender(user.network, msisdn)
             text = code if user.long else self._short_text(code, msisdn, language)
+
+            def pay() -> None:
+                nonlocal counted
+                limit = self.settings.sends_per_hour
+                if not counted and (wait_s := self.storage.count_send(self.clock(), limit)):
+                    raise TooManyMessages("the gateway may send no more for a while", wait_s)
+                counted = True
+
             try:
-                if self.sms.paid:
-                    limit = self.settings.sends_per_hour
-                    if wait_s := self.storage.count_send(self.clock(), limit):
-                        raise TooManyMessages("the gateway may send no more for a while", wait_s)
-                    counted = True
-                sent = self.sms.send(sender, msisdn, text, user.tried)
+                sent = self.sms.send(sender, msisdn, text, user.tried, pay)
             except (SmsFailed, TooManyMessages, Unavailable) as error:
                 with contextlib.suppress(Unavailable):  # this count is gone in an hour
                     if counted:

@@ -544,6 +544,22 @@ def test_outbox_does_not_count(
     assert one.ask().status == 200
 
 
+def test_outbox_does_not_count_beside_others_either(
+    make_client: Callable[..., WsgiClient], paid: dict[str, Any]
+) -> None:
+    """Only who may cost money is counted, and before the message leaves."""
+    (entry,) = paid["sms_providers"]
+    before, after = {"kind": "outbox", "priority": 9}, {"kind": "outbox", "priority": -9}
+    client = make_client(sends_per_hour=1, sms_providers=[entry, before])
+    for one in sessions(client, 3):
+        assert one.ask().status == 200
+    assert client.gateway.storage._run("EXISTS", "sends") == 0
+    client = make_client(sends_per_hour=1, sms_providers=[entry, after])
+    (one, two) = sessions(client, 2)
+    assert one.ask().status == 200
+    refused(two.ask(), 116)
+
+
 def test_counter_dies_with_its_hour(
     make_client: Callable[..., WsgiClient], paid: dict[str, Any]
 ) -> None:
