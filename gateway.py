@@ -188,7 +188,7 @@ REPLICATION_MS: Final = 100
 STORE_START_S: Final = 10.0
 """How long the store may take to answer at our start (our own: beside loading its data)."""
 _CONNECTIONS_MAX: Final = 4096
-"""How many connections a worker holds at once; those beyond wait until one ends."""
+"""How many connections a worker holds at once, if it may open as many files; others wait."""
 _CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
@@ -809,7 +809,7 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         StartError: It cannot be read or made, or others may read it.
     """
     try:
-        if not os.path.exists(path):  # unlike path.exists(), it never raises
+        if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             made = make()
@@ -846,11 +846,14 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
     if settings.master_secret:
         return bytes.fromhex(settings.master_secret), False
     path = Path(settings.keys_dir, "master.secret")
-    if not os.path.exists(path) and os.path.exists(Path(settings.data_dir, "appendonlydir")):
-        raise StartError(
-            f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
-            "bring it back, or remove that folder to begin anew"
-        )
+    try:
+        path.stat()
+    except OSError as error:  # if it may only not be seen, what follows says so
+        if error.errno == errno.ENOENT and os.path.exists(f"{settings.data_dir}/appendonlydir"):
+            raise StartError(
+                f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
+                "bring it back, or remove that folder to begin anew"
+            ) from None
     text, made = keep_private_file(path, lambda: secrets.token_hex().encode() + b"\n")
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
         raise StartError(
@@ -1949,7 +1952,8 @@ class Storage:
                 if kept and kept != mark:
                     raise StartError(
                         f"the store {where} was written with another master secret, and nobody in "
-                        "it can be read with this one: bring the right keys_dir back, or empty it"
+                        "it can be read with this one: bring the right keys_dir back; or, if you "
+                        "are sure that this is the one, delete the key “mark” in the store"
                     )
                 return sorted({f"the store {where} {warning}" for warning in found})
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
@@ -2396,10 +2400,9 @@ class OutboxSms(SmsProvider):
 
 def _has_room(console: TextIO) -> bool:
     """Tell whether a line can be written at once: who is to read it may have stopped (Ctrl-S)."""
-    try:
+    with contextlib.suppress(ValueError):  # a notebook's own is no file
         return bool(select.select([], [console], [], 0)[1])
-    except ValueError:  # a notebook's own, which is no file
-        return True
+    return True
 
 
 class _Response(http.client.HTTPResponse):
@@ -3793,7 +3796,10 @@ STOP_S: Final = 15
 
 
 class _Log(logging.StreamHandler[TextIO]):
-    """The log. What nobody reads in time is not written, so that no request waits for it."""
+    """The log. What nobody reads in time is not written, so that no request waits for it.
+
+    A line of more than 4 kB may wait: a pipe with room promises no more.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, if there is room for it."""
@@ -3931,8 +3937,7 @@ class EmbeddedStore:
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
             "save": "", "maxmemory-policy": "noeviction",
         }  # fmt: skip
-        for name, value in options.items():
-            command += ["--" + name, str(value)]
+        command += [part for n, value in options.items() for part in ("--" + n, str(value))]
 
         def in_child() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -4166,14 +4171,14 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
 
-    with contextlib.suppress(OSError, ValueError):  # macOS does not like "without limit"
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Granian has asked for as many files as we may open. The store and providers need some, too.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    spare = files - 2 * settings.threads - 128 if files > 0 else _CONNECTIONS_MAX
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
         workers=settings.workers, blocking_threads=settings.threads,
-        backpressure=_CONNECTIONS_MAX,
+        backpressure=max(64, min(spare, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
@@ -4307,19 +4312,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage)."""
     parser = _parser()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in Latin-1; messages are not
+        sys.stdout.reconfigure(errors="backslashreplace")
     for word in argv:  # argparse would complain about what follows it
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in Latin-1; messages are not
-        sys.stdout.reconfigure(errors="backslashreplace")
     options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"]]
         status = int(command(settings, *(given[name] for name in names)))
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)

@@ -198,6 +198,7 @@ class GatewayProcess:
         options: More command-line options; they win.
         port: 0 takes a free one.
         wait: Wait until it answers.
+        files: How many each of its processes may open; 0: as many as we.
     """
 
     def __init__(
@@ -207,6 +208,7 @@ class GatewayProcess:
         port: int = 0,
         wait: bool = True,
         env: dict[str, str] | None = None,
+        files: int = 0,
     ) -> None:
         if not port:
             with contextlib.closing(lab.free_port()) as holder:
@@ -215,6 +217,8 @@ class GatewayProcess:
         self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
         command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
+        if files:
+            command = ["/bin/sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

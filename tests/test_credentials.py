@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import secrets
+import tempfile
 import threading
 from pathlib import Path
 
@@ -317,17 +318,27 @@ def settings_in(folder: Path, **values: str) -> Settings:
     return Settings(keys_dir=str(folder / "keys"), data_dir=str(folder / "data"), **values)  # type: ignore[arg-type]
 
 
-def test_keys_in_a_folder_of_somebody_else_are_a_plain_error(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("made", [True, False])
+def test_keys_in_a_folder_of_somebody_else_are_a_plain_error(made: bool) -> None:
     """Made by root, and read by the service's own user: the likeliest mistake of all."""
-    folder, me = tmp_path / "keys", os.geteuid()
-    folder.mkdir(mode=0)
+    me = os.geteuid()
     with contextlib.ExitStack() as stack:
-        if me == 0:
-            stack.callback(os.seteuid, me)
-            os.seteuid(65534)
-        for load in (gateway.load_master_secret, lambda s: gateway.load_signing_key(s, "RS")):
-            with pytest.raises(gateway.StartError, match=r"cannot keep .*: Permission denied"):
-                load(settings_in(folder))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # tmp_path is root's
+        folder.chmod(0o755)
+        (folder / "data" / "appendonlydir").mkdir(parents=True)
+        (folder / "keys").mkdir(0o700 if made else 0o755)
+        if made:
+            (folder / "keys" / "master.secret").write_text("ab" * 32)
+            stack.callback((folder / "keys").chmod, 0o700)
+            (folder / "keys").chmod(0)
+        stack.callback(os.seteuid, me)
+        os.seteuid(65534)
+        said = r"cannot keep .*: Permission denied" if made else "is missing, and nobody"
+        with pytest.raises(gateway.StartError, match=said):
+            gateway.load_master_secret(settings_in(folder))
+        with pytest.raises(gateway.StartError, match=r"cannot keep .*: Permission denied"):
+            gateway.load_signing_key(settings_in(folder), "RS")
 
 
 def test_master_secret_is_made_once(tmp_path: Path) -> None:

@@ -645,6 +645,55 @@ def test_more_connections_than_a_worker_needs_for_its_threads(start_gateway: Sta
             assert http.request("GET", process.url + "/__lbheartbeat__").status == 200
 
 
+def test_connections_leave_files_for_the_store(start_gateway: Start) -> None:
+    """Where few may be open: who is connected is served, whatever others do."""
+    process = start_gateway("--workers", "1", files=1024)
+    with contextlib.ExitStack() as stack:
+        early = [
+            stack.enter_context(
+                urllib3.HTTPConnectionPool("127.0.0.1", process.port, retries=False, timeout=10)
+            )
+            for _ in range(8)
+        ]
+        threads = stack.enter_context(ThreadPoolExecutor(8))
+
+        def register(connection: urllib3.HTTPConnectionPool) -> int:
+            return connection.request("POST", "/register").status
+
+        assert set(threads.map(register, early)) == {200}
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for _ in range(1300):
+            idle = stack.enter_context(contextlib.closing(socket.socket()))
+            idle.setblocking(False)  # the kernel takes no more than a few of them
+            idle.connect_ex(("127.0.0.1", process.port))
+        for _ in range(20):
+            assert set(threads.map(register, early)) == {200}
+    assert "storage" not in process.output
+
+
+def test_a_store_of_another_master_secret_is_refused(
+    start_gateway: Start, external: gateway.EmbeddedStore, tmp_path: Path
+) -> None:
+    """A container without its volume of keys, or a second machine with its own."""
+    store = ("--storage-url", external.url)
+    assert start_gateway(*store).stop() == 0
+    assert start_gateway(*store).stop() == 0
+    other = str(tmp_path / "other")
+    process = start_gateway(*store, "--keys-dir", other, wait=False)
+    assert eventually(lambda: process.process.poll() is not None), process.output
+    assert process.process.returncode == 1
+    assert "another master secret" in process.output
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+    environ |= {"GATEWAY_STORAGE_URL": external.url, "GATEWAY_KEYS_DIR": other}
+    ended = subprocess.run(
+        [sys.executable, "-c", "import gateway; gateway.application()"], env=environ, cwd=ROOT,
+        text=True, check=False, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert "another master secret" in ended.stderr
+
+
 def test_a_store_that_cannot_be_started_at_once_is_started_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -804,7 +804,7 @@ def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-@pytest.mark.parametrize("command", ["settings", "messages"])
+@pytest.mark.parametrize("command", ["settings", "messages", "--help"])
 def test_commands_print_in_any_alphabet(command: str, encoding: str) -> None:
     argv = [sys.executable, "gateway.py", command]
     ended = subprocess.run(
