@@ -622,6 +622,18 @@ def test_outbox_messages_say_all_and_come_oldest_first(outbox: gateway.OutboxSms
     assert before <= message["at"] <= time.time()
 
 
+@pytest.mark.parametrize(("threads", "at_once"), [(8, 4), (9, 4), (2, 1), (1, 1)])
+def test_half_of_the_threads_may_send(tmp_path: Path, threads: int, at_once: int) -> None:
+    sender = gateway.SmsSender(gateway.Settings(threads=threads, data_dir=str(tmp_path)))
+    with contextlib.ExitStack() as sending:
+        for _ in range(at_once):
+            sending.enter_context(sender.slot())
+        with pytest.raises(gateway.Unavailable):
+            sending.enter_context(sender.slot())
+    with sender.slot():  # all are given back
+        pass
+
+
 def test_outbox_outlives_its_console(outbox: gateway.OutboxSms) -> None:
     """``python gateway.py | head``: whoever read along has gone, and the message is kept."""
     reader, writer = os.pipe()

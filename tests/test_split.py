@@ -95,6 +95,20 @@ class Crash(BaseException):
     """The process ends here, as far as what comes after can tell."""
 
 
+def test_who_is_verified_for_ever_moves_as_well(
+    split: SplitStorage, make: Callable[..., WsgiClient]
+) -> None:
+    """With verified_ttl_s = 0 neither the stub nor the item expires."""
+    client = make(verified_ttl_s=0)
+    key = waiting_user(client)
+    assert client.call("/sms/verify_code", {"code": CODE}).status == 200
+    (item,) = items(split)
+    assert split._run("GET", key, key=key) == gateway.MOVED + item[16:]
+    found = split.table._call("get_item", Key={"id": {"B": item}}, ConsistentRead=True)
+    assert found["Item"]["expires"] == {"N": "0"}
+    assert split.get(key) == found["Item"]["record"]["B"]
+
+
 # -- Races ---------------------------------------------------------------------
 
 
