@@ -632,19 +632,27 @@ def test_a_log_that_nobody_reads_holds_up_nobody(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """This process may open as many files as the system lets it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("many_files")
 def test_more_connections_than_a_worker_needs_for_its_threads(start_gateway: Start) -> None:
     """Idle ones held up all others for half a minute, from 1,024 on."""
     process = start_gateway("--workers", "1")
     with contextlib.ExitStack() as stack:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         for _ in range(1100):
             stack.enter_context(socket.create_connection(("127.0.0.1", process.port)))
         with urllib3.PoolManager(retries=False, timeout=10) as http:
             assert http.request("GET", process.url + "/__lbheartbeat__").status == 200
 
 
+@pytest.mark.usefixtures("many_files")
 def test_connections_leave_files_for_the_store(start_gateway: Start) -> None:
     """Where few may be open: who is connected is served, whatever others do."""
     process = start_gateway("--workers", "1", files=1024)
@@ -661,9 +669,6 @@ def test_connections_leave_files_for_the_store(start_gateway: Start) -> None:
             return connection.request("POST", "/register").status
 
         assert set(threads.map(register, early)) == {200}
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         for _ in range(1300):
             idle = stack.enter_context(contextlib.closing(socket.socket()))
             idle.setblocking(False)  # the kernel takes no more than a few of them
@@ -1216,7 +1221,7 @@ make_server("127.0.0.1", int(sys.argv[1]), gateway.application()).serve_forever(
 
 
 FORKS = """
-import os, threading
+import os
 import gateway
 
 app = gateway.application()  # and then four processes, as with uWSGI or gunicorn --preload
