@@ -4310,7 +4310,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """The command line. Returns the exit status: 0, 1 (it failed), 2 (wrong usage), 130 (Ctrl-C)."""
+    """The command line. Returns the exit status: 0, 1 (failed), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = _parser()
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in Latin-1; messages are not
         sys.stdout.reconfigure(errors="backslashreplace")

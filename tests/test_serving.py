@@ -692,6 +692,7 @@ def test_a_store_of_another_master_secret_is_refused(
     assert "another master secret" in process.output
     environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
     environ |= {"GATEWAY_STORAGE_URL": external.url, "GATEWAY_KEYS_DIR": other}
+    environ |= {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
     ended = subprocess.run(
         [sys.executable, "-c", "import gateway; gateway.application()"], env=environ, cwd=ROOT,
         text=True, check=False, capture_output=True, timeout=60,
@@ -1250,6 +1251,7 @@ def test_application_in_processes_that_were_forked_from_it(
     """They once shared one connection, and each read what was answered to another."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
     environ |= {"GATEWAY_STORAGE_URL": external.url, "GATEWAY_KEYS_DIR": str(tmp_path / "keys")}
+    environ |= {"GATEWAY_DATA_DIR": str(tmp_path / "data")}  # not that of whoever runs one here
     ended = subprocess.run(
         [sys.executable, "-c", FORKS], env=environ, cwd=ROOT, text=True, check=False,
         capture_output=True, timeout=60,
