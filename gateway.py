@@ -4094,6 +4094,11 @@ def claim_port(settings: Settings) -> socket.socket:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             holder.bind((settings.host, settings.port))
+            if sys.platform == "linux":
+                holder.listen()  # of two that come at once both may bind, but only one listens
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                holder.shutdown(socket.SHUT_RD)  # that is for our workers; the port stays ours
             break
         except OSError as error:
             holder.close()
@@ -4103,9 +4108,6 @@ def claim_port(settings: Settings) -> socket.socket:
     else:
         other = _who_listens(settings.port)
         raise StartError(f"{where} is in use by {other}: stop it, or choose another port")
-    if sys.platform == "linux":
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     return holder
 
 

@@ -947,6 +947,30 @@ def test_of_two_that_start_at_once_one_wins(
     assert winner.stop() == 0
 
 
+CLAIMS = """
+import os, sys, time
+import gateway
+gateway.TAKEOVER_S = 0.2
+settings, begin_s = gateway.Settings(port=int(sys.argv[1])), float(sys.argv[2])
+while time.time() < begin_s:
+    pass
+try:
+    holder = gateway.claim_port(settings)
+except gateway.StartError:
+    os._exit(1)
+time.sleep(0.5)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("round", range(3))
+def test_of_many_that_claim_a_port_in_the_same_instant_one_wins(round: int) -> None:
+    """All of them could bind: each allowed it until it had it."""
+    command = [sys.executable, "-c", CLAIMS, str(free_port()), str(time.time() + 3)]
+    claims = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
+    assert sorted(claim.wait(20) for claim in claims) == [0, 1, 1, 1]
+
+
 def test_another_program_on_the_port_is_named(start_gateway: Start) -> None:
     with contextlib.closing(lab.free_port()) as taken:
         taken.listen()

@@ -185,7 +185,7 @@ def test_the_module_stays_readable_in_an_afternoon() -> None:
         for number, line in enumerate(LINES, 1)
         if number not in documented and line.strip() and not line.strip().startswith("#")
     ]
-    assert len(code) <= 2700
+    assert len(code) <= 2950
     assert max(map(len, LINES)) <= 100
 
 
