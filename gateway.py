@@ -165,8 +165,8 @@ ACCEPT_LANGUAGE_MAX_CHARS: Final = 1000
 """How much of an Accept-Language header is read; browsers send a tenth of it."""
 CERTIFICATE_BACKDATE_MS: Final = 10_000
 """How far ``iat`` lies in the past, for verifiers whose clocks are late."""
-RECORD_VERSION: Final = 1
-"""First byte of every stored record."""
+RECORD_VERSION: Final = 2
+"""First byte of every record that is written; version 1 (until November 2026) is read, too."""
 COMMIT_TRIES: Final = 5
 """How often a step is computed anew while others keep changing its record."""
 RETRY_AFTER_S: Final = 5
@@ -181,8 +181,16 @@ STORAGE_IDLE_S: Final = 0.01
 """How long a connection to the store rests before it is looked at: no server is back sooner."""
 DISCOVERY_S: Final = 0.3
 """How long we may ask who holds what now, once a node of a cluster or group has failed."""
-_UNDONE_S: Final = 60
-"""How long it is known that a message was refused, to others of its session that are being sent."""
+RESERVATION_S: Final = 15
+"""How long a message may be being sent: the providers' time, and that to write down the outcome."""
+SETTLE_S: Final = 3.0
+"""How long we try to write down what became of a message, while the store does not answer."""
+SETTLE_PAUSE_S: Final = 0.1
+"""How long we wait between two of these tries."""
+HEARTBEAT_S: Final = 1.0
+"""How long the answer of a health check holds: a stranger may ask, and DynamoDB bills writes."""
+WEBHOOK_FIELDS_MAX: Final = 100
+"""Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
 """How long a replica, where there is one, may take to have what must not be lost."""
 STORE_START_S: Final = 10.0
@@ -191,6 +199,8 @@ _CONNECTIONS_MAX: Final = 4096
 """How many connections a worker holds at once, if it may open as many files; others wait."""
 _CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
+_MEMORY_MAX: Final = Path("/sys/fs/cgroup/memory.max")
+"""A container's share of memory in bytes (Linux, cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
 
@@ -261,7 +271,10 @@ class NotVerified(GatewayError, status=400, errno=Errno.NOT_VERIFIED):
 
 
 class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
-    """The verification code is not the one that was sent. It counts as a try."""
+    """The verification code is not the one that was sent last. It counts as a try.
+
+    The code that was sent just before counts as none; the message says that a newer one was sent.
+    """
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
@@ -301,7 +314,7 @@ class TooLarge(GatewayError, status=413, errno=Errno.TOO_LARGE):
 
 
 class TooManyCodes(GatewayError, status=429, errno=Errno.TOO_MANY_CODES):
-    """The session has asked for as many codes as it may (sends_per_session)."""
+    """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session)."""
 
 
 class TooManyMessages(GatewayError, status=429, errno=Errno.TOO_MANY_MESSAGES):
@@ -315,8 +328,8 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
     /sms/verify_code try /certificate/sign first.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, RETRY_AFTER_S)
+    def __init__(self, message: str, retry_after_s: int = RETRY_AFTER_S) -> None:
+        super().__init__(message, retry_after_s)
 
 
 class Forbidden(GatewayError, status=403, errno=None):
@@ -351,6 +364,14 @@ def _cpus() -> int:
     return cpus
 
 
+def _memory_bytes() -> int:
+    """The memory that we may use; in a container this may be less than there is."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        return min(there, int(_MEMORY_MAX.read_text()))
+    return there
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether ``host`` (a name or an address, no port) can only be this machine."""
     address = _address(host.strip("[]"))
@@ -377,6 +398,21 @@ def _is_origin(url: str) -> bool:
 
 _ORIGIN: Final = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
 """What a browser says in the header Origin, if it says where it is; or any."""
+
+
+def _are_origins(value: list[Any]) -> bool:
+    return all(type(text) is str and re.fullmatch(_ORIGIN, text) for text in value)
+
+
+def _are_gaps(value: list[Any]) -> bool:
+    return bool(value) and all(type(gap) is int and 0 <= gap <= DAY_S for gap in value)
+
+
+_LISTS: Final[Mapping[str, tuple[Callable[[list[Any]], bool], str]]] = {
+    "allowed_origins": (_are_origins, 'a list of origins like "https://app.example", or of "*"'),
+    "resend_gaps_s": (_are_gaps, f"a list of whole numbers from 0 to {DAY_S}, like [30, 60]"),
+}
+"""What a setting that is a plain list may hold."""
 SMS_LISTS: Final = ("sms_providers", "sms_inbound")
 """The two settings that are lists of objects with a kind, and that may hold secrets."""
 SIGNED: Final = ("nexmo", "twilio")
@@ -426,6 +462,11 @@ class Settings:
     certificate_store: str = _setting(
         "", "dynamodb://TABLE?region=… for verified users; empty = the same store"
     )
+    store_max_bytes: int = _setting(
+        _memory_bytes() // 2,
+        "largest size of the embedded store; default: half of our memory; full = 503",
+        10_000_000, 2**50,
+    )  # fmt: skip
     data_dir: str = _setting("data", "where the embedded server and the outbox live")
     keys_dir: str = _setting("keys", "where the master secret and the key pair live")
     master_secret: str = _setting("", "64 hex digits; empty = keys_dir/master.secret", secret=True)
@@ -442,12 +483,15 @@ class Settings:
     certificate_max_s: int = _setting(DAY_S, "longest life of a certificate", 1, 365 * DAY_S)
     hawk_skew_s: int = _setting(60, "seconds a client's clock may be off", 1, HOUR_S)
     sends_per_session: int = _setting(5, "messages a session may ask for", 1, 255)
+    resend_gaps_s: list[int] = _setting(
+        [30, 60, 120, 300], "seconds between a session's messages; the last for all further ones"
+    )
     sends_per_hour: int = _setting(100, "messages the gateway may send in an hour", 1, 10**6)
     sms_providers: list[Json] = _setting(
         [{"kind": "outbox"}], "SMS providers, tried by falling priority", secret=True
     )
     sms_inbound: list[Json] | None = _setting(
-        None, "open SMS webhooks; null = nexmo and beepsend on loopback, else none", secret=True
+        None, "open SMS webhooks; null = nexmo and beepsend at a desk, else none", secret=True
     )
     sms_send_tries: int = _setting(3, "providers tried for one message, in 12 s in all", 1, 10)
     sms_cool_down_s: int = _setting(
@@ -485,12 +529,13 @@ class Settings:
             raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
         if self.sms_host_line not in ("auto", "on", "off"):
             raise self._bad("sms_host_line", "auto, on, off")
-        if not self.on_loopback:
-            if any(entry["kind"] == "outbox" for entry in self.sms_providers):
-                real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
-                raise self._bad("sms_providers", real)
-            if any(len(entry) < 2 for entry in self.inbound):  # the kind alone
-                raise self._bad("sms_inbound", "entries with a path_secret or signature_secret")
+        outbox = any(entry["kind"] == "outbox" for entry in self.sms_providers)
+        if outbox and not self.on_loopback:
+            real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
+            raise self._bad("sms_providers", real)
+        if not self.at_a_desk and any(len(entry) < 2 for entry in self.inbound):  # the kind alone
+            allowed = "entries with a path_secret or signature_secret, where messages are real"
+            raise self._bad("sms_inbound", allowed)
 
     def _check(self, name: str, value: Any, about: str, low: int, high: int, kind: Any) -> None:
         if type(value) is not kind and not (name == "sms_inbound" and value is None):
@@ -507,8 +552,8 @@ class Settings:
                     f"one of each kind {', '.join(INBOUND)}, with a path_secret (no /) or, for "
                     f"{' and '.join(SIGNED)}, a signature_secret",
                 )
-        elif kind is list and not all(type(v) is str and re.fullmatch(_ORIGIN, v) for v in value):
-            raise self._bad(name, 'a list of origins like "https://app.example", or of "*"')
+        elif kind is list and not _LISTS[name][0](value):
+            raise self._bad(name, _LISTS[name][1])
         if kind is str and re.search(r"[\x00-\x1f\x7f]", value):
             raise self._bad(name, "a text without control characters")
         if name == "host" and not (re.fullmatch(r"[\w.-]*", value, re.A) or _address(value)):
@@ -538,6 +583,15 @@ class Settings:
         return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
 
     @property
+    def at_a_desk(self) -> bool:
+        """Whether nothing here costs money or can be reached from elsewhere.
+
+        Every web page that is open on this machine can call loopback. Only where each message
+        goes to the outbox may a webhook be open without a secret.
+        """
+        return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
+
+    @property
     def line_host(self) -> str:
         """The host in the last line of short messages, or "" for none."""
         url = urlsplit(self.base_url)
@@ -549,7 +603,7 @@ class Settings:
         """The webhooks in force: ``sms_inbound``, or its default for this place."""
         if self.sms_inbound is not None:
             return self.sms_inbound
-        return [{"kind": "nexmo"}, {"kind": "beepsend"}] if self.on_loopback else []
+        return [{"kind": "nexmo"}, {"kind": "beepsend"}] if self.at_a_desk else []
 
     def shown(self, name: str) -> str:
         """The value of one setting as JSON, with what is secret in it hidden."""
@@ -777,16 +831,17 @@ def derive_credentials(token: SessionToken) -> Credentials:
 
 
 class Secrets(NamedTuple):
-    """Four secrets of 32 bytes, each derived from the master secret by its label."""
+    """Five secrets of 32 bytes, each derived from the master secret by its label."""
 
     storage_id: bytes
     code: bytes
     seal: bytes
     principal: bytes
+    mask: bytes
 
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
-        """All four from the 32-byte master secret."""
+        """All five from the 32-byte master secret."""
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
@@ -797,6 +852,16 @@ class Secrets(NamedTuple):
         """
         digest = _hmac(self.storage_id, bytes.fromhex(hawk_id))[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
+
+
+def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
+    """Hide a Hawk key for the store, or show it again: exclusive or with an HMAC of the Hawk id.
+
+    The store does not hold the Hawk id. So nobody who reads the store, even with our secrets,
+    can sign in a user's name.
+    """
+    mask = _hmac(secret, bytes.fromhex(hawk_id))
+    return (int.from_bytes(key, "big") ^ int.from_bytes(mask, "big")).to_bytes(32, "big")
 
 
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
@@ -861,6 +926,19 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
             "every user there is"
         )
     return bytes.fromhex(text.decode()), made
+
+
+def load_operator_token(settings: Settings) -> str:
+    """The word that opens what is for the operator alone, made at first start: 43 characters.
+
+    Raises:
+        StartError: The file is damaged.
+    """
+    path = Path(settings.keys_dir, "operator.token")
+    text, _ = keep_private_file(path, lambda: secrets.token_urlsafe(32).encode() + b"\n")
+    if not re.fullmatch(rb"[\w-]{43,}\n?", text):
+        raise StartError(f"{path} is damaged: remove it, and the next start makes another")
+    return text.decode().strip()
 
 
 # =============================================================================
@@ -1010,8 +1088,8 @@ def long_code(n_bytes: int, random_bytes: RandomBytes) -> str:
 
 
 def code_digest(secret: bytes, storage_id: StorageId, code: str) -> bytes:
-    """What is stored in place of a code: 16 bytes, useless without the secret."""
-    return _hmac(secret, storage_id + code.encode())[:16]
+    """What is stored in place of a code: 8 bytes, useless without the secret."""
+    return _hmac(secret, storage_id + code.encode())[:8]
 
 
 Catalogues = Mapping[str, NullTranslations]
@@ -1284,9 +1362,14 @@ def _is_rsa(n: int, e: int) -> bool:
 def _is_dsa(y: int, p: int, q: int, g: int) -> bool:
     # FIPS 186-4, A.2.2: g and y lie in the subgroup of order q; p and q look prime.
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
-    if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
+    return right_size and 1 < y < p and _is_dsa_group(p, q, g) and pow(y, q, p) == 1
+
+
+@lru_cache(256)  # a check takes 20 ms, and the clients of 2014 share one group of each size
+def _is_dsa_group(p: int, q: int, g: int) -> bool:
+    if (p - 1) % q or not 1 < g < p or pow(g, q, p) != 1:
         return False
-    return all(pow(x, q, p) == 1 for x in (g, y)) and all(pow(2, m - 1, m) == 1 for m in (p, q))
+    return all(pow(2, m - 1, m) == 1 for m in (p, q))
 
 
 def parse_public_key(value: object) -> PublicKey:
@@ -1426,71 +1509,109 @@ def _pem(key: PrivateKey) -> bytes:
 #                                in DynamoDB that is
 # "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
 #                                id of an SMS, that was used
-#                                the record before one that  a minute
-#                                was undone
 # "receipt " 12 bytes            what became of a message    a day
-# "sends"                        times of messages sent      an hour
+# "hour"                         messages of the last hour:  an hour
+#                                a random name and a time
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret, which the start asks
 
 
 class User(NamedTuple):
-    """All that is kept about one session, packed into at most 89 bytes.
+    """All that is kept about one session, packed into at most 95 bytes.
 
     Attributes:
-        hawk_key: 32 bytes.
-        long, by_phone: The last code was a long one; the phone asked for it by SMS (MO).
-        sealed: The number, 24 bytes; empty until a code was asked for.
-        network: The network that messages are sent for.
+        hawk_key: 32 bytes, masked by ``mask_hawk_key``.
+        masked: Whether they are; in records of version 1 they are not.
+        sealed: The number, 24 bytes; empty until a message was asked for.
         sends: Messages asked for.
-        code_expires_s: When the last code dies or died, in seconds since the epoch.
-        verified_s: When the number was last verified; 0 = never.
-        code_digest: 16 bytes while a code is alive, else empty.
-        tries: Wrong codes returned while it is alive.
+        asked_s: When the last message was asked for, in seconds since the epoch.
+        asked_long, by_phone, again: It holds a long code; a phone asked for it by SMS (MO);
+            it was asked for by /sms/resend_code.
+        sending: It is being sent: nobody has written down yet what became of it.
+        code_digest: 8 bytes while a code waits, else empty.
+        long, by_outbox, network, code_expires_s: That code is a long one; the outbox showed it;
+            the network that it was sent for; when it dies, in seconds since the epoch.
+        tries: Wrong codes returned while it waits.
+        older_digest: 8 bytes: the code before it, which must not be used any more.
+        verified_s, verified_by_outbox: When the number was last verified (0 = never); whether
+            by a code that the outbox showed.
         tried: The SMS providers that messages were given to, one bit each.
+        ticket: 2 random bytes that tell the message that is being sent from any other.
     """
 
-    hawk_key: HawkKey
-    long: bool = False
-    by_phone: bool = False
+    hawk_key: bytes
     sealed: bytes = b""
     network: Network = Network()
     sends: int = 0
+    asked_s: int = 0
     code_expires_s: int = 0
     verified_s: int = 0
     code_digest: bytes = b""
+    older_digest: bytes = b""
     tries: int = 0
     tried: int = 0
+    ticket: int = 0
+    masked: bool = False
+    long: bool = False
+    by_phone: bool = False
+    sending: bool = False
+    asked_long: bool = False
+    again: bool = False
+    by_outbox: bool = False
+    verified_by_outbox: bool = False
 
     def pack(self) -> bytes:
-        """The record: 34 bytes once registered, 86 to 89 while a code is alive, then 70 or 89.
+        """The record: 34 bytes once registered, 82 to 93 while a code waits, then 70 to 93.
 
-        What is not there yet is zero, and stands at the end, where zeros are left out.
+        It is 95 while a message is being sent. What is not there yet is zero, and stands at the
+        end, where zeros are left out.
         """
-        start = (RECORD_VERSION, self.long + 2 * self.by_phone, self.hawk_key)
-        number = (self.sealed, self.network.pack(), self.sends, self.code_expires_s)
-        rest = (self.verified_s, self.code_digest, self.tries, self.tried)
-        return RECORD.pack(*start, *number, *rest).rstrip(b"\0")
+        flags = sum(getattr(self, name) << n for n, name in enumerate(_FLAGS))
+        start = (RECORD_VERSION, flags, self.hawk_key, self.sealed, self.network.pack())
+        times = (self.sends, self.asked_s, self.code_expires_s, self.verified_s)
+        rest = (self.code_digest, self.older_digest, self.tries, self.tried, self.ticket)
+        return RECORD.pack(*start, *times, *rest).rstrip(b"\0")
 
     @classmethod
     def unpack(cls, packed: bytes) -> User:
-        """The inverse of ``pack``.
+        """The inverse of ``pack``; of a record of version 1 too.
 
         Raises:
             Unavailable: Another version of the gateway wrote the record.
         """
+        if packed[:1] == b"\1":
+            return _unpack_version_1(packed)
         if packed[:1] != bytes((RECORD_VERSION,)) or len(packed) > RECORD.size:
             raise Unavailable("the session was written by another version of the gateway")
         fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
-        _, flags, key, sealed, network, sends, expires_s, verified_s, digest, *tries = fields
-        sealed, digest = (value if any(value) else b"" for value in (sealed, digest))
-        kind = (bool(flags & 1), bool(flags & 2), sealed, Network.unpack(network))
-        return cls(key, *kind, sends, expires_s, verified_s, digest, *tries)
+        _, bits, key, sealed, network, *rest = fields
+        rest = [(value if any(value) else b"") if type(value) is bytes else value for value in rest]
+        flags: Json = {name: bool(bits >> n & 1) for n, name in enumerate(_FLAGS)}
+        return cls(key, sealed if any(sealed) else b"", Network.unpack(network), *rest, **flags)
 
 
-RECORD: Final = struct.Struct(">BB32s24s3sBII16sBH")
-"""Version, flags, key; number, network, sends, code expiry; verified; code digest, tries; tried."""
+_FLAGS: Final = (
+    "masked", "long", "by_phone", "sending", "asked_long", "again", "by_outbox",
+    "verified_by_outbox",
+)  # fmt: skip
+"""The fields of a user that are one bit each, the lowest first."""
+RECORD: Final = struct.Struct(">BB32s24s3sBIII8s8sBHH")
+"""Version, flags, key; number, network, sends, last asked for, code expiry; verified; digests;
+tries; tried; ticket."""
+
+
+def _unpack_version_1(packed: bytes) -> User:
+    # Its digests had 16 bytes. It did not say when a code was asked for: a code lived 600 s.
+    if len(packed) > (old := struct.Struct(">BB32s24s3sBII16sBH")).size:
+        raise Unavailable("the session was written by another version of the gateway")
+    fields = old.unpack(packed.ljust(old.size, b"\0"))
+    _, flags, key, sealed, network, sends, expires_s, verified_s, digest, *tries = fields
+    sealed, digest = (value if any(value) else b"" for value in (sealed, digest[:8]))
+    times = (sends, max(0, expires_s - 600), expires_s, verified_s)
+    user = User(key, sealed, Network.unpack(network), *times, digest, b"", *tries)
+    long = bool(flags & 1)
+    return user._replace(long=long, asked_long=long, by_phone=bool(flags & 2))
 
 
 class Commit(enum.Enum):
@@ -1502,7 +1623,7 @@ class Commit(enum.Enum):
     REPLAYED = b"replayed"
 
 
-COMMIT_SCRIPT: Final = """#!lua
+COMMIT_SCRIPT: Final = """#!lua flags=allow-oom
 -- KEYS: record, nonce. ARGV: the record as read; the record to write ("" deletes); its new life
 -- in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: there is none).
 local record, life, nonce_life = redis.call('GET', KEYS[1]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -1516,20 +1637,20 @@ elseif life == 0 then redis.call('SET', KEYS[1], ARGV[2])
 elseif ARGV[2] ~= record then redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL') end
 return 'done'
 """
-"""Writes record and nonce, both or neither. Its first line makes a server without memory refuse
-it before its first command, not in its middle."""
+"""Writes record and nonce, both or neither. Its first line lets it run on a server that is full:
+whoever has a session can verify, sign and leave, and all that grows is nonces, for two minutes."""
 
 COUNT_SCRIPT: Final = """#!lua
--- KEYS: times of the last messages, newest first. ARGV: now, limit, window in seconds.
-local oldest = redis.call('LINDEX', KEYS[1], ARGV[2] - 1)
-local wait = oldest and oldest + ARGV[3] - ARGV[1] or 0
-if wait > 0 then return math.min(math.ceil(wait), ARGV[3]) end
-redis.call('LPUSH', KEYS[1], ARGV[1])
-redis.call('LTRIM', KEYS[1], 0, ARGV[2] - 1)
+-- KEYS: the messages of a while, by their times. ARGV: now, limit, the while in seconds, a name.
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[3])
+local last = redis.call('ZREVRANGE', KEYS[1], ARGV[2] - 1, ARGV[2] - 1, 'WITHSCORES')[2]
+if last then return math.max(1, math.min(math.ceil(last + ARGV[3] - ARGV[1]), ARGV[3])) end
+redis.call('ZADD', KEYS[1], ARGV[1], ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 0
 """
-"""Counts a message, or says in how many seconds the next one may leave."""
+"""Counts a message, or says in how many seconds the next one may leave. Its first line makes a
+server that is full refuse it before its first command, not in its middle."""
 
 SHA1: Final = {
     script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
@@ -1873,13 +1994,18 @@ class Storage:
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
         return Commit(answers[0])
 
-    def count_send(self, now_s: float, limit: int) -> int:
-        """Count a message of the gateway, or tell in how many seconds one may leave."""
-        return int(self._script(COUNT_SCRIPT, [b"sends"], (f"{now_s:.3f}", limit, HOUR_S))[0])
+    def count_send(self, now_s: float, limit: int, name: bytes) -> int:
+        """Count a message of the gateway, or tell in how many seconds one may leave.
 
-    def uncount_send(self) -> None:
+        Args:
+            name: By which the count can be taken back, even if nobody knows whether it is there.
+        """
+        args = (f"{now_s:.3f}", limit, HOUR_S, name)
+        return int(self._script(COUNT_SCRIPT, [b"hour"], args)[0])
+
+    def uncount_send(self, name: bytes) -> None:
         """Take back the count of a message that surely did not leave."""
-        self._run("LPOP", "sends", key=b"sends")
+        self._run("ZREM", "hour", name, key=b"hour")
 
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
@@ -1948,7 +2074,10 @@ class Storage:
                 found = [warning for told in self.info() for warning in self._judge(told)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
                 mark = hkdf(master, b"msisdn-gateway/v1/mark", 16)
-                kept = master and self._run("SET", b"mark", mark, "NX", "GET", key=b"mark")
+                kept = master and (
+                    self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
+                    or self._run("SET", b"mark", mark, "NX", "GET", key=b"mark")
+                )
                 if kept and kept != mark:
                     raise StartError(
                         f"the store {where} was written with another master secret, and nobody in "
@@ -1990,6 +2119,8 @@ class Storage:
                 "forgets users, used nonces and counted messages when it is full "
                 f"(maxmemory-policy {policy}): set noeviction"
             )
+        if 0 < int(told.get("maxmemory", 0)) <= int(told.get("used_memory", 0)):
+            found.append("is full: it takes no new sessions, and counts no messages")
         if told.get("aof_enabled") == "0":
             found.append("may lose users in a crash or a restart: set appendonly yes")
         return found
@@ -2233,14 +2364,103 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     may ask for ``sends_per_session`` again.
 
     Raises:
-        TooManyCodes: It has asked for all of them.
+        TooManyCodes: It has asked for all of them, or for the last one a moment ago.
     """
-    left_s = user.code_expires_s - settings.code_ttl_s + settings.session_ttl_s - now_s
-    sends = user.sends if left_s > 0 else 0
-    if sends >= settings.sends_per_session:
-        left_s = min(left_s, settings.session_ttl_s)  # it is more if our clock was ahead
-        raise TooManyCodes("this session has asked for all the codes it may", left_s)
-    return sends
+    passed_s = now_s - user.asked_s
+    if not user.sends or passed_s >= settings.session_ttl_s:
+        return 0
+    if user.sends >= settings.sends_per_session:
+        # The wait would be longer than that if our clock was ahead.
+        wait_s = min(settings.session_ttl_s - passed_s, settings.session_ttl_s)
+        raise TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
+    gaps_s = settings.resend_gaps_s
+    gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
+    # No message left if no number is bound any more, or whoever was sending it died.
+    if 0 <= passed_s < gap_s and user.sealed and not user.sending:
+        raise TooManyCodes(
+            "resend_gaps_s: this session asked for a message just now", gap_s - passed_s
+        )
+    return user.sends
+
+
+class Payments:
+    """The messages of one request that may cost money, each counted before it may leave.
+
+    A count that is unused when this ends is given back, and so is one whose message surely
+    was not taken. Each has a random name, and so can be given back even if a time-out left it
+    unknown whether it was made.
+    """
+
+    def __init__(
+        self, storage: Storage, settings: Settings, clock: Clock, random_bytes: RandomBytes
+    ) -> None:
+        self._storage, self._limit = storage, settings.sends_per_hour
+        self._clock, self._random_bytes = clock, random_bytes
+        self._unused = b""
+
+    def count(self) -> None:
+        """Count one message ahead, if none is.
+
+        Raises:
+            TooManyMessages: The gateway may send no more for a while.
+        """
+        if self._unused:
+            return
+        self._unused = self._random_bytes(8)
+        if wait_s := self._storage.count_send(self._clock(), self._limit, self._unused):
+            self._unused = b""
+            raise TooManyMessages("sends_per_hour: the gateway may send no more now", wait_s)
+
+    def use(self) -> bytes:
+        """The name of a count for a message that is to leave now; raises like ``count``."""
+        self.count()
+        used, self._unused = self._unused, b""
+        return used
+
+    def give_back(self, name: bytes, later: bool = False) -> None:
+        """Take a count back; if the store stays away, one too many is counted for an hour."""
+        owe(partial(self._storage.uncount_send, name), later)
+
+    def __enter__(self) -> Payments:
+        return self
+
+    def __exit__(self, _: object, error: object, trace: object) -> None:
+        if self._unused:
+            self.give_back(self._unused, later=isinstance(error, Unavailable))
+
+
+def owe(write: Callable[[], object], later: bool = False) -> None:
+    """Do a write now; while the store is unavailable, ``persist`` in another thread.
+
+    Args:
+        later: The store has just failed, so do not ask it again in this thread.
+    """
+    try:
+        if not later:
+            write()
+    except Unavailable:
+        later = True
+    if later:
+        _OWED.submit(persist, write)
+
+
+_OWED: Final = ThreadPoolExecutor(4, "owed")
+
+
+def persist(write: Callable[[], T]) -> T:
+    """Do a write that is owed, again and again for ``SETTLE_S`` while the store is unavailable.
+
+    Args:
+        write: It may have been done although it raised, and so must be harmless when repeated.
+    """
+    deadline_s = time.monotonic() + SETTLE_S
+    while True:
+        try:
+            return write()
+        except Unavailable:
+            if time.monotonic() > deadline_s:
+                raise
+        time.sleep(SETTLE_PAUSE_S)
 
 
 # =============================================================================
@@ -2253,7 +2473,7 @@ class SmsFailed(Exception):
 
 
 class SmsRefused(SmsFailed):
-    """The provider is well, but will not take this message: no reason to avoid it for others."""
+    """The provider is well, but will never take this message: no reason to avoid it for others."""
 
 
 class SmsUnknown(SmsFailed):
@@ -2700,7 +2920,7 @@ class Sent(NamedTuple):
 
     Attributes:
         kind, ids: Who took it, and the ids that receipts will name; empty if nobody said so.
-        tried: The providers tried for this session so far, one bit each.
+        tried: The providers tried for this session so far, one bit each; 0 if all were.
     """
 
     kind: str
@@ -2723,6 +2943,7 @@ class SmsSender:
         if not 1 <= len(self.providers) <= 16:
             raise SettingsError("sms_providers must name at least one provider, at most 16")
         self.resting: dict[int, float] = {}
+        self._failed_for: dict[int, Msisdn] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -2746,65 +2967,96 @@ class SmsSender:
         finally:
             self._slots.release()
 
+    def is_first_paid(self, tried: int) -> bool:
+        """Whether the provider that is asked first may cost money."""
+        return self.providers[self._order(tried)[0]].paid
+
     def send(
-        self, sender: str, to: Msisdn, text: str, tried: int = 0,
-        pay: Callable[[], None] = lambda: None,
-    ) -> Sent:  # fmt: skip
+        self, sender: str, to: Msisdn, text: str, tried: int = 0, payments: Payments | None = None
+    ) -> Sent:
         """Send by the first provider that takes the message, in ``SEND_BUDGET_S`` at most.
 
         Args:
             tried: The providers that had a message of this session before, one bit each.
-            pay: Is called before one whose messages may cost money; what it raises is raised.
+            payments: Each attempt that may cost money is counted there first.
 
         Raises:
+            SmsRefused: Every provider that was asked refused this one message for good.
             SmsFailed: Surely nobody took it. If somebody may have, that counts as sent.
+            TooManyMessages, Unavailable: The first attempt cannot be counted, or the next one,
+                after others surely failed.
         """
-        rest_s, unknown = self.settings.sms_cool_down_s, False
-        end = time.monotonic() + SEND_BUDGET_S
-        tried %= 2 ** len(self.providers) - 1  # once round: each has its chance again
+        refused, unknown, end_s = True, False, time.monotonic() + SEND_BUDGET_S
+        once_round = 2 ** len(self.providers) - 1
         for n in self._order(tried)[: self.settings.sms_send_tries]:
-            provider, started = self.providers[n], time.monotonic()
-            if end - started < 1:
+            if (left_s := end_s - time.monotonic()) < 1:
                 break
-            if provider.paid:
-                pay()
-            if n in self.resting:  # rested: this one message tries whether it is well again
-                self.resting[n] = started + rest_s
             tried |= 1 << n
-            timeout_s = min(provider.entry["timeout_s"], end - started)
             try:
-                ids = self._attempt(provider, sender, to, text, timeout_s)
+                ids = self._attempt(n, (sender, to, text), left_s, payments)
+                return Sent(self.providers[n].kind, ids, tried % once_round)
             except SmsFailed as error:
                 LOG.warning("sms: %s", error)
                 unknown |= isinstance(error, SmsUnknown)
-                if not isinstance(error, SmsRefused):
-                    self.resting[n] = time.monotonic() + rest_s
-                continue
-            self.resting.pop(n, None)
-            if time.monotonic() - started > timeout_s / 2:
-                self.resting[n] = time.monotonic() + rest_s  # slow
-            return Sent(provider.kind, ids, tried)
+                refused &= isinstance(error, SmsRefused)
+            except GatewayError:  # this attempt cannot be paid for
+                if unknown:
+                    break
+                raise
         if unknown:
-            return Sent("", [], tried)
-        raise SmsFailed("no provider took the message")
+            return Sent("", [], tried % once_round)
+        raise (SmsRefused if refused else SmsFailed)("no provider took the message")
+
+    def _attempt(
+        self, n: int, message: tuple[str, Msisdn, str], left_s: float, payments: Payments | None
+    ) -> list[str]:
+        """Have one provider send a message, once that is counted; raises like a provider."""
+        provider, to = self.providers[n], message[1]
+        paid = payments.use() if payments and provider.paid else b""
+        started_s, timeout_s = time.monotonic(), min(provider.entry["timeout_s"], left_s)
+        if n in self.resting:  # this one message tries whether it is well again
+            self.resting[n] = started_s + self.settings.sms_cool_down_s
+        try:
+            ids = _send_by(provider, *message, timeout_s)
+        except SmsFailed as error:
+            if not isinstance(error, SmsRefused):
+                self._note_failure(n, to)
+            if payments and paid and not isinstance(error, SmsUnknown):
+                payments.give_back(paid)
+            raise
+        if time.monotonic() - started_s > timeout_s / 2:
+            self._note_failure(n, to)  # slow
+        else:
+            self.resting.pop(n, None)
+            self._failed_for.pop(n, None)
+        return ids
+
+    def _note_failure(self, n: int, to: Msisdn) -> None:
+        """Put a provider behind the others for a while, once it failed for two numbers.
+
+        One number alone may be what is wrong, and everybody can name one.
+        """
+        if self._failed_for.setdefault(n, to) != to:
+            self.resting[n] = time.monotonic() + self.settings.sms_cool_down_s
 
     def _order(self, tried: int) -> list[int]:
         now, everyone = time.monotonic(), range(len(self.providers))
         return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
 
-    def _attempt(self, provider: SmsProvider, *message: Any) -> list[str]:
-        try:
-            return provider.send(*message)
-        except SmsFailed:
-            raise
-        except Exception as error:  # its text may quote the message
-            known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
-            raise known(f"{provider.kind}: {type(error).__name__}") from None
-
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
         for provider in self.providers:
             provider.forget(to)
+
+
+def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
+    try:
+        return provider.send(*message)
+    except SmsFailed:
+        raise
+    except Exception as error:  # its text may quote the message
+        known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
+        raise known(f"{provider.kind}: {type(error).__name__}") from None
 
 
 class InboundSms(NamedTuple):
@@ -2820,12 +3072,17 @@ def _text(params: Json, *names: str) -> str:
     return next((str(v) for v in map(params.get, names) if isinstance(v, str | int) and v), "")
 
 
-def parse_inbound(params: Json) -> InboundSms:
+def parse_inbound(params: Json, signature: str = "") -> InboundSms:
     """Read a provider's webhook; what is missing is "".
 
     Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
     Twilio: ``From``, ``Body``, ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``.
     BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
+
+    Args:
+        signature: Twilio's, once it is found right. It stands in for the id: a call that is
+            repeated has the same, even if it is cut into other names and values. Vonage's,
+            ``sig``, stands in for an id that is missing.
     """
     code, pair = _text(params, "network-code"), params.get("mccmnc")
     pair = pair if isinstance(pair, dict) else params
@@ -2837,7 +3094,8 @@ def parse_inbound(params: Json) -> InboundSms:
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
     # a country's numbers.
     sender = "+" + digits if len(digits) > 6 else ""
-    message_id = _text(params, "messageId", "MessageSid", "id")
+    message_id = signature or _text(params, "messageId", "MessageSid", "id")
+    message_id = message_id or _text(params, "sig").lower()  # as it is compared
     return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
 
 
@@ -2906,25 +3164,199 @@ class Session:
     """One signed request whose MAC is right: whose it is, and their record as it was read.
 
     Attributes:
-        before: The record that its commit replaced.
+        hawk_key: Signs the answer.
         spent: Whether its nonce is used up, as it must be before anything is answered.
-        unsure: A commit got no answer. It may have run, so it is not sent again.
+        unsure: The store did not answer. What was asked may have been done, and is not sent
+            again.
     """
 
     hawk_id: HawkId
+    hawk_key: HawkKey
     user: User
     storage_id: StorageId
     record: bytes
     header: HawkHeader
     request: HawkRequest
     nonce_ttl_s: int
-    before: bytes = b""
     spent: bool = False
     unsure: bool = False
 
 
+# -- The rules: what may follow what. Each is a function of a user, and changes nothing else.
+
+
+class Ask(NamedTuple):
+    """A message that is asked for: to which number, on which network, with a code of which kind.
+
+    Attributes:
+        sealed: ``msisdn`` as the record holds it.
+        by_phone: An SMS from the phone asks for it.
+        again: /sms/resend_code asks for it, for a fresh code.
+    """
+
+    msisdn: Msisdn
+    sealed: bytes
+    network: Network
+    long: bool
+    by_phone: bool = False
+    again: bool = False
+
+
+class Reservation(NamedTuple):
+    """What RESERVE decided: what was asked for, the user before it and after it.
+
+    Attributes:
+        user: ``None`` if nothing is to be sent: the same was asked for a moment ago.
+    """
+
+    ask: Ask
+    before: User
+    user: User | None
+
+
+def is_being_sent(user: User, now_s: int) -> bool:
+    """Whether a message of this session is being sent, as far as anybody knows.
+
+    Its outcome is written within ``RESERVATION_S``, unless whoever was sending it died.
+    """
+    return user.sending and abs(now_s - user.asked_s) < RESERVATION_S
+
+
+def code_waits(user: User, settings: Settings, now_s: int) -> bool:
+    """Whether a code is alive, and so may be returned."""
+    longest_s = settings.code_ttl_s + settings.hawk_skew_s
+    # Not one that was made while our clock was far ahead.
+    return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
+
+
+def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -> User | None:
+    """RESERVE: bind the number to the session, and count the message before it may leave.
+
+    A code that waits stays as it is. ``None`` stands for a double click: the same was asked
+    for while that message is being sent, or its code is younger than the first gap.
+
+    Raises:
+        InvalidParameter: The session is bound to another number.
+        TooManyCodes: Too soon, or too often.
+    """
+    if user.sealed not in (b"", ask.sealed):  # a number is always sealed to the same bytes
+        raise InvalidParameter("msisdn is another number than this session's: register anew")
+    sending = is_being_sent(user, now_s)
+    armed_s = user.code_expires_s - settings.code_ttl_s
+    young = 0 <= now_s - armed_s < settings.resend_gaps_s[0] and not user.sending
+    same = (user.asked_long, user.by_phone) == (ask.long, ask.by_phone) and user.again >= ask.again
+    if user.sealed and same and (sending or (young and code_waits(user, settings, now_s))):
+        return None
+    if sending:
+        raise TooManyCodes("a message of this session is being sent just now", 1)
+    return user._replace(
+        sealed=ask.sealed, sends=session_sends(user, settings, now_s) + 1, asked_s=now_s,
+        asked_long=ask.long, by_phone=ask.by_phone, again=ask.again, sending=True, ticket=ticket,
+    )  # fmt: skip
+
+
+def is_reserved(user: User, reserved: User) -> bool:
+    """Whether a user still has this very reservation."""
+    return user.sending and (user.asked_s, user.ticket) == (reserved.asked_s, reserved.ticket)
+
+
+def arm(user: User, ask: Ask, digest: bytes, sent: Sent, settings: Settings, now_s: int) -> User:
+    """ARM: the message is on its way, so its code may be returned, and the older one may not.
+
+    Wrong tries of a code that still waits count on.
+    """
+    waits = code_waits(user, settings, now_s)
+    return user._replace(
+        sending=False, ticket=0, long=ask.long, network=ask.network,
+        by_outbox=sent.kind == "outbox", tried=sent.tried,
+        code_digest=digest, code_expires_s=now_s + settings.code_ttl_s,
+        older_digest=user.code_digest if waits else b"", tries=user.tries if waits else 0,
+    )  # fmt: skip
+
+
+def give_back(user: User, before: User, refused: bool) -> User:
+    """The message surely did not leave: the reservation and all that it counted is undone.
+
+    Args:
+        refused: For good, by the provider. That stays counted, or calls of the provider for
+            a number that gets no SMS would be bounded by nothing.
+    """
+    user = user._replace(
+        sealed=before.sealed, asked_long=before.asked_long, by_phone=before.by_phone,
+        again=before.again, sending=False, ticket=0,
+    )  # fmt: skip
+    return user if refused else user._replace(sends=before.sends, asked_s=before.asked_s)
+
+
+def expect_code(user: User, settings: Settings, now_s: int) -> None:
+    """Check that a code may be returned.
+
+    Raises:
+        Unavailable: The first message is still being sent; its code is not judged yet.
+        Expired: No code waits.
+    """
+    if code_waits(user, settings, now_s):
+        return
+    if is_being_sent(user, now_s):
+        raise Unavailable("the message with the code is still being sent; try again", 1)
+    raise Expired("no code is waiting: it was used, used up, or is too old")
+
+
+def return_code(
+    user: User, digest: bytes, long: bool, settings: Settings, now_s: int
+) -> tuple[User, GatewayError | None]:
+    """Judge a code, where ``expect_code`` is: the user after it, and what was wrong with it.
+
+    Args:
+        digest, long: The code's ``code_digest``, and its kind.
+
+    Raises:
+        InvalidParameter: It is of the kind that does not wait; that costs no try.
+    """
+    if hmac.compare_digest(digest, user.code_digest):
+        user = user._replace(verified_s=now_s, verified_by_outbox=user.by_outbox)
+        return user._replace(code_digest=b"", older_digest=b"", tries=0), None
+    if user.older_digest and hmac.compare_digest(digest, user.older_digest):
+        return user, WrongCode("a newer code was sent: use that one")
+    if long != user.long:
+        kinds = "digits", "hex digits"
+        raise InvalidParameter(f"the code that is waiting is one of {kinds[user.long]}")
+    left = settings.code_tries - user.tries - 1
+    if left > 0:
+        return user._replace(tries=user.tries + 1), WrongCode(
+            f"the code is wrong; tries left: {left}"
+        )
+    dead = WrongCode("the code is wrong, and dead now; /sms/resend_code sends another")
+    return user._replace(code_digest=b"", older_digest=b"", tries=0), dead
+
+
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
+
+    No right is written before its price is paid. The states that give somebody a right:
+
+    ====================  ==================================  ==================================
+    state                 right                               price, and where it is paid
+    ====================  ==================================  ==================================
+    a session             to ask for messages                 none; it is bounded in number and
+                                                              life
+    a reservation         one message                         counted in the session, the gateway
+                                                              (``reserve``, ``Payments``), with
+                                                              the nonce, before it may leave
+    a code that waits     ``code_tries`` guesses              a provider took its message, or may
+                                                              have taken it (``arm``)
+    a try                 one guess                           counted by the compare-and-set that
+                                                              judges it (``return_code``)
+    a verified number     proofs                              the right code (``return_code``)
+    a used nonce          one answer                          written with what the request
+                                                              changes, or by ``perform``
+    ====================  ==================================  ==================================
+
+    A message is sent in three steps. RESERVE binds the number and counts the message, in one
+    compare-and-set that also uses up the nonce. SEND hands it to a provider. ARM writes the
+    code, if the reservation is still there. So three guesses cost one message that left, or
+    may have, whatever fails or comes in between. If whoever sends dies, a message may be counted
+    that did not leave, or leave without a code that can be returned; never the other way round.
 
     Args:
         master: The 32-byte master secret.
@@ -2939,6 +3371,7 @@ class Gateway:
         self.clock, self.random_bytes = clock, random_bytes
         self.secrets = Secrets.derive(master)
         self.catalogues = load_messages(settings.short_code_digits)
+        self._heartbeat, self._writable, self._checked_s = threading.Lock(), False, -HEARTBEAT_S
 
     # -- Who is asking, and how an answer is committed ------------------------
 
@@ -2957,32 +3390,58 @@ class Gateway:
         record = self.storage.get(storage_id) if hawk_id else None
         if record is None:
             raise UnknownSession("this session is unknown: /register opens one")
-        user = User.unpack(record)
-        if not hmac.compare_digest(hawk_mac("header", user.hawk_key, header, request), header.mac):
+        user = self._user(hawk_id, record)
+        key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
+        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
-        left_s = int(header.ts) + self.settings.hawk_skew_s - int(self.clock())
-        # Its time may be far ahead, and the session alive by then.
-        settings, ttl_s = self.settings, max(left_s, 1) + 1
-        lives_s = settings.verified_ttl_s or ttl_s if user.verified_s else settings.session_ttl_s
-        return Session(hawk_id, user, storage_id, record, header, request, min(ttl_s, lives_s))
+        # As long as the request could be fresh anywhere: two gateways' clocks may differ.
+        ttl_s = 2 * self.settings.hawk_skew_s + 1
+        return Session(hawk_id, key, user, storage_id, record, header, request, ttl_s)
 
-    def check_request(self, session: Session, content_type: str, body: bytes) -> None:
-        """Check what else a Hawk header promises: its time, and the hash of the body.
+    def _user(self, hawk_id: HawkId, record: bytes) -> User:
+        """A record as a user, whose Hawk key is masked from now on."""
+        user = User.unpack(record)
+        if user.masked:
+            return user
+        masked = mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key)
+        return user._replace(hawk_key=masked, masked=True)
+
+    def perform(
+        self, session: Session, content_type: str, body: Callable[[], bytes],
+        act: Callable[[Session], T],
+    ) -> T:  # fmt: skip
+        """Do what a signed request asks for; its nonce is used up, however that ends.
+
+        Args:
+            body: Reads the request's body.
 
         Raises:
-            BadSignature: Stale, or not the body that was signed.
+            BadSignature: The request is stale, or its body is not the one that was signed.
         """
-        now_s, key, header = int(self.clock()), session.user.hawk_key, session.header
-        if abs(now_s - int(header.ts)) > self.settings.hawk_skew_s:
-            told = f'Hawk ts="{now_s}", tsm="{time_mac(key, now_s)}", error="Stale timestamp"'
+        self._check_time(session)
+        try:
+            self._check_payload(session, content_type, body())
+            return act(session)
+        finally:
+            if not session.spent and not session.unsure:
+                self.step(session, lambda user: (user, None))
+
+    def _check_time(self, session: Session) -> None:
+        # Its time alone keeps a stale request from coming again, so nothing of it is kept.
+        now_s = int(self.clock())
+        if abs(now_s - int(session.header.ts)) > self.settings.hawk_skew_s:
+            tsm = time_mac(session.hawk_key, now_s)
+            told = f'Hawk ts="{now_s}", tsm="{tsm}", error="Stale timestamp"'
             raise BadSignature(
                 "the timestamp is stale: set your clock by the Timestamp header",
                 headers={"WWW-Authenticate": told},
             )
+
+    def _check_payload(self, session: Session, content_type: str, body: bytes) -> None:
         # Some servers make up a media type where there is no body (wsgiref: text/plain).
-        types = [content_type] if body else [content_type, ""]
-        if header.hash and header.hash not in (payload_hash(kind, body) for kind in types):
+        types, hash = [content_type] if body else [content_type, ""], session.header.hash
+        if hash and hash not in (payload_hash(kind, body) for kind in types):
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
@@ -3011,8 +3470,7 @@ class Gateway:
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
-                session.before, session.record = session.record, new
-                session.user = user or session.user
+                session.user, session.record = user or session.user, new
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
@@ -3020,13 +3478,8 @@ class Gateway:
             if record is None:
                 session.spent = True
                 raise UnknownSession("this session is unknown: /register opens one")
-            session.user, session.record = User.unpack(record), record
+            session.user, session.record = self._user(session.hawk_id, record), record
         raise Unavailable("too many requests change this session at once; try again")
-
-    def spend_nonce(self, session: Session) -> None:
-        """Use up the nonce of a request that failed before it committed anything."""
-        if not session.spent and not session.unsure:
-            self.step(session, lambda user: (user, None))
 
     # -- The steps ------------------------------------------------------------
 
@@ -3040,8 +3493,9 @@ class Gateway:
         token = new_session_token(self.random_bytes)
         hawk_id, hawk_key = derive_credentials(token)
         # RECORD
-        record, storage_id = User(hawk_key).pack(), self.secrets.id_for(hawk_id)
-        self.storage.create(storage_id, record, self.settings.session_ttl_s)
+        user = User(mask_hawk_key(self.secrets.mask, hawk_id, hawk_key), masked=True)
+        storage_id = self.secrets.id_for(hawk_id)
+        self.storage.create(storage_id, user.pack(), self.settings.session_ttl_s)
         # ANSWER
         return {"msisdnSessionToken": token.hex(), **details}
 
@@ -3072,30 +3526,23 @@ class Gateway:
         require(params, "msisdn")
         msisdn = parse_msisdn(params["msisdn"])
         network = parse_network(params.get("mcc"), params.get("mnc"))
-        long = not _choice(params, short)
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-
-        def decide(user: User) -> tuple[User, str]:
-            if user.sealed not in (b"", sealed):  # a number is always sealed to the same bytes
-                raise InvalidParameter(
-                    "msisdn is another number than this session's: register anew"
-                )
-            user = user._replace(sealed=sealed, network=network, long=long, by_phone=False)
-            return self._next_code(session, user)
-
-        return self._send(session, decide, language, msisdn)
+        ask = Ask(msisdn, sealed, network, not _choice(params, short))
+        # RECORD, ACT, RECORD, ANSWER
+        return self._send(session, lambda user: ask, language)
 
     def resend_code(self, session: Session, params: Json, language: str) -> str:
-        """Send a fresh code to the session's number, whose old one is dead from then on."""
+        """Send a fresh code to the session's number; once it is on its way the old one is dead."""
 
-        def decide(user: User) -> tuple[User, str]:
+        def asks(user: User) -> Ask:
             # VALIDATE
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
-            long = not _choice(params, not user.long)
-            return self._next_code(session, user._replace(long=long, by_phone=False))
+            long = not _choice(params, not user.asked_long)
+            return Ask(self._number(session, user), user.sealed, user.network, long, again=True)
 
-        return self._send(session, decide, language)
+        # RECORD, ACT, RECORD, ANSWER
+        return self._send(session, asks, language)
 
     def receive_sms(self, message: InboundSms) -> None:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
@@ -3112,21 +3559,21 @@ class Gateway:
                 # The id of the message stands in for a nonce: each one is handled once.
                 header = HawkHeader(nonce="sms " + message.message_id)
                 ttl_s = DAY_S if message.message_id else 0
-                user, request = User.unpack(record), HawkRequest("", "", "", 0)
-                session = Session(hawk_id, user, storage_id, record, header, request, ttl_s)
+                user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
+                who = (hawk_id, HawkKey(b""), user, storage_id, record)
+                session = Session(*who, header, request, ttl_s)
                 self._answer_sms(session, msisdn, message.network)
 
     def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
 
-        def decide(user: User) -> tuple[User, str]:
+        def asks(user: User) -> Ask:
             if user.sealed and (not user.by_phone or user.sealed != sealed):
                 raise Expired("this session is verified in another way")
-            user = user._replace(sealed=sealed, network=network, long=True, by_phone=True)
-            return self._next_code(session, user)
+            return Ask(msisdn, sealed, network, long=True, by_phone=True)
 
         try:
-            self._send(session, decide, "", msisdn)
+            self._send(session, asks, "")
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.spent:
                 raise  # so that the provider delivers it again
@@ -3140,31 +3587,25 @@ class Gateway:
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
-        # VALIDATE: all of the body, so that a bad key never burns a code
+        # VALIDATE: what is cheap to refuse first; and all of the body, so that a bad key never
+        # burns a code
         require(params, "code")
         code, settings = params["code"], self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
         if not (isinstance(code, str) and code.isascii() and len(code) in lengths):
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
+        self._expect_code(session.user)
         client_key = canonical_key(params["publicKey"]) if "publicKey" in params else None
         duration_s = self._duration_s(params)
+        digest = code_digest(self.secrets.code, session.storage_id, code)
 
         # ACT, RECORD
         def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
-            now_s = int(self.clock())
-            if not self._code_lives(user, now_s):
-                raise Expired("no code is waiting: it was used, used up, or is too old")
-            digest = code_digest(self.secrets.code, session.storage_id, code)
-            if hmac.compare_digest(digest, user.code_digest):
-                number = self._number(session, user)
-                return user._replace(code_digest=b"", tries=0, verified_s=now_s), number
-            left = settings.code_tries - user.tries - 1
-            if left > 0:
-                wrong = WrongCode(f"the code is wrong; tries left: {left}")
-                return user._replace(tries=user.tries + 1), wrong
-            dead = WrongCode("the code is wrong, and dead now; /sms/resend_code sends another")
-            return user._replace(code_digest=b"", tries=0), dead
+            self._expect_code(user)
+            long, now_s = len(code) == lengths[1], int(self.clock())
+            user, wrong = return_code(user, digest, long, settings, now_s)
+            return user, wrong or self._number(session, user)
 
         answer: Json = {"msisdn": self.step(session, decide)}
         # ANSWER
@@ -3172,15 +3613,17 @@ class Gateway:
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
         """Sign a certificate for the client's key, once its number is verified."""
-        # VALIDATE
-        require(params, "publicKey")
-        key, duration_s = canonical_key(params["publicKey"]), self._duration_s(params)
 
         def decide(user: User) -> tuple[User, None]:
-            if not user.verified_s:
+            # What the outbox showed proves nothing anywhere but at the desk where it is.
+            if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
                 raise NotVerified("the number is not verified yet: /sms/verify comes first")
             return user, None
 
+        # VALIDATE: a key last, because a stranger's may take 30 ms to check
+        require(params, "publicKey")
+        decide(session.user)
+        key, duration_s = canonical_key(params["publicKey"]), self._duration_s(params)
         # RECORD: only the nonce, which also shows that the session is still there. We sign
         # while the store works, and keep it to ourselves if the store disagrees.
         made: list[Json] = []
@@ -3189,13 +3632,28 @@ class Gateway:
         return made[-1]
 
     def unregister(self, session: Session) -> None:
-        """Drop everything about the user."""
+        """Drop everything about the user; messages in the outbox too, if the number is theirs."""
+        verified, number = bool(session.user.verified_s), self._number(session, session.user)
         try:
-            number = self.step(session, lambda user: (None, self._number(session, user)))
+            self.step(session, lambda user: (None, None))
         except Unavailable:  # they may be gone all the same, and then nobody asks again
-            self.sms.forget(self._number(session, session.user))
+            if verified:
+                self.sms.forget(number)
             raise
-        self.sms.forget(number)
+        if verified:
+            self.sms.forget(number)
+
+    def is_storage_writable(self) -> bool:
+        """Whether the store takes a write, as one second ago at most."""
+        with self._heartbeat:
+            if time.monotonic() > self._checked_s + HEARTBEAT_S:
+                try:
+                    self.storage.ping(self.clock())
+                    self._writable = True
+                except Unavailable:
+                    self._writable = False
+                self._checked_s = time.monotonic()
+            return self._writable
 
     # -- What they share ------------------------------------------------------
 
@@ -3207,91 +3665,110 @@ class Gateway:
     def _sender(self, network: Network, msisdn: Msisdn) -> str:
         return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
 
-    def _code_lives(self, user: User, now_s: int) -> bool:
-        longest_s = self.settings.code_ttl_s + self.settings.hawk_skew_s
-        # Not one that was made while our clock was far ahead.
-        return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
+    def _expect_code(self, user: User) -> None:
+        expect_code(user, self.settings, int(self.clock()))
+        if user.by_outbox and not self.sms.outbox:
+            raise Expired("the outbox that showed this code is gone: ask for another")
 
-    def _next_code(self, session: Session, user: User) -> tuple[User, str]:
-        """A fresh code, and the user who waits for it. Wrong tries of a living code count on."""
-        now_s, settings = int(self.clock()), self.settings
-        sends = session_sends(user, settings, now_s) + 1
-        if user.long:
-            code = long_code(settings.long_code_bytes, self.random_bytes)
-        else:
-            code = short_code(settings.short_code_digits, self.random_bytes)
-        tries = user.tries if self._code_lives(user, now_s) else 0
-        digest = code_digest(self.secrets.code, session.storage_id, code)
-        expires_s = now_s + settings.code_ttl_s
-        user = user._replace(sends=sends, tries=tries, code_expires_s=expires_s, code_digest=digest)
-        return user, code
+    def _new_code(self, long: bool) -> str:
+        if long:
+            return long_code(self.settings.long_code_bytes, self.random_bytes)
+        return short_code(self.settings.short_code_digits, self.random_bytes)
 
-    def _send(
-        self, session: Session, decide: Callable[[User], tuple[User, str]], language: str,
-        msisdn: Msisdn = Msisdn(""),
-    ) -> str:  # fmt: skip
-        """Commit a code, then send it; undo it all if the message surely was not taken.
+    def _send(self, session: Session, asks: Callable[[User], Ask], language: str) -> str:
+        """RESERVE, SEND and ARM a message (see the class); gives the number that it is sent from.
 
         Args:
-            msisdn: The session's number, if it is at hand.
+            asks: What is asked for, by the user as it is; raises what the rules forbid.
         """
-        with self.sms.slot():
-            # RECORD
-            code, user, counted = self.step(session, decide), session.user, False
-            # ACT
-            msisdn = msisdn or self._number(session, user)
-            sender = self._sender(user.network, msisdn)
-            text = code if user.long else self._short_text(code, msisdn, language)
-
-            def pay() -> None:
-                nonlocal counted
-                limit = self.settings.sends_per_hour
-                if not counted and (wait_s := self.storage.count_send(self.clock(), limit)):
-                    raise TooManyMessages("the gateway may send no more for a while", wait_s)
-                counted = True
-
+        payments = Payments(self.storage, self.settings, self.clock, self.random_bytes)
+        with self.sms.slot(), payments:
+            reservation = self._reserve(session, asks, payments)
+            ask, before, reserved = reservation
+            if reserved is None:  # answered like the first, as far as it is known
+                network = ask.network if before.sending else before.network
+                return self._sender(network, ask.msisdn)
+            sender = self._sender(ask.network, ask.msisdn)
+            code = self._new_code(ask.long)
+            text = code if ask.long else self._short_text(code, ask.msisdn, language)
             try:
-                sent = self.sms.send(sender, msisdn, text, user.tried, pay)
-            except (SmsFailed, TooManyMessages, Unavailable) as error:
-                with contextlib.suppress(Unavailable):  # this count is gone in an hour
-                    if counted:
-                        self.storage.uncount_send()
-                self._undo(session)
-                if not isinstance(error, SmsFailed):
+                sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
+            except (SmsFailed, GatewayError) as error:
+                self._give_back(session, reservation, isinstance(error, SmsRefused))
+                if isinstance(error, GatewayError):
                     raise
-                raise Unavailable("no SMS provider took the message; try again") from None
-        # RECORD: the message is out, whatever happens here
-        with contextlib.suppress(Unavailable):
-            self._note_sent(session, user, sent)
-        # ANSWER
+                raise _not_sent(error) from None
+            self._arm(session, reservation, code, sent)
         return sender
 
-    def _note_sent(self, session: Session, user: User, sent: Sent) -> None:
-        """Keep what a resend and the receipts go by."""
-        if len(self.sms.providers) > 1 and sent.tried != user.tried:
-            self._replace(session, session.record, user._replace(tried=sent.tried).pack())
+    def _reserve(
+        self, session: Session, asks: Callable[[User], Ask], payments: Payments
+    ) -> Reservation:
+        """The session's own rules; then the limits; then one commit, with the nonce."""
+        made: list[Reservation] = []
+        ticket = int.from_bytes(self.random_bytes(2), "big")
+
+        def decide(user: User) -> tuple[User, Reservation]:
+            ask = asks(user)
+            reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
+            made.append(Reservation(ask, user, reserved))
+            return reserved or user, made[-1]
+
+        # What the session's own rules refuse is not to be counted first.
+        if self.sms.is_first_paid(session.user.tried) and decide(session.user)[1].user:
+            try:
+                payments.count()
+            except Unavailable:
+                session.unsure = True
+                raise
+        try:
+            return self.step(session, decide)
+        except Unavailable:
+            if session.unsure:
+                self._give_back(session, made[-1], refused=False, later=True)
+            raise
+
+    def _give_back(
+        self, session: Session, reservation: Reservation, refused: bool, later: bool = False
+    ) -> None:
+        if reserved := reservation.user:
+            settled = partial(give_back, before=reservation.before, refused=refused)
+            owe(partial(self._settle, session, reserved, settled), later)
+
+    def _arm(self, session: Session, reservation: Reservation, code: str, sent: Sent) -> None:
+        reserved = cast(User, reservation.user)
+        digest = code_digest(self.secrets.code, session.storage_id, code)
+        facts = (reservation.ask, digest, sent, self.settings, int(self.clock()))
+        user = persist(partial(self._settle, session, reserved, lambda user: arm(user, *facts)))
         for message_id in filter(None, sent.ids):
-            self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
+            with contextlib.suppress(Unavailable):
+                self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
+        if user is None:
+            raise UnknownSession("this session has just been unregistered")
+        if user.sending or user.code_digest not in (digest, b""):
+            raise Unavailable("another message took the place of this one: use that, or try again")
 
-    def _undo(self, session: Session) -> None:
-        """Put back the record before this request; and before the one that made that, if undone.
+    def _settle(
+        self, session: Session, reserved: User, settled: Callable[[User], User]
+    ) -> User | None:
+        """Write what became of a reservation, if it is still there; harmless when repeated.
 
-        Of two messages that are refused at once the second began with the record of the first.
+        Returns:
+            The user as it is then; ``None`` if they have unregistered.
         """
-
-        def undone(record: bytes) -> StorageId:
-            return StorageId(nonce_key(session.storage_id, "undone " + record.hex()))
-
-        made, known = session.record, session.before
-        self.storage.create(undone(made), known, _UNDONE_S)  # for who began with it
-        while known and self._replace(session, made, known):
-            made, known = known, self.storage.get(undone(known)) or b""
-
-    def _replace(self, session: Session, made: bytes, record: bytes) -> bool:
-        """Write another record than the one that was made, if that is still there."""
-        if still := (kept := self.storage.get(session.storage_id)) == made:
-            self.storage.commit(session.storage_id, kept, record)
-        return still
+        user, record = session.user, session.record
+        for _ in range(2 * COMMIT_TRIES):
+            if is_reserved(user, reserved):
+                new = settled(user)
+                if self.storage.commit(session.storage_id, record, new.pack()) is Commit.DONE:
+                    return new
+            found = self.storage.get(session.storage_id)
+            if found is None:
+                return None
+            user, record = self._user(session.hawk_id, found), found
+            if not is_reserved(user, reserved):
+                return user
+        raise Unavailable("too many requests change this session at once; try again")
 
     def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
@@ -3314,6 +3791,12 @@ class Gateway:
         email = principal_for(self.secrets.principal, number, issuer)
         who = (self.key, issuer, email, client_key, number)
         return {"cert": issue_certificate(*who, user.verified_s, now_ms, duration_s)}
+
+
+def _not_sent(error: SmsFailed) -> GatewayError:
+    if isinstance(error, SmsRefused):
+        return InvalidParameter("no SMS can reach this number: check it, or use another one")
+    return Unavailable("no SMS provider took the message; try again")
 
 
 def require(params: Json, *names: str) -> None:
@@ -3488,6 +3971,18 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
+def _fields(text: str) -> Json:
+    """The fields of a query or form.
+
+    Raises:
+        InvalidParameter: There are more than any provider sends.
+    """
+    try:
+        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=WEBHOOK_FIELDS_MAX))
+    except ValueError:
+        raise InvalidParameter(f"a webhook has at most {WEBHOOK_FIELDS_MAX} parameters") from None
+
+
 NOTHING: Final = Answer(200, b"", "text/plain")
 RESPONSE: Final = Answer(200, b"<Response/>", "text/xml")
 THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
@@ -3495,18 +3990,22 @@ THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
-    """The WSGI application: ``ROUTES`` and their handlers."""
+    """The WSGI application: ``ROUTES`` and their handlers.
 
-    def __init__(self, gateway: Gateway) -> None:
+    Args:
+        token: The operator's, which opens /outbox.
+    """
+
+    def __init__(self, gateway: Gateway, token: str) -> None:
         super().__init__()
+        self.token = token
         self.uninstall(True)  # Bottle's own plugins
         self.gateway, self.settings = gateway, gateway.settings
-        self.install(self.answering)
         self.add_hook("before_request", self.preflight)
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
-                handler = getattr(self, route.handler)
-                self.route(path, route.methods.split(), handler, apply=[self.signed] * route.hawk)
+                respond = partial(self.respond, getattr(self, route.handler), route.hawk)
+                self.route(path, route.methods.split(), respond)
 
     # -- The request ----------------------------------------------------------
 
@@ -3550,36 +4049,33 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         spelled = versioned(path) if bottle.request.path.startswith("/v1/") else path
         return self.settings.base_url + spelled
 
-    # -- The answer: around each handler ``answering``, within it ``signed`` where Hawk is asked for
+    # -- The answer -----------------------------------------------------------
 
-    def answering(self, handler: Callable[..., Any]) -> Callable[..., bytes]:
-        """A Bottle plugin: what a handler returns or raises becomes the answer."""
-        return lambda **args: self.write(self.answer(handler, **args))
+    def respond(self, handler: Callable[..., Any], hawk: bool, **args: str) -> bytes:
+        """Answer a request: with what a handler returns, or with the error that it raises.
 
-    def signed(self, handler: Callable[[Session], Any]) -> Callable[[], Answer]:
-        """A Bottle plugin: only signed requests reach a handler, and their answers are signed."""
+        Args:
+            hawk: The request must be signed; then the handler gets its session, and the
+                answer is signed too.
+        """
+        sessions: list[Session] = []
 
-        def checked(session: Session) -> Any:
-            try:
-                self.gateway.check_request(session, bottle.request.content_type, self.body())
-                return handler(session)
-            except Exception:
-                self.gateway.spend_nonce(session)
-                raise
+        def signed() -> Any:
+            who = self.gateway.authenticate(self.header("AUTHORIZATION"), self.hawk_request())
+            sessions.append(who)
+            return self.gateway.perform(who, bottle.request.content_type, self.body, handler)
 
-        def answer() -> Answer:
-            session = self.gateway.authenticate(self.header("AUTHORIZATION"), self.hawk_request())
-            status, body, content_type, headers = self.answer(checked, session=session)
-            key, header, request = session.user.hawk_key, session.header, session.request
-            seal = server_authorization(key, header, request, content_type, body)
-            return Answer(status, body, content_type, {**headers, "Server-Authorization": seal})
+        answer = self.answer(signed if hawk else partial(handler, **args))
+        for session in sessions:
+            told = session.header, session.request, answer.content_type, answer.body
+            seal = server_authorization(session.hawk_key, *told)
+            answer = answer._replace(headers={**answer.headers, "Server-Authorization": seal})
+        return self.write(answer)
 
-        return answer
-
-    def answer(self, call: Callable[..., Any], **args: Any) -> Answer:
+    def answer(self, call: Callable[[], Any]) -> Answer:
         """Call a handler: an answer from its value, or from the error that it raised."""
         try:
-            value = call(**args)
+            value = call()
         except GatewayError as error:
             return error_answer(error, self.settings.base_url)
         except bottle.HTTPResponse:
@@ -3680,12 +4176,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def webhook(self, secret: str) -> tuple[str, Json]:
         """The provider that calls us, and what it says, once its secret and signature are right."""
-        query = dict(parse_qsl(bottle.request.query_string, keep_blank_values=True))
-        form: Json = {}
+        query, form = _fields(bottle.request.query_string), Json()
         if bottle.request.method == "POST":
             body, content_type = self.body(), bottle.request.content_type
             if media_type(content_type) == FORM["Content-Type"]:
-                form = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+                form = _fields(body.decode("utf-8", "replace"))
             else:
                 with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
                     form = json_object(body, content_type)
@@ -3696,14 +4191,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
-        signed = (self.settings.base_url + self.path(), form, self.header("X_TWILIO_SIGNATURE"))
+        signature = self.header("X_TWILIO_SIGNATURE")
+        signed = (self.settings.base_url + self.path(), form, signature)
         check_inbound(entry, str(secret or ""), params, *signed, self.gateway.clock())
         return str(name), params
 
     def sms_momt(self, secret: str = "") -> Answer:
         """GET or POST /sms/momt/ : a provider delivers an SMS."""
         kind, params = self.webhook(secret)
-        self.gateway.receive_sms(parse_inbound(params))
+        signature = self.header("X_TWILIO_SIGNATURE") if kind == "twilio" else ""
+        self.gateway.receive_sms(parse_inbound(params, signature))
         return THANKS.get(kind) or json_answer({})
 
     def sms_receipt(self, secret: str = "") -> Answer:
@@ -3727,11 +4224,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def heartbeat(self) -> Answer:
         """GET /__heartbeat__ : whether the storage takes a write."""
-        try:
-            self.gateway.storage.ping(self.gateway.clock())
-        except Unavailable:
-            return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
-        return json_answer({"storage": True})
+        if self.gateway.is_storage_writable():
+            return json_answer({"storage": True})
+        return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     def lbheartbeat(self) -> Json:
         """GET /__lbheartbeat__ : whether this process answers at all."""
@@ -3771,12 +4266,17 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return html_answer("Errors", f"<dl>{rows}</dl>")
 
     def outbox(self) -> Answer:
-        """GET /outbox?to=DIGITS : messages of the last hour, for this machine alone."""
+        """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
         environ, outbox = bottle.request.environ, self.gateway.sms.outbox
         near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
-        if outbox is None or not near or any(name.startswith(FORWARDED) for name in environ):
+        near &= not any(name.startswith(FORWARDED) for name in environ)
+        # A page of another site can have a browser here ask, but not without saying so.
+        near &= self.header("SEC_FETCH_SITE") != "cross-site"
+        query = _fields(bottle.request.query_string) if outbox and near else {}
+        if outbox is None or not _same(self.token, query.get("token", "")):
             raise bottle.HTTPError(404, "Not found: '/outbox'")
-        return json_answer(outbox.messages(bottle.request.query.get("to", "").lstrip("+ ")))
+        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
 
 # =============================================================================
@@ -3848,12 +4348,15 @@ class EmbeddedStore:
     is told to die with the thread that started it. A lock file, held by us and by the
     server, keeps a second one out: two would mix up their data in silence.
 
+    Args:
+        max_bytes: With more in it than this, it refuses to write; 0 is no limit.
+
     Raises:
         StartError: Another gateway uses ``data_dir``, or the server does not start.
     """
 
-    def __init__(self, data_dir: str) -> None:
-        self.folder = Path(data_dir).resolve()
+    def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
+        self.folder, self._max_bytes = Path(data_dir).resolve(), max_bytes
         self.socket = self.folder / "store.sock"
         self.url = f"unix://{quote(str(self.socket))}"
         if len(os.fsencode(self.socket)) > UNIX_PATH_MAX_BYTES:
@@ -3935,7 +4438,7 @@ class EmbeddedStore:
         options = {
             "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
-            "save": "", "maxmemory-policy": "noeviction",
+            "save": "", "maxmemory": self._max_bytes, "maxmemory-policy": "noeviction",
         }  # fmt: skip
         command += [part for n, value in options.items() for part in ("--" + n, str(value))]
 
@@ -3987,19 +4490,20 @@ class EmbeddedStore:
 
 def create_app(
     settings: Settings, storage_url: str = "", clock: Clock = time.time,
-    random_bytes: RandomBytes = secrets.token_bytes, pem: bytes = b"",
+    random_bytes: RandomBytes = secrets.token_bytes, pem: bytes = b"", token: str = "",
 ) -> GatewayApp:  # fmt: skip
     """The WSGI application for some settings; keys are made if there are none.
 
     Args:
         storage_url: Where the store is, if ``settings`` leave that to us.
-        pem: The signing key, if it is loaded already.
+        pem, token: The signing key and the operator's token, if they are loaded already.
     """
     url, sms = storage_url or settings.storage_url, SmsSender(settings)
     storage = open_storage(settings, url, clock, random_bytes)
     master = load_master_secret(settings)[0]
     key: Any = load_pem_private_key(pem, None) if pem else load_signing_key(settings)[0]
-    return GatewayApp(Gateway(settings, storage, sms, key, master, clock, random_bytes))
+    gateway = Gateway(settings, storage, sms, key, master, clock, random_bytes)
+    return GatewayApp(gateway, token or load_operator_token(settings))
 
 
 def application() -> GatewayApp:
@@ -4009,7 +4513,7 @@ def application() -> GatewayApp:
     """
     settings = load_settings({}, os.environ)
     master, _ = load_master_secret(settings)
-    url = settings.storage_url or EmbeddedStore(settings.data_dir).url
+    url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
     # Of its own, and not the application's storage: the server may fork from here, and of two
     # processes that share a connection each gets the other's answers.
     for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
@@ -4017,7 +4521,7 @@ def application() -> GatewayApp:
     return create_app(settings, url)
 
 
-def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> GatewayApp:
+def worker_app(settings: Settings, parent: int, places: str, pem: bytes, token: str) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
     Keys are the parent's: were they files again, a worker that is replaced might find, or make,
@@ -4035,7 +4539,7 @@ def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> Gate
     if os.access(places, os.W_OK):
         threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
-    return create_app(settings, pem=pem)
+    return create_app(settings, pem=pem, token=token)
 
 
 def stay_together(places: str) -> None:
@@ -4145,16 +4649,17 @@ def serve(settings: Settings) -> int:
         sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
         master, new_master = load_master_secret(settings)
         key, new_key = load_signing_key(settings)
+        token = load_operator_token(settings)
         if not settings.storage_url:
-            store = EmbeddedStore(settings.data_dir)
+            store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
         warnings = open_storage(settings, url, time.time, secrets.token_bytes).check(master)
         data = store.folder if store else settings.shown("storage_url")
-        _announce(settings, data, sms, new_master or new_key)
+        _announce(settings, data, sms, new_master or new_key, token)
         for warning in warnings:
             say(f"  WARNING: {warning}")
         settings = replace(settings, storage_url=url, master_secret=master.hex())
-        _run_workers(settings, holder.getsockname()[0], _pem(key))
+        _run_workers(settings, holder.getsockname()[0], _pem(key), token)
     except KeyboardInterrupt:
         pass
     finally:
@@ -4168,7 +4673,7 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
+def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
@@ -4190,7 +4695,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     server.signal_handler_reload = ended  # type: ignore[method-assign]
     # A file that has no name, and so stays when old ones are swept out of /tmp.
     places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
-    load = partial(worker_app, settings, os.getpid(), places, pem)
+    load = partial(worker_app, settings, os.getpid(), places, pem, token)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
@@ -4198,7 +4703,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
             raise
 
 
-def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> None:
+def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, token: str) -> None:
     say = partial(print, file=sys.stderr, flush=True)
     size = f"{settings.workers} workers, {settings.threads} threads each"
     say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
@@ -4207,7 +4712,8 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool) -> N
     say(f"  data {data}{verified}")
     say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
     if sms.outbox:
-        say("       The outbox prints every code here and shows it at /outbox?to=DIGITS")
+        say("       The outbox prints every code here, and shows them to whoever has this URL:")
+        say(f"       {settings.base_url}/outbox?token={token}&to=DIGITS")
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
@@ -4261,7 +4767,7 @@ def demo(settings: Settings, msisdn: str) -> int:
     except InvalidParameter as error:
         raise SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
-    return int(_lab("demo").demo(settings.base_url, number))
+    return int(_lab("demo").demo(settings, number))
 
 
 def memory(settings: Settings, users: int) -> int:

@@ -67,6 +67,7 @@ class Client:
         clock: Seconds since the epoch.
         nonce: Gives a fresh nonce for each request.
         observe: Called with each request and its reply, after the reply was checked.
+        operator_token: Of that gateway: with it a ``Handset`` reads the outbox.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Client:
         clock: gateway.Clock = time.time,
         nonce: Callable[[], str] = lambda: secrets.token_urlsafe(6),
         observe: Callable[[str, str, Any, Reply], None] = lambda *_: None,
+        operator_token: str = "",
     ) -> None:
         self.address, self.public_url = address, public_url or address
         self.clock, self.nonce, self.observe = clock, nonce, observe
+        self.operator_token = operator_token
         self.credentials: gateway.Credentials | None = None
         self.http = urllib3.PoolManager(retries=False, timeout=30)
 
@@ -166,8 +169,8 @@ class Handset:
 
     def messages(self) -> list[gateway.Json]:
         """Its messages, oldest first: ``from``, ``to``, ``text``, ``at``."""
-        url = f"{self.client.address}/outbox?to={self.msisdn.lstrip('+')}"
-        answer = self.client.http.request("GET", url)
+        query = {"to": self.msisdn.lstrip("+"), "token": self.client.operator_token}
+        answer = self.client.http.request("GET", self.client.address + "/outbox", fields=query)
         if answer.status != 200:
             raise LookupError("this gateway has no outbox that we may see")
         found: list[gateway.Json] = answer.json()
@@ -242,7 +245,7 @@ class Lab:
         handler = logging.StreamHandler(self.log)  # so that a log line shows where we print it
         gateway.LOG.addHandler(handler)
         self._open.callback(gateway.LOG.removeHandler, handler)
-        self.store = gateway.EmbeddedStore(self.settings.data_dir)
+        self.store = gateway.EmbeddedStore(self.settings.data_dir, self.settings.store_max_bytes)
         self._open.callback(self.store.stop)
         self.app = gateway.create_app(
             self.settings, self.store.url, lambda: self.now_s, self.random.randbytes
@@ -255,6 +258,7 @@ class Lab:
     def client(self, **options: Any) -> Client:
         """A client of this gateway, with nonces that repeat like everything else."""
         options.setdefault("nonce", lambda: self.random.randbytes(6).hex())
+        options.setdefault("operator_token", self.app.token)
         return Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
 
     def redis(self) -> Any:
@@ -426,10 +430,10 @@ def _life_of(n: int, settings: gateway.Settings, now_s: int) -> list[tuple[bytes
     """What the store is told of the n-th user: registers, asks, verifies, calls again, goes."""
     one = hashlib.sha256(b"%d" % n).digest()
     key = gateway.StorageId(one[:16].replace(b"{", b"[").replace(b"}", b"]"))
-    user = gateway.User(gateway.HawkKey(one))
+    user = gateway.User(one, masked=True)
     asked = user._replace(
-        sealed=one[8:], network=gateway.Network("234", "15"), sends=1, code_digest=one[16:],
-        code_expires_s=now_s + settings.code_ttl_s,
+        sealed=one[8:], network=gateway.Network("234", "15"), sends=1, asked_s=now_s,
+        code_digest=one[24:], code_expires_s=now_s + settings.code_ttl_s,
     )  # fmt: skip
     records = [user.pack(), asked.pack(), asked._replace(code_digest=b"", verified_s=now_s).pack()]
     keys = key, gateway.nonce_key(key, "nonce")
@@ -468,10 +472,9 @@ def memory(settings: gateway.Settings, users: int) -> int:
     print(f"{used.server}, {used.users} users in each state, bytes per user:")
     for state in ("registered", "pending", "verified"):
         print(f"  {state:11}{getattr(used, state):6.0f}")
-    print(
-        f"a Hawk nonce: {used.nonce:.0f} bytes for {2 * settings.hawk_skew_s} s at most; a minute"
-    )
-    print(f"of 100 signed requests a second: {6000 * used.nonce:,.0f} bytes")
+    life_s = 2 * settings.hawk_skew_s + 1
+    print(f"a Hawk nonce: {used.nonce:.0f} bytes, for {life_s} s")
+    print(f"with 100 signed requests a second: {100 * life_s * used.nonce:,.0f} bytes of nonces")
     print(f"resident with all of them: {used.resident:,} bytes; plan 1.5 times what is used")
     print(f"\n  usage = users × {a:.0f} {b:+.0f}    (2015: users × 1216 +600000)\n")
     print("  verified users   2015, GB   used, GB   resident, GB")
@@ -484,18 +487,20 @@ def memory(settings: gateway.Settings, users: int) -> int:
 # -- The demo -----------------------------------------------------------------
 
 
-def demo(base_url: str, msisdn: str) -> int:
+def demo(settings: gateway.Settings, msisdn: str) -> int:
     """Walk the registration flow, printing each message and what it means."""
     with contextlib.ExitStack() as stack:
-        if not _is_gateway(base_url):
-            print(f"Nothing answers at {base_url}: starting a gateway for this demo.")
-            base_url = stack.enter_context(_own_gateway())
-        return _walk(base_url, gateway.parse_msisdn(msisdn))
+        if not _is_gateway(settings.base_url):
+            print(f"Nothing answers at {settings.base_url}: starting a gateway for this demo.")
+            settings = stack.enter_context(_own_gateway())
+        return _walk(settings, gateway.parse_msisdn(msisdn))
 
 
-def _walk(address: str, msisdn: str) -> int:
+def _walk(settings: gateway.Settings, msisdn: str) -> int:
+    address, path = settings.base_url, Path(settings.keys_dir, "operator.token")
+    token = path.read_text().strip() if path.exists() else ""  # else it is not ours to know
     home = Client(address).call("GET", "/").body
-    client = Client(address, home["endpoint"], observe=_print_exchange)
+    client = Client(address, home["endpoint"], observe=_print_exchange, operator_token=token)
     phone = Handset(client, msisdn)
     print(f"A client, the phone {msisdn}, and the gateway at {address}.\n")
 
@@ -578,21 +583,15 @@ def _is_gateway(base_url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _own_gateway() -> Iterator[str]:
+def _own_gateway() -> Iterator[gateway.Settings]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="demo"))
         port = stack.enter_context(contextlib.closing(free_port()))
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
         port.close()
+        keys_dir = f"{folder}/keys"
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", url.rpartition(":")[2]]
-        command += [
-            "--workers",
-            "1",
-            "--data-dir",
-            f"{folder}/data",
-            "--keys-dir",
-            f"{folder}/keys",
-        ]
+        command += ["--workers", "1", "--data-dir", f"{folder}/data", "--keys-dir", keys_dir]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
         die_with_us = partial(gateway.die_with_parent, os.getpid(), signal.SIGTERM)
         server = subprocess.Popen(
@@ -605,7 +604,7 @@ def _own_gateway() -> Iterator[str]:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the demo's gateway does not start")
             time.sleep(0.05)
-        yield url
+        yield gateway.Settings(public_url=url, keys_dir=keys_dir)
 
 
 def free_port() -> socket.socket:

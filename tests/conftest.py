@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 import lab  # noqa: E402
 import pages  # noqa: E402
 import servers  # noqa: E402
-from support import GatewayProcess, WsgiClient  # noqa: E402
+from support import AT_ONCE, GatewayProcess, WsgiClient  # noqa: E402
 
 import gateway  # noqa: E402 - it lies one folder up
 
@@ -56,7 +56,8 @@ def make_app(
 
     def make(**options: Any) -> gateway.GatewayApp:
         injected = {k: options.pop(k) for k in ("clock", "random_bytes") if k in options}
-        values = {"keys_dir": keys_dir, "data_dir": str(tmp_path), **options}
+        values: dict[str, Any] = {"keys_dir": keys_dir, "data_dir": str(tmp_path)}
+        values |= {"resend_gaps_s": AT_ONCE, **options}
         app = gateway.create_app(gateway.Settings(**values), storage.url, **injected)
         if app.gateway.sms.outbox:
             app.gateway.sms.outbox.console = None
@@ -81,7 +82,8 @@ def app(
 ) -> gateway.GatewayApp:
     """One application with default settings: loading its keys takes 40 ms, so it is shared."""
     data_dir = str(tmp_path_factory.mktemp("shared"))
-    app = gateway.create_app(gateway.Settings(keys_dir=keys_dir, data_dir=data_dir), store.url)
+    settings = gateway.Settings(keys_dir=keys_dir, data_dir=data_dir, resend_gaps_s=AT_ONCE)
+    app = gateway.create_app(settings, store.url)
     assert app.gateway.sms.outbox
     app.gateway.sms.outbox.console = None
     return app

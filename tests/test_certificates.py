@@ -303,7 +303,7 @@ def test_duration(make_client: Callable[..., WsgiClient], duration: Any, life_s:
     ],
 )
 def test_impossible_durations(client: WsgiClient, duration: Any) -> None:
-    client.register()
+    client.verified()
     answer = client.call("/certificate/sign", {"publicKey": public("RS128"), "duration": duration})
     assert (answer.status, answer.errno) == (400, 107)
     assert "duration" in answer.json["message"]
@@ -570,11 +570,61 @@ def test_composite_parameters_are_as_described() -> None:
 )
 @pytest.mark.parametrize("path", ["/certificate/sign", "/sms/verify_code"])
 def test_refused_keys_over_http(client: WsgiClient, path: str, name: str) -> None:
-    """400/107 and the right shape, whatever else is to be said about the session."""
+    """400/107 and the right shape; but nobody's key is looked at who may not have a proof."""
     client.register()
-    answer = client.call(path, {"code": "000000", "publicKey": REFUSED_KEYS[name]()})
+    body = {"code": "000000", "publicKey": REFUSED_KEYS[name]()}
+    answer = client.call(path, body)
+    assert answer.errno == (104 if path == "/certificate/sign" else 111)
+    client.verified()
+    assert client.ask().status == 200  # so that a code waits
+    answer = client.call(path, body)
     assert (answer.status, answer.errno) == (400, 107)
     assert '"n": "<decimal>"' in answer.json["message"]
+
+
+def test_a_group_of_dsa_is_checked_once(client: WsgiClient) -> None:
+    """20 ms under the interpreter's lock; the clients of 2014 share one group of each size."""
+    check = gateway._is_dsa_group
+    check.cache_clear()
+    client.verified()
+    for which in ("DS256", "DS256 another", "DS256", "DS256 third"):
+        assert client.call("/certificate/sign", {"publicKey": public(which)}).status == 200
+    found = check.cache_info()
+    assert (found.misses, found.currsize) == (1, 1)
+    assert found.hits == 3
+    bad = {**public("DS256"), "g": "2"}
+    for _ in range(3):  # what was refused is known as well
+        assert client.call("/certificate/sign", {"publicKey": bad}).errno == 107
+    assert check.cache_info().misses == 2
+
+
+def test_what_is_known_of_groups_is_bounded() -> None:
+    """Whoever has a session chooses the group: what is kept of it must not grow."""
+    check = gateway._is_dsa_group
+    check.cache_clear()
+    p, g = number("DS128", "p"), number("DS128", "g")
+    for n in range(400):
+        with pytest.raises(gateway.InvalidParameter):
+            gateway.parse_public_key(ds(q=(1 << 159) + n))
+        assert not check(p, (1 << 159) + n, g)
+    found = check.cache_info()
+    assert found.currsize <= (found.maxsize or 0) <= 256
+    assert found.misses == 400
+
+
+@pytest.mark.parametrize(("path", "errno"), [("/certificate/sign", 104), ("/sms/verify_code", 111)])
+def test_no_key_of_a_stranger_is_looked_at(client: WsgiClient, path: str, errno: int) -> None:
+    """30 requests a second of somebody who verified nothing stopped a worker."""
+    client.register()
+    gateway._is_dsa_group.cache_clear()
+    spent_s = []
+    for n in range(10):
+        key = {**public("DS256"), "q": f"{number('DS256', 'q') + 2 * n:x}"}
+        began_s = time.thread_time()
+        assert client.call(path, {"code": "000000", "publicKey": key}).errno == errno
+        spent_s.append(time.thread_time() - began_s)
+    assert gateway._is_dsa_group.cache_info().misses == 0
+    assert min(spent_s) < 0.015  # a check takes 20 ms and more; the rest of the request 1
 
 
 # -- What is not believed -----------------------------------------------------

@@ -127,11 +127,11 @@ def test_no_salt_is_the_empty_salt() -> None:
 # -- Secrets of the server ----------------------------------------------------
 
 
-def test_four_secrets_are_unrelated() -> None:
+def test_five_secrets_are_unrelated() -> None:
     """A label that is used twice, or a secret that is the master itself, shows here."""
     master = bytes(range(32))
     found = Secrets.derive(master)
-    assert len(found) == len(set(found)) == 4
+    assert len(found) == len(set(found)) == 5
     assert all(len(secret) == 32 for secret in found)
     assert master not in found
     assert not set(found) & set(Secrets.derive(bytes(31) + b"\1"))
@@ -192,6 +192,45 @@ def test_keys_that_storage_writes_share_a_slot(storage: gateway.Storage) -> None
         found = storage._run("KEYS", "*")
         assert len(found) == 2
         assert len({key_slot(key) for key in found}) == 1
+
+
+# -- The Hawk key at rest -----------------------------------------------------
+
+bytes_32 = st.binary(min_size=32, max_size=32)
+
+
+@QUICK
+@given(bytes_32, bytes_32, bytes_32)
+def test_masked_key_comes_back(secret: bytes, id_bytes: bytes, key: bytes) -> None:
+    """32 bytes, also when they begin with zeros; and every other key looks otherwise."""
+    hawk_id = HawkId(id_bytes.hex())
+    masked = gateway.mask_hawk_key(secret, hawk_id, key)
+    assert len(masked) == 32
+    assert gateway.mask_hawk_key(secret, hawk_id, masked) == key
+    assert gateway.mask_hawk_key(secret, hawk_id, bytes(32)) == hmac.digest(
+        secret, id_bytes, "sha256"
+    )
+    other = bytes([key[0] ^ 1]) + key[1:]
+    assert gateway.mask_hawk_key(secret, hawk_id, other) != masked
+
+
+def test_mask_is_bound_to_secret_and_id() -> None:
+    """Who has the store and our secrets still lacks the id; who has the id lacks the secret."""
+    hawk_id, key = gateway.derive_credentials(SessionToken(TOKEN))
+    masks = []
+    for master in (b"a" * 32, b"b" * 32):
+        for one in (hawk_id, HawkId("0" + hawk_id[1:]), HawkId(hawk_id[:-1] + "0")):
+            masks.append(gateway.mask_hawk_key(Secrets.derive(master).mask, one, key))
+    assert len({*masks, bytes(key), bytes.fromhex(hawk_id)}) == 8
+    for masked in masks[1:]:
+        assert gateway.mask_hawk_key(Secrets.derive(b"a" * 32).mask, hawk_id, masked) != key
+
+
+def test_masks_of_sessions_share_nothing() -> None:
+    """One key for all of them: no two masked ones tell that, in no byte but by chance."""
+    secret = Secrets.derive(b"m" * 32).mask
+    masked = {gateway.mask_hawk_key(secret, HawkId(f"{n:064x}"), TOKEN) for n in range(1000)}
+    assert len({m[:8] for m in masked}) == len({m[-8:] for m in masked}) == 1000
 
 
 # -- Files that hold secrets --------------------------------------------------
@@ -418,3 +457,48 @@ def test_master_secret_from_the_environment_makes_no_file(tmp_path: Path) -> Non
     values = settings_in(tmp_path, master_secret="ab" * 32)
     assert gateway.load_master_secret(values) == (b"\xab" * 32, False)
     assert not (tmp_path / "keys").exists()
+
+
+# -- The operator's token -----------------------------------------------------
+
+
+def test_operator_token_is_made_once(tmp_path: Path) -> None:
+    """32 random bytes in letters that stand in a URL; nobody else can read it."""
+    token = gateway.load_operator_token(settings_in(tmp_path))
+    path = tmp_path / "keys" / "operator.token"
+    assert re.fullmatch(r"[A-Za-z0-9_-]{43}", token)
+    assert path.read_text() == token + "\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert gateway.load_operator_token(settings_in(tmp_path)) == token
+    assert gateway.load_operator_token(settings_in(tmp_path / "other")) != token
+
+
+def test_operator_token_is_nothing_of_the_master_secret(tmp_path: Path) -> None:
+    """It is shown on the console: who sees it learns nothing else."""
+    settings = settings_in(tmp_path, master_secret="ab" * 32)
+    assert gateway.load_operator_token(settings) != gateway.load_operator_token(
+        settings_in(tmp_path / "other", master_secret="ab" * 32)
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"c0ffee", b"c0ffee" * 7, b"c0 ffee" * 7, b"\xff" * 43, b"c" * 43 + b"/"],
+)
+def test_damaged_operator_token_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Also one that is too short to be secret; the file is named, not quoted, and stays."""
+    path = tmp_path / "keys" / "operator.token"
+    path.parent.mkdir(0o700)
+    path.touch(0o600)
+    path.write_bytes(content)
+    with pytest.raises(StartError, match=re.escape(str(path))) as refused:
+        gateway.load_operator_token(settings_in(tmp_path))
+    assert "c0" not in str(refused.value)
+    assert path.read_bytes() == content
+
+
+def test_operator_token_of_others_is_refused(tmp_path: Path) -> None:
+    gateway.load_operator_token(settings_in(tmp_path))
+    (tmp_path / "keys" / "operator.token").chmod(0o644)
+    with pytest.raises(StartError, match=r"operator\.token"):
+        gateway.load_operator_token(settings_in(tmp_path))

@@ -139,7 +139,8 @@ def test_against_a_running_gateway_it_uses_that_one(
 ) -> None:
     process = start_gateway("--short-code-digits", "8", "--mt-sender", "+15550009999")
     family = process.family()
-    demo = start_demo("--msisdn", "+447700900555", port=process.port)
+    keys = ("--keys-dir", str(process.folder / "keys"))  # whose token opens the outbox
+    demo = start_demo("--msisdn", "+447700900555", *keys, port=process.port)
     status, out, err = demo.end()
     assert status == 0, out + err
     claims = claims_in(out)
@@ -152,6 +153,23 @@ def test_against_a_running_gateway_it_uses_that_one(
     assert process.family() == family
     assert demo.left() == []
     assert process.stop() == 0
+
+
+def test_who_does_not_know_the_token_types_the_code(
+    start_demo: Callable[..., Demo], start_gateway: Start
+) -> None:
+    """Beside a gateway of other keys the demo sees no outbox, and asks, as of a real message."""
+    process = start_gateway()
+    demo = start_demo(port=process.port, typed=True)
+    shown = re.compile("SMS to .*: ([0-9]{6})\n")
+    deadline = time.monotonic() + 20
+    while not (found := shown.search(process.output)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found
+    status, out, err = demo.end(found[1] + "\n")
+    assert status == 0, out + err
+    assert claims_in(out)["verifiedMSISDN"] == NUMBER
+    assert not list(demo.cwd.iterdir())  # no keys were made to look
 
 
 def test_another_program_on_the_port_is_left_alone(start_demo: Callable[..., Demo]) -> None:

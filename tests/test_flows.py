@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
-import secrets
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import NUMBER, Answer, Clock, WsgiClient
+from support import AT_ONCE, NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
@@ -181,7 +181,8 @@ def test_a_deployment_behind_a_proxy(make_client: MakeClient) -> None:
     body = {"code": code, "publicKey": KEY}
     cert = client.call("/sms/verify_code", body, environ=near).json["cert"]
     assert believe(client, cert, "id.example", client.gateway.clock())["verifiedMSISDN"] == NUMBER
-    assert client.raw("GET", f"/outbox?to={NUMBER[1:]}").status == 404
+    outbox = f"/outbox?to={NUMBER[1:]}&token={client.app.token}"
+    assert client.raw("GET", outbox).status == 404
     closed = client.raw("POST", "/sms/momt/?provider=nexmo")  # no webhook is open unasked
     assert (closed.status, closed.errno) == (400, 107)
     assert len(forms) == 1
@@ -250,7 +251,10 @@ def test_a_clumsy_person_gets_there(make_client: MakeClient) -> None:
     assert client.call("/sms/resend_code").status == 200
     old = client.code()
     assert client.ask().status == 200
-    assert client.call("/sms/verify_code", {"code": old}).errno == 105  # the old message
+    for _ in range(3):  # the old message: it costs no try, and they are told what is wrong
+        answer = client.call("/sms/verify_code", {"code": old})
+        assert answer.errno == 105
+        assert "a newer code was sent" in answer.json["message"]
     assert client.call("/sms/verify_code", {"code": client.code(), "duration": 0}).errno == 107
     done = client.call("/sms/verify_code", {"code": client.code(), "publicKey": KEY})
     claims = believe(client, done.json["cert"], "127.0.0.1:5000", clock.now_s)
@@ -283,47 +287,64 @@ class Life(RuleBasedStateMachine):
 
     client: WsgiClient
     clock: Clock
+    gaps_s: list[int]
+    numbers = itertools.count()
 
     def __init__(self) -> None:
         super().__init__()
         self.me = self.client.another()
-        self.number = f"+4477009{secrets.randbelow(100_000):05}"
+        self.number = f"+4477009{next(self.numbers):05}"
         self.me.register()
+        self.left = 0
         self.start()
 
     def start(self) -> None:
         """The model of a fresh session."""
         self.code, self.dies_s, self.tries, self.sends = "", 0.0, 0, 0
-        self.long, self.verified_s = False, 0
-        self.old = ""
+        self.long, self.again, self.asked_s, self.verified_s = False, False, 0.0, 0
+        self.old = self.older = ""
 
-    # The model: 20 lines of contract.
+    # The model: 30 lines of contract.
 
     def alive(self) -> bool:
         """Whether a code is waiting."""
         return bool(self.code) and self.clock.now_s < self.dies_s
 
-    def sent(self, answer: Answer, long: bool) -> None:
-        """A message was asked for."""
-        if self.sends == 5:
+    def asked(self, answer: Answer, long: bool, again: bool = False) -> None:
+        """A message was asked for; ``again``: by /sms/resend_code."""
+        passed_s = self.clock.now_s - self.asked_s
+        same = (self.long, self.again or not again) == (long, True)
+        if self.sends and passed_s < self.gaps_s[0] and same and self.alive():
+            assert answer.status in (200, 204)  # a double click; the invariant counts messages
+            return
+        gap_s = self.gaps_s[min(self.sends, len(self.gaps_s)) - 1] if self.sends else 0
+        if self.sends == 5 or passed_s < gap_s:
             assert (answer.status, answer.errno) == (429, 114)
+            assert self.sends == 5 or answer.json["retryAfter"] == gap_s - passed_s
             return
         assert answer.status in (200, 204)
-        self.tries = self.tries if self.alive() else 0
+        self.older, self.tries = (self.code, self.tries) if self.alive() else ("", 0)
         self.old = self.code or self.old
         self.code, self.dies_s = self.me.code(self.number), self.clock.now_s + 600
-        self.sends, self.long = self.sends + 1, long
+        self.sends, self.asked_s = self.sends + 1, self.clock.now_s
+        self.long, self.again = long, again
         assert re.fullmatch("[0-9a-f]{32}" if long else "[0-9]{6}", self.code)
 
-    def failed(self, answer: Answer) -> None:
+    def failed(self, answer: Answer, code: str) -> None:
         """A code that is not the right one was returned."""
         if not self.alive():
             assert (answer.status, answer.errno) == (410, 111)
-            return
-        assert (answer.status, answer.errno) == (400, 105)
-        self.tries += 1
-        if self.tries == 3:
-            self.code = ""
+        elif code == self.older:
+            assert (answer.status, answer.errno) == (400, 105)
+            assert "newer" in answer.json["message"]
+        elif (len(code) == 32) != self.long:
+            assert (answer.status, answer.errno) == (400, 107)
+        else:
+            assert (answer.status, answer.errno) == (400, 105)
+            assert "newer" not in answer.json["message"]
+            self.tries += 1
+            if self.tries == 3:
+                self.code = self.older = ""
 
     def certified(self, answer: Answer) -> None:
         """There is a certificate, and it says when the number was verified."""
@@ -340,7 +361,7 @@ class Life(RuleBasedStateMachine):
         """Ask for a code of either kind, at either endpoint."""
         body = {"msisdn": self.number, "shortVerificationCode": choice}
         answer = self.me.call("/sms/mt/verify" if mt else "/sms/verify", body)
-        self.sent(answer, mt if choice is None else not choice)
+        self.asked(answer, mt if choice is None else not choice)
 
     @precondition(lambda self: self.sends)
     @rule()
@@ -356,21 +377,24 @@ class Life(RuleBasedStateMachine):
         if not self.sends:
             assert (answer.status, answer.errno) == (410, 111)
         else:
-            self.sent(answer, self.long if not isinstance(choice, bool) else not choice)
+            self.asked(answer, self.long if not isinstance(choice, bool) else not choice, True)
 
-    @rule(times=st.integers(1, 3), dead=st.booleans())
-    def return_a_wrong_code(self, times: int, dead: bool) -> None:
-        """One that is dead, or one that was never sent."""
-        wrong = self.old if dead and self.old else "12345x"
+    @rule(times=st.integers(1, 3), which=st.sampled_from(["dead", "older", "12345x", "z" * 32]))
+    def return_a_wrong_code(self, times: int, which: str) -> None:
+        """One that is dead, the one before the newest, or one that was never sent."""
+        wrong = {"dead": self.old, "older": self.older}.get(which, which) or "12345x"
         for _ in range(times):
-            self.failed(self.me.call("/sms/verify_code", {"code": wrong}))
+            self.failed(self.me.call("/sms/verify_code", {"code": wrong}), wrong)
 
     @rule(code=st.sampled_from(["", "12345", 123456, None, "1" * 33]), key=st.booleans())
     def return_nonsense(self, code: Any, key: bool) -> None:
-        """It costs no try; nor does a bad key beside the right code."""
-        body = {"code": self.code, "publicKey": "bad"} if key and self.code else {"code": code}
-        answer = self.me.call("/sms/verify_code", body)
-        assert (answer.status, answer.errno) in ((400, 107), (400, 108))
+        """It costs no try; nor does a bad key beside the right code, which is looked at last."""
+        if key and self.code:
+            answer = self.me.call("/sms/verify_code", {"code": self.code, "publicKey": "bad"})
+            assert answer.errno == (107 if self.alive() else 111)
+        else:
+            answer = self.me.call("/sms/verify_code", {"code": code})
+            assert (answer.status, answer.errno) == (400, 107 if code else 108)
 
     @precondition(lambda self: self.code)
     @rule(key=st.booleans())
@@ -379,25 +403,27 @@ class Life(RuleBasedStateMachine):
         body = {"code": self.code, **({"publicKey": KEY} if key else {})}
         answer = self.me.call("/sms/verify_code", body)
         if not self.alive():
-            self.failed(answer)
+            self.failed(answer, self.code)
             return
         assert answer.json["msisdn"] == self.number
-        self.old, self.code = self.code, ""
+        self.old, self.code, self.older, self.tries = self.code, "", "", 0
         self.verified_s = int(self.clock.now_s)
         assert ("cert" in answer.json) == key
         if key:
             self.certified(answer)
 
-    @rule()
-    def sign(self) -> None:
+    @rule(bad=st.booleans())
+    def sign(self, bad: bool) -> None:
         """Only who is verified gets a certificate, a failed new round notwithstanding."""
-        answer = self.me.call("/certificate/sign", {"publicKey": KEY})
-        if self.verified_s:
+        answer = self.me.call("/certificate/sign", {"publicKey": "bad" if bad else KEY})
+        if self.verified_s and bad:
+            assert (answer.status, answer.errno) == (400, 107)
+        elif self.verified_s:
             self.certified(answer)
         else:
             assert (answer.status, answer.errno) == (400, 104)
 
-    @rule(seconds=st.sampled_from([1, 299]))
+    @rule(seconds=st.sampled_from([1, 29, 30, 299]))
     def wait(self, seconds: int) -> None:
         """Time passes."""
         self.clock.now_s += seconds
@@ -422,32 +448,36 @@ class Life(RuleBasedStateMachine):
         assert self.me.call("/unregister").status == 204
         for path in ("/sms/resend_code", "/unregister"):
             assert self.me.call(path).errno == 110
+        # The outbox forgets a number for whoever has shown that it is theirs, and for nobody else.
+        self.left = 0 if self.verified_s else self.left + self.sends
         self.me.register()
         self.start()
 
     @invariant()
     def messages_and_record_are_as_they_must_be(self) -> None:
         """As many messages as were asked for; at most 96 bytes in the store."""
-        assert len(self.me.outbox(self.number)) == self.sends
+        assert len(self.me.outbox(self.number)) == self.left + self.sends
         assert self.me.credentials
         storage_id = self.me.gateway.secrets.id_for(self.me.credentials.hawk_id)
         assert len(self.me.gateway.storage.get(storage_id) or bytes(97)) <= 96
 
     def teardown(self) -> None:
-        """Leave neither record nor messages."""
+        """Leave no record."""
         assert self.me.call("/unregister").status == 204
 
 
-def test_random_lives_are_as_the_contract_says(make_client: MakeClient) -> None:
+@pytest.mark.parametrize("gaps_s", [AT_ONCE, [30, 60]], ids=str)
+def test_random_lives_are_as_the_contract_says(make_client: MakeClient, gaps_s: list[int]) -> None:
     clock = Clock()
 
     class ThisLife(Life):
         pass
 
-    ThisLife.client, ThisLife.clock = make_client(clock=clock), clock
+    ThisLife.client, ThisLife.clock = make_client(clock=clock, resend_gaps_s=gaps_s), clock
+    ThisLife.gaps_s = gaps_s
     run_state_machine_as_test(
         ThisLife,
         settings=settings(
-            max_examples=80, stateful_step_count=30, deadline=None, database=None, derandomize=True
+            max_examples=60, stateful_step_count=30, deadline=None, database=None, derandomize=True
         ),
     )

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import lab
 import pytest
-from support import NUMBER, Answer, Clock, WsgiClient
+from support import AT_ONCE, NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
@@ -78,7 +78,8 @@ def mapped(
 ) -> WsgiClient:
     """A client of a gateway that has senders and MO numbers by network."""
     data_dir = str(tmp_path_factory.mktemp("mapped"))
-    settings = gateway.Settings(keys_dir=keys_dir, data_dir=data_dir, **MAPS)
+    options = {**MAPS, "resend_gaps_s": AT_ONCE}
+    settings = gateway.Settings(keys_dir=keys_dir, data_dir=data_dir, **options)
     client = WsgiClient(gateway.create_app(settings, store.url))
     assert client.gateway.sms.outbox
     client.gateway.sms.outbox.console = None
@@ -563,8 +564,251 @@ def test_resend_kills_the_old_code_and_counts_its_tries_on(session: WsgiClient) 
     assert session.call("/sms/resend_code").json == {"mtSender": "Gateway"}
     new = session.code()
     assert new != old
-    assert give(session, old).errno == 105  # dead, and the third wrong one
-    assert give(session, new).errno == 111
+    assert give(session, old).errno == 105  # dead
+    assert give(session, wrong(new)).errno == 105  # the third wrong one
+    for code in (new, old):
+        assert give(session, code).errno == 111
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("now_long", [False, True])
+def test_the_code_before_the_newest_is_told_so_and_costs_no_try(
+    session: WsgiClient, long: bool, now_long: bool
+) -> None:
+    """Two messages cross: whoever typed the first one's has made no mistake. Of any kind."""
+    session.ask(shortVerificationCode=not long)
+    old = session.code()
+    session.call("/sms/resend_code", {"shortVerificationCode": not now_long})
+    new, before = session.code(), record(session)
+    for _ in range(5):
+        answer = give(session, old)
+        assert (answer.status, answer.errno) == (400, 105)
+        assert "a newer code was sent" in answer.json["message"]
+    assert record(session) == before
+    answer = give(session, wrong(new))
+    assert answer.errno == 105
+    assert "newer" not in answer.json["message"]
+    assert give(session, new).status == 200
+    assert give(session, old).errno == 111  # and after success it is nothing any more
+
+
+@pytest.mark.parametrize("how", ["two sent since", "the old one was dead", "the new one died"])
+def test_only_the_code_just_before_a_living_one_is_told_apart(
+    client: WsgiClient, clock: Clock, how: str
+) -> None:
+    client.register()
+    client.ask()
+    old = client.code()
+    if how == "the old one was dead":
+        clock.now_s += 600
+    client.call("/sms/resend_code")
+    if how == "two sent since":
+        client.call("/sms/resend_code")
+    if how == "the new one died":
+        clock.now_s += 600
+    answer = give(client, old)
+    assert answer.errno == (111 if how == "the new one died" else 105)
+    assert "newer" not in answer.json["message"]
+    if how != "the new one died":  # it was a try like any other
+        assert [give(client, wrong(client.code())).errno for _ in range(3)] == [105, 105, 111]
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("other", ["1" * 6, "1" * 32, "x" * 6, "x" * 32, "0" * 6, "f" * 32])
+def test_a_code_of_the_kind_that_does_not_wait_is_107_and_costs_no_try(
+    session: WsgiClient, long: bool, other: str
+) -> None:
+    """It cannot be this one: whoever returns it has taken something else for the code."""
+    session.ask(shortVerificationCode=not long)
+    code, before = session.code(), record(session)
+    waits = (len(other) == 32) == long
+    answers = [give(session, other) for _ in range(3)]
+    if waits:
+        assert [answer.errno for answer in answers] == [105] * 3
+        assert give(session, code).errno == 111
+        return
+    for answer in answers:
+        assert (answer.status, answer.errno) == (400, 107)
+        assert ("hex" in answer.json["message"]) == long  # what does wait
+    assert record(session) == before
+    assert give(session, code).status == 200
+
+
+# -- What is refused first ----------------------------------------------------
+
+LONG, SHORT = "f" * 32, "000000"
+STATES = ("registered", "asked", "dead", "verified", "limited")
+"""Nothing asked; a PIN waits; it was used up; verified, nothing waits; may not ask any more."""
+
+
+def in_state(client: WsgiClient, state: str) -> WsgiClient:
+    """Bring a new session into one of the ``STATES``."""
+    client.register()
+    if state != "registered":
+        assert client.ask().status == 200
+    if state == "dead":
+        assert [give(client, wrong(client.code())).errno for _ in range(3)] == [105] * 3
+    if state in ("verified", "limited"):
+        assert give(client, client.code()).status == 200
+    if state == "limited":
+        assert client.ask().status == 200
+    return client
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "errnos"),
+    [
+        # a row: what a session in each of the states is told; 0 = nothing is wrong
+        ("/sms/verify", {}, [108] * 5),
+        ("/sms/verify", {"mcc": "x"}, [108] * 5),
+        ("/sms/verify", {"msisdn": "x"}, [107] * 5),
+        ("/sms/verify", {"msisdn": OTHER}, [0, 107, 107, 107, 107]),
+        ("/sms/verify", {"msisdn": NUMBER}, [0, 0, 0, 0, 114]),
+        ("/sms/mt/verify", {"msisdn": OTHER}, [0, 107, 107, 107, 107]),
+        ("/sms/resend_code", None, [111, 0, 0, 0, 114]),
+        ("/sms/verify_code", {}, [108] * 5),
+        ("/sms/verify_code", {"publicKey": "bad"}, [108] * 5),
+        ("/sms/verify_code", {"code": 5}, [107] * 5),
+        ("/sms/verify_code", {"code": "12345", "publicKey": "bad"}, [107] * 5),
+        ("/sms/verify_code", {"code": SHORT}, [111, 105, 111, 111, 105]),
+        ("/sms/verify_code", {"code": LONG}, [111, 107, 111, 111, 107]),
+        ("/sms/verify_code", {"code": SHORT, "publicKey": "bad"}, [111, 107, 111, 111, 107]),
+        ("/sms/verify_code", {"code": SHORT, "duration": 0}, [111, 107, 111, 111, 107]),
+        ("/sms/verify_code", {"code": LONG, "publicKey": "bad"}, [111, 107, 111, 111, 107]),
+        ("/certificate/sign", {}, [108] * 5),
+        ("/certificate/sign", {"duration": 0}, [108] * 5),
+        ("/certificate/sign", {"publicKey": "bad"}, [104, 104, 104, 107, 107]),
+        ("/certificate/sign", {"publicKey": KEY, "duration": 0}, [104, 104, 104, 107, 107]),
+        ("/certificate/sign", {"publicKey": KEY}, [104, 104, 104, 0, 0]),
+    ],
+)
+def test_the_order_of_refusals(
+    make_client: MakeClient, path: str, body: Any, errnos: list[int]
+) -> None:
+    """What is missing; what can be nothing; the session's state; keys and kinds; limits."""
+    client = make_client(sends_per_session=2)
+    for state, errno in zip(STATES, errnos, strict=True):
+        one = in_state(client.another(), state)
+        before = record(one)
+        answer = one.call(path, body)
+        if errno:
+            assert answer.errno == errno, state
+        else:
+            assert answer.status in (200, 204), state
+        assert errno in (0, 105) or record(one) == before, state
+
+
+def test_what_is_no_number_is_refused_before_limits_and_keys_after_the_state(
+    make_client: MakeClient,
+) -> None:
+    """All wrong at once: each time what is wrong is put right, the next is told."""
+    client = make_client(sends_per_session=1)
+    client.register()
+    told = []
+    bodies: list[Any] = [
+        {"publicKey": "bad", "duration": 0},
+        {"code": 1, "publicKey": "bad", "duration": 0},
+        {"code": LONG, "publicKey": "bad", "duration": 0},
+    ]
+    told += [client.call("/sms/verify_code", body).errno for body in bodies]
+    assert told == [108, 107, 111]
+    assert client.ask().status == 200
+    for body in (bodies[2], {**bodies[2], "publicKey": KEY}, {"code": LONG}):
+        assert client.call("/sms/verify_code", body).errno == 107
+    assert give(client, client.code(), publicKey=KEY).status == 200
+    assert [client.ask(text).errno for text in ("", "x", OTHER, NUMBER)] == [108, 107, 107, 114]
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_code_while_the_first_message_is_being_sent(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
+    """It is not judged: 503 with a wait of one second, and it costs no try."""
+    client.register()
+    sms, seen = client.gateway.sms, list[Any]()
+    real = sms.send
+
+    def send(*args: Any) -> gateway.Sent:
+        sent = real(*args)
+        for code in (client.code(), wrong(client.code()), SHORT, LONG):
+            for more in ({}, {"publicKey": "bad"}):
+                answer = give(client, code, **more)
+                seen.append((answer.status, answer.errno, answer.json["retryAfter"]))
+        seen.append(client.call("/sms/verify_code", {"code": "1"}).errno)
+        seen.append(client.call("/certificate/sign", {"publicKey": KEY}).errno)
+        return sent
+
+    monkeypatch.setattr(sms, "send", send)
+    assert client.ask(shortVerificationCode=not long).status == 200
+    assert seen == [(503, 201, 1)] * 8 + [107, 104]
+    assert give(client, client.code()).status == 200
+
+
+# -- Proofs of what the outbox showed -----------------------------------------
+
+PAID: dict[str, Any] = {"sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]}
+BOTH: dict[str, Any] = {"sms_providers": [{"kind": "outbox"}, *PAID["sms_providers"]]}
+
+
+@pytest.mark.parametrize(
+    ("in_force", "errno"), [({}, 0), (BOTH, 0), (PAID, 104)], ids=["outbox", "both", "nexmo"]
+)
+def test_what_the_outbox_verified_has_proofs_only_while_it_is_there(
+    make_client: MakeClient, in_force: dict[str, Any], errno: int
+) -> None:
+    """A store that began at a desk goes on in earnest: whoever read /outbox has proved nothing."""
+    client = make_client().verified()
+    later = make_client(**in_force)
+    later.credentials = client.credentials
+    for body in ({"publicKey": KEY}, {"publicKey": "bad"}):
+        answer = later.call("/certificate/sign", body)
+        if errno:
+            assert (answer.status, answer.errno) == (400, errno)
+        elif body["publicKey"] == KEY:
+            assert answer.status == 200
+    assert client.call("/certificate/sign", {"publicKey": KEY}).status == 200  # it is unchanged
+
+
+@pytest.mark.parametrize(
+    ("in_force", "errno"), [({}, 0), (BOTH, 0), (PAID, 111)], ids=["outbox", "both", "nexmo"]
+)
+def test_a_code_that_the_outbox_showed_is_gone_with_it(
+    make_client: MakeClient, in_force: dict[str, Any], errno: int
+) -> None:
+    client = make_client()
+    client.register()
+    assert client.ask().status == 200
+    later = make_client(**in_force)
+    later.credentials = client.credentials
+    before = record(client)
+    assert give(later, client.code(), publicKey="bad").errno == (errno or 107)
+    answer = give(later, client.code(), publicKey=KEY)
+    if errno:
+        assert (answer.status, answer.errno) == (410, errno)
+        assert record(client) == before
+        assert later.call("/certificate/sign", {"publicKey": KEY}).errno == 104
+    else:
+        assert answer.status == 200
+
+
+def test_who_was_verified_in_earnest_stays_so(
+    make_client: MakeClient, vonage: tuple[Vonage, dict[str, Any]]
+) -> None:
+    """By whatever provider is in force; a round at the desk makes it the outbox's."""
+    stand_in, settings = vonage
+    client = make_client(**settings)
+    client.register()
+    client.ask()
+    assert give(client, stand_in.forms[-1]["text"].split()[-1]).status == 200
+    desk = make_client()
+    desk.credentials = client.credentials
+    for one in (client, desk):
+        assert one.call("/certificate/sign", {"publicKey": KEY}).status == 200
+    assert desk.call("/sms/resend_code").status == 200
+    assert client.call("/certificate/sign", {"publicKey": KEY}).status == 200  # not used yet
+    assert give(desk, desk.code()).status == 200
+    assert desk.call("/certificate/sign", {"publicKey": KEY}).status == 200
+    assert client.call("/certificate/sign", {"publicKey": KEY}).errno == 104
 
 
 @pytest.mark.parametrize("path", ["/sms/verify", "/sms/mt/verify"])
@@ -740,7 +984,7 @@ def test_unregister_drops_everything(
         give(client, client.code())
     answer = client.call("/unregister")
     assert (answer.status, answer.data) == (204, b"")
-    assert client.outbox() == []
+    assert len(client.outbox()) == (stage == "asked")  # of a number that nobody has shown is theirs
     left = [key for key in storage._run("KEYS", "*") if not key.startswith(b"{")]
     assert left == []  # used nonces aside, which outlive their minute only
     for path, body in (("/sms/verify", {"msisdn": NUMBER}), ("/unregister", None)):
@@ -757,10 +1001,29 @@ def test_unregister_leaves_others_alone(session: WsgiClient) -> None:
     assert give(other, other.code(OTHER)).status == 200
 
 
-def test_unregister_while_a_code_is_asked_for_leaves_no_message(
-    session: WsgiClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["registered", "asked", "verified"])
+def test_unregister_forgets_messages_to_a_number_that_was_verified(
+    session: WsgiClient, stage: str
+) -> None:
+    """Or anybody could erase what is waiting for anybody, by naming a number."""
+    other = session.another()
+    other.register()
+    other.ask()
+    in_state(session, stage)
+    assert session.call("/unregister").status == 204
+    if stage == "verified":
+        assert other.outbox() == []
+    else:
+        assert give(other, other.outbox()[0]["text"].split()[-1]).status == 200
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_unregister_while_a_code_is_asked_for(
+    session: WsgiClient, monkeypatch: pytest.MonkeyPatch, verified: bool
 ) -> None:
     """The record is read, then a code is sent, then the record is deleted."""
+    if verified:
+        session.verified()
     storage, twin = session.gateway.storage, session.another()
     twin.credentials, real = session.credentials, storage.commit
 
@@ -772,7 +1035,19 @@ def test_unregister_while_a_code_is_asked_for_leaves_no_message(
     monkeypatch.setattr(storage, "commit", late)
     assert session.call("/unregister").status == 204
     assert record(session) is None
-    assert session.outbox() == []
+    assert len(session.outbox()) == (not verified)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_an_unregister_that_is_replayed_is_109(session: WsgiClient, verified: bool) -> None:
+    """Once with the nonce of another request; nothing is dropped."""
+    if verified:
+        session.verified()
+    session.call("/certificate/sign", {"publicKey": KEY}, nonce="n")
+    answer = session.call("/unregister", nonce="n")
+    assert (answer.status, answer.errno) == (401, 109)
+    assert len(session.outbox()) == verified
+    assert session.call("/unregister").status == 204
 
 
 def test_sign_racing_unregister_revives_nothing(
@@ -1183,20 +1458,26 @@ def test_a_message_without_an_id_is_handled_each_time(session: WsgiClient) -> No
 
 
 @pytest.mark.parametrize("ahead_s", [3600, 3 * 86400, 300 * 86400])
-def test_a_nonce_is_kept_until_its_own_time_has_passed(
+def test_a_request_ahead_of_its_time_leaves_nothing(
     client: WsgiClient, clock: Clock, ahead_s: int
 ) -> None:
-    """Refused as stale by a client whose clock is fast, a request must not be good later."""
+    """What was refused as stale did nothing, so all that can come later is its first run."""
     client.verified()
-    ts = int(clock()) + ahead_s
-    for later_s in (0, ahead_s - 59, 118):
+    run = client.gateway.storage._run
+    ts, before = int(clock()) + ahead_s, run("DBSIZE")
+    for later_s in (0, ahead_s - 61):
         clock.now_s += later_s
-        answer = client.call("/unregister", ts=ts, nonce="n")
+        answer = client.call("/certificate/sign", {"publicKey": KEY}, ts=ts, nonce="n")
         assert (answer.status, answer.errno) == (401, 109)
-    [nonce] = (
-        k for k in client.gateway.storage._run("KEYS", "{*") if client_nonce(client, "n") == k
-    )
-    assert client.gateway.storage._run("TTL", nonce) > ahead_s - 10
+        assert "tsm" in answer.headers["www-authenticate"]
+        assert run("DBSIZE") == before
+    clock.now_s += 1
+    statuses = [
+        client.call("/certificate/sign", {"publicKey": KEY}, ts=ts, nonce="n").status
+        for _ in range(3)
+    ]
+    assert statuses == [200, 401, 401]
+    assert 0 < run("TTL", client_nonce(client, "n")) <= 121
 
 
 def client_nonce(client: WsgiClient, nonce: str) -> bytes:

@@ -27,7 +27,7 @@ from browserid.verifiers.local import LocalVerifier
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, padding, rsa
-from support import NUMBER, GatewayProcess, WsgiClient, host_of
+from support import AT_ONCE, NUMBER, GatewayProcess, WsgiClient, host_of
 
 import gateway
 
@@ -153,14 +153,14 @@ def ds_keys_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def rs_gate(keys_dir: str) -> Iterator[lab.Lab]:
     """One lab for all tests here (each opens its own session); its server key is RS256."""
-    with contextlib.closing(lab.Lab(keys_dir=keys_dir)) as made:
+    with contextlib.closing(lab.Lab(keys_dir=keys_dir, resend_gaps_s=AT_ONCE)) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def ds_gate(ds_keys_dir: str) -> Iterator[lab.Lab]:
     """The same with a DS256 key."""
-    with contextlib.closing(lab.Lab(keys_dir=ds_keys_dir)) as made:
+    with contextlib.closing(lab.Lab(keys_dir=ds_keys_dir, resend_gaps_s=AT_ONCE)) as made:
         yield made
 
 
@@ -214,6 +214,7 @@ def walk(device: Device, read_code: Callable[[], str], first: str, second: str) 
     assert says((200, None), "/sms/resend_code", {"shortVerificationCode": True})
     says((400, 105), "/sms/verify_code", {"code": "x" * 6})
     says((400, 107), "/sms/verify_code", {"code": "12"})
+    says((400, 107), "/sms/verify_code", {"code": "f" * 32})
     says((400, 107), "/sms/verify_code", {"code": read_code(), "publicKey": {}})
     json_kind = "application/json; charset=UTF-8"
     assert says((200, None), "/sms/verify_code", {"code": read_code()}, kind=json_kind) == {

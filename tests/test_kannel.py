@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     made.close()
 
 
+def returned(client: lab.Client, code: str) -> lab.Reply:
+    """Return a code; again after a second, if the phone was faster than Kannel's answer to us."""
+    reply = client.verify_code(code)
+    if reply.status == 503 and reply.headers["Retry-After"] == "1":
+        time.sleep(1)
+        reply = client.verify_code(code)
+    return reply
+
+
 def test_registration_flow(site: Site) -> None:
     client = site.gateway.client()
     client.register(msisdn=NUMBER, mcc="234")
@@ -47,8 +57,8 @@ def test_registration_flow(site: Site) -> None:
     found = re.fullmatch("Your verification code is: ([0-9]{6})", text)
     assert found
     wrong = f"{(int(found[1]) + 1) % 10**6:06}"
-    assert client.verify_code(wrong).body["errno"] == 105
-    assert client.verify_code(found[1]).body == {"msisdn": NUMBER}
+    assert returned(client, wrong).body["errno"] == 105
+    assert returned(client, found[1]).body == {"msisdn": NUMBER}
     key = gateway.generate_key("RS256")
     assert lab.claims(client.sign(key).body["cert"])["verifiedMSISDN"] == NUMBER
 
@@ -64,7 +74,7 @@ def test_the_phone_speaks_first(site: Site, words: str) -> None:
     sender, to, _, text = site.phone.receive()
     assert (sender, to) == ("+447700900999", NUMBER)
     assert re.fullmatch("[0-9a-f]{32}", text)
-    assert client.verify_code(text).body == {"msisdn": NUMBER}
+    assert returned(client, text).body == {"msisdn": NUMBER}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +97,8 @@ def test_odd_messages_do_no_harm(site: Site, sender: str, words: str) -> None:
     # The next message is answered, and that is the next answer.
     site.phone.text(NUMBER, "12345", good.credentials.hawk_id)
     *_, text = site.phone.receive()
-    assert odd.verify_code(text).body["errno"] == 111
-    assert good.verify_code(text).body == {"msisdn": NUMBER}
+    assert returned(odd, text).body["errno"] == 111
+    assert returned(good, text).body == {"msisdn": NUMBER}
 
 
 def test_other_alphabets_arrive(site: Site) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import socket
 import threading
@@ -18,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from support import NUMBER, Answer, Clock, WsgiClient
+from support import AT_ONCE, NUMBER, Answer, Clock, WsgiClient
 
 import gateway
 
-KEY = gateway.HawkKey(b"k" * 32)
+KEY = b"k" * 32
 START_S = 1_700_000_000
 
 
@@ -82,21 +81,23 @@ def records(client: WsgiClient) -> dict[bytes, bytes]:
     return {key: storage._run("GET", key) for key in storage._run("KEYS", "?" * 16)}
 
 
-def inbound(client: WsgiClient, sender: str = NUMBER, **fields: Any) -> Answer:
+def inbound(client: WsgiClient, sender: str = NUMBER, secret: str = "", **fields: Any) -> Answer:
     """The phone sends its Hawk id."""
     assert client.credentials
     body = {"msisdn": sender[1:], "text": client.credentials.hawk_id, **fields}
-    return client.call("/sms/momt/?provider=nexmo", body, signed=False)
+    return client.call(f"/sms/momt/{secret}?provider=nexmo", body, signed=False)
 
 
 # -- session_sends ------------------------------------------------------------
 
-SETTINGS = gateway.Settings(sends_per_session=3, session_ttl_s=1000, code_ttl_s=60)
+SETTINGS = gateway.Settings(
+    sends_per_session=3, session_ttl_s=1000, code_ttl_s=60, resend_gaps_s=AT_ONCE
+)
 
 
 def asked(sends: int, last_s: int = START_S) -> gateway.User:
     """A session that has asked for messages, the last one at a time."""
-    return gateway.User(KEY, sends=sends, code_expires_s=last_s + 60 if sends else 0)
+    return gateway.User(KEY, sends=sends, asked_s=last_s if sends else 0)
 
 
 @pytest.mark.parametrize("sends", [0, 1, 2])
@@ -126,20 +127,19 @@ def test_allowance_comes_back(sends: int, later_s: int) -> None:
 @given(
     sends=st.integers(0, 255),
     limit=st.integers(1, 255),
-    code_ttl_s=st.integers(1, 86_400),
+    gaps_s=st.lists(st.integers(0, 86_400), min_size=1, max_size=5),
     session_ttl_s=st.integers(1, 365 * 86_400),
-    later_s=st.integers(0, 2 * 365 * 86_400),
+    later_s=st.integers(0, 2 * 365 * 86_400) | st.integers(0, 600),
 )
-@examples(max_examples=100, deadline=None)
+@examples(max_examples=200, deadline=None)
 def test_retry_after_is_true(
-    sends: int, limit: int, code_ttl_s: int, session_ttl_s: int, later_s: int
+    sends: int, limit: int, gaps_s: list[int], session_ttl_s: int, later_s: int
 ) -> None:
     """Never 0, never too long: a second earlier is too early, and then it works."""
     settings = gateway.Settings(
-        sends_per_session=limit, code_ttl_s=code_ttl_s, session_ttl_s=session_ttl_s
+        sends_per_session=limit, session_ttl_s=session_ttl_s, resend_gaps_s=gaps_s
     )
-    user = gateway.User(KEY, sends=sends, code_expires_s=START_S + code_ttl_s if sends else 0)
-    now_s = START_S + later_s
+    user, now_s = asked(sends), START_S + later_s
     try:
         assert gateway.session_sends(user, settings, now_s) < limit
     except gateway.TooManyCodes as error:
@@ -226,7 +226,8 @@ def test_refusal_changes_nothing(make_client: Callable[..., WsgiClient]) -> None
         ("/sms/verify", {"msisdn": "+447700900124"}, 107),
         ("/sms/verify_code", {"code": "x" * 6}, 105),
         ("/sms/verify_code", {"code": "1"}, 107),
-        ("/certificate/sign", {"publicKey": {}}, 107),
+        ("/sms/verify_code", {"code": "a" * 32}, 107),  # of the kind that does not wait
+        ("/certificate/sign", {"publicKey": {}}, 104),
     ],
 )
 def test_what_sends_nothing_does_not_count(
@@ -264,6 +265,7 @@ def test_allowance_of_many_sessions_at_once(
 ) -> None:
     """One session from 12 threads: never a message too many, and the rest can still be had.
 
+    Who asks for the same while it is being sent is answered like the first, and sends nothing.
     A request that loses every race is told 503/201, as it may be: it sent nothing.
     """
     client = make_client(sends_per_session=5)
@@ -273,9 +275,10 @@ def test_allowance_of_many_sessions_at_once(
         answers = list(pool.map(lambda _: client.call("/sms/resend_code"), range(24)))
     outcomes = {(a.status, None if a.status == 200 else a.errno) for a in answers}
     assert outcomes <= {(200, None), (429, 114), (503, 201)}
-    sent = [a.status for a in answers].count(200)
-    assert sent <= 4
-    assert len(client.outbox()) == 1 + sent
+    sent = len(client.outbox()) - 1
+    assert 1 <= sent <= 4
+    assert [a.status for a in answers].count(200) >= sent
+    assert {user.sends for user in map(gateway.User.unpack, records(client).values())} == {1 + sent}
     for _ in range(4 - sent):
         assert client.call("/sms/resend_code").status == 200
     refused(client.call("/sms/resend_code"), 114)
@@ -283,7 +286,7 @@ def test_allowance_of_many_sessions_at_once(
 
 
 @pytest.mark.parametrize("status", ["1", "9", "4"])
-def test_messages_that_were_refused_do_not_count(
+def test_messages_that_failed_do_not_count(
     make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any], status: str
 ) -> None:
     """503/201, for the session and for the hour; the code before stays as it was."""
@@ -302,43 +305,70 @@ def test_messages_that_were_refused_do_not_count(
     refused(client.ask(), 114)
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @pytest.mark.parametrize("first", [True, False])
-def test_messages_that_are_refused_at_once_change_nothing(
-    make_client: Callable[..., WsgiClient], monkeypatch: pytest.MonkeyPatch,
-    order: tuple[int, ...], first: bool,
-) -> None:  # fmt: skip
-    """A double tap while providers are down: each began with the record of the one before."""
-    client = make_client(sends_per_session=9)
+def test_a_number_that_was_refused_for_good_counts_for_its_session(
+    make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any], first: bool
+) -> None:
+    """400/107, or calls of the provider for it were bounded by nothing; the hour is given back.
+
+    Its number is unbound, so that a better one can be named; a code that waits lives on.
+    """
+    client = make_client(sends_per_session=3, sends_per_hour=2, code_tries=9, **paid)
     client.register()
     if not first:
         assert client.ask().status == 200
-    before, code = records(client), "" if first else client.code()
-    sending, ends = threading.Semaphore(0), [threading.Event() for _ in order]
-    number = iter(range(len(order)))
-
-    def refuse(*_: Any) -> Any:
-        mine = next(number)
-        sending.release()
-        assert ends[mine].wait(10)
-        raise gateway.SmsFailed("refused")
-
-    with monkeypatch.context() as patched, ThreadPoolExecutor(len(order)) as threads:
-        patched.setattr(client.gateway.sms, "send", refuse)
-        asked = []
-        for _ in order:
-            same = client.another()
-            same.credentials = client.credentials
-            asked.append(threads.submit(same.ask, "+447700900999" if first else NUMBER))
-            assert sending.acquire(timeout=10)
-        for n in order:
-            ends[n].set()
-            assert asked[n].result().errno == 201
-    assert records(client) == before
-    if first:  # the number was mistyped
-        assert client.ask().status == 200
+        code = provider.code()
+    sent, provider.status = len(provider.forms), "3"  # Vonage: this number is invalid
+    for n in range(3):
+        answer = client.ask("+447700900999" if first and n < 2 else NUMBER)
+        if n == 3 - sent:
+            refused(answer, 114)
+        else:
+            assert (answer.status, answer.errno) == (400, 107)
+            assert "no SMS can reach this number" in answer.json["message"]
+    assert len(provider.forms) == 3
+    storage = client.gateway.storage
+    assert storage._run("ZCARD", "hour") == sent
+    if first:
+        assert client.call("/sms/resend_code").errno == 111  # the number is not the session's
+        assert client.call("/sms/verify_code", {"code": "123456"}).errno == 111
     else:
         assert client.call("/sms/verify_code", {"code": code}).status == 200
+
+
+def test_a_message_that_is_refused_while_the_same_is_asked_for_again(
+    make_client: Callable[..., WsgiClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double tap while providers are down: one message is tried, and its failure is undone."""
+    client = make_client(sends_per_session=2)
+    client.register()
+    before, sending, end = records(client), threading.Semaphore(0), threading.Event()
+
+    def fail(*_: Any) -> Any:
+        sending.release()
+        assert end.wait(10)
+        raise gateway.SmsFailed("away")
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
+        patched.setattr(client.gateway.sms, "send", fail)
+        asked = threads.submit(client.ask, "+447700900999")
+        assert sending.acquire(timeout=10)
+        twin = client.another()
+        twin.credentials = client.credentials
+        assert twin.ask("+447700900999").status == 200  # a double click
+        for path, body, errno in (
+            ("/sms/verify", {"msisdn": NUMBER}, 107),
+            ("/sms/mt/verify", {"msisdn": "+447700900999"}, 114),
+            ("/sms/resend_code", None, 114),
+            ("/sms/verify_code", {"code": "123456"}, 201),
+        ):
+            answer = twin.call(path, body)
+            assert answer.errno == errno, path
+            assert errno == 107 or answer.json["retryAfter"] == 1
+        end.set()
+        assert asked.result().errno == 201
+    assert records(client) == before
+    assert [client.ask().status for _ in range(3)] == [200, 200, 429]  # the number was mistyped
 
 
 @pytest.mark.parametrize("fails", ["count_send", "uncount_send"])
@@ -347,6 +377,7 @@ def test_a_message_that_cannot_be_counted_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, fails: str,
 ) -> None:  # fmt: skip
     """The node of a cluster that counts may be away while the session's own is well."""
+    monkeypatch.setattr(gateway, "SETTLE_S", 0.0)
     client = make_client(sends_per_session=2, **paid)
     client.register()
     assert client.ask().status == 200
@@ -359,6 +390,7 @@ def test_a_message_that_cannot_be_counted_changes_nothing(
     provider.status = "1"
     for _ in range(3):
         assert client.call("/sms/resend_code").errno == 201
+    assert len(provider.forms) == (1 if fails == "count_send" else 4)  # count first, then send
     assert client.gateway.storage.get(client_id(client)) == session
     assert client.call("/sms/verify_code", {"code": code}).status == 200
 
@@ -497,15 +529,16 @@ def test_phone_first_in_a_full_hour(
     make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any], clock: Clock
 ) -> None:
     """The webhook answers 200, nothing is sent, and the session is as it was."""
-    client = make_client(sends_per_hour=1, clock=clock, **paid)
+    hooks = [{"kind": "nexmo", "path_secret": "p4th"}]
+    client = make_client(sends_per_hour=1, clock=clock, sms_inbound=hooks, **paid)
     one, two = sessions(client, 2)
     assert one.ask().status == 200
     before = records(client)
-    assert inbound(two, "+447700900124", messageId="m1").status == 200
+    assert inbound(two, "+447700900124", "p4th", messageId="m1").status == 200
     assert records(client) == before
     assert len(provider.forms) == 1
     clock.now_s += 3600
-    assert inbound(two, "+447700900124", messageId="m2").status == 200
+    assert inbound(two, "+447700900124", "p4th", messageId="m2").status == 200
     assert len(provider.forms) == 2
     code = provider.code("+447700900124")
     assert two.call("/sms/verify_code", {"code": code}).status == 200
@@ -536,7 +569,7 @@ def test_outbox_does_not_count(
     for one in sessions(free, 3):
         assert one.ask().status == 200
         assert one.call("/sms/resend_code").status == 200
-    assert free.gateway.storage._run("EXISTS", "sends") == 0
+    assert free.gateway.storage._run("EXISTS", "hour") == 0
     (one,) = sessions(make_client(sends_per_hour=1, **paid), 1)
     assert one.ask().status == 200
     refused(one.ask(), 116)
@@ -553,7 +586,7 @@ def test_outbox_does_not_count_beside_others_either(
     client = make_client(sends_per_hour=1, sms_providers=[entry, before])
     for one in sessions(client, 3):
         assert one.ask().status == 200
-    assert client.gateway.storage._run("EXISTS", "sends") == 0
+    assert client.gateway.storage._run("EXISTS", "hour") == 0
     client = make_client(sends_per_hour=1, sms_providers=[entry, after])
     (one, two) = sessions(client, 2)
     assert one.ask().status == 200
@@ -563,13 +596,236 @@ def test_outbox_does_not_count_beside_others_either(
 def test_counter_dies_with_its_hour(
     make_client: Callable[..., WsgiClient], paid: dict[str, Any]
 ) -> None:
-    """What is counted is kept for an hour and no longer, and it is nothing but times."""
+    """What is counted is kept for an hour and no longer: a time, and a name that tells nothing."""
     client = make_client(sends_per_hour=2, **paid)
     client.register()
     before = time.time()
     assert [client.ask().status for _ in range(3)] == [200, 200, 429]
     storage = client.gateway.storage
-    moments = [float(text) for text in storage._run("LRANGE", "sends", 0, -1)]
-    assert len(moments) == 2
+    counted = storage._run("ZRANGE", "hour", 0, -1, "WITHSCORES")
+    names, moments = counted[::2], [float(text) for text in counted[1::2]]
+    assert [len(name) for name in names] == [8, 8]
     assert all(before - 1 <= moment <= time.time() + 1 for moment in moments)
-    assert 3_590_000 < storage._run("PTTL", "sends") <= 3_600_000
+    assert 3_590_000 < storage._run("PTTL", "hour") <= 3_600_000
+
+
+# -- resend_gaps_s ------------------------------------------------------------
+
+GAPS_S = [30, 60, 120, 300]
+"""The default."""
+
+
+def test_the_default_gaps() -> None:
+    assert gateway.Settings().resend_gaps_s == GAPS_S
+
+
+@pytest.mark.parametrize("ways", [(0, 1, 2), (1, 2, 0), (0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "gaps_s", [GAPS_S, [30], [0, 60], [5, 0, 5], [86_400], [1]], ids=lambda gaps: str(gaps)
+)
+def test_gaps_between_the_messages_of_a_session(
+    make_client: Callable[..., WsgiClient], clock: Clock, gaps_s: list[int], ways: tuple[int, ...]
+) -> None:
+    """The first after the first message, the last for all further ones; whoever asks, and how."""
+    client = make_client(resend_gaps_s=gaps_s, sends_per_session=9, clock=clock,
+                         session_ttl_s=7 * 86_400)  # fmt: skip
+    client.register()
+    possible: list[Callable[[], Answer]] = [
+        client.ask,
+        lambda: client.call("/sms/mt/verify", {"msisdn": NUMBER}),
+        lambda: client.call("/sms/resend_code", {"shortVerificationCode": False}),
+    ]
+    asks = [possible[way] for way in ways]
+    assert asks[0]().status in (200, 204)
+    for n in range(1, 8):
+        gap_s = gaps_s[min(n, len(gaps_s)) - 1]
+        other = asks[n % len(asks)]  # never what was asked for last: that may be a double click
+        for early_s in (gap_s, 1) if gap_s else ():
+            clock.now_s += gap_s - early_s
+            before, sent = records(client), len(client.outbox())
+            answer = other()
+            assert refused(answer, 114) == early_s
+            assert "resend_gaps_s" in answer.json["message"]
+            assert (records(client), len(client.outbox())) == (before, sent)
+            clock.now_s -= gap_s - early_s
+        clock.now_s += gap_s
+        assert other().status in (200, 204), n
+        assert len(client.outbox()) == n + 1
+
+
+def test_a_gap_holds_after_success_too(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    client = make_client(resend_gaps_s=GAPS_S, clock=clock).verified()
+    assert refused(client.ask(), 114) == 30  # its code was used: no double click
+    assert refused(client.call("/sms/resend_code"), 114) == 30
+    clock.now_s += 30
+    assert client.ask().status == 200
+    assert client.call("/sms/verify_code", {"code": client.code()}).status == 200
+
+
+def test_a_gap_is_no_longer_than_it_can_be(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    """A year ahead was our clock when the first message was asked for: nobody waits a year."""
+    client = make_client(resend_gaps_s=GAPS_S, clock=clock)
+    client.register()
+    clock.now_s += 365 * 86_400
+    assert client.ask().status == 200
+    clock.now_s -= 365 * 86_400
+    assert client.call("/sms/resend_code").status == 200
+    assert refused(client.call("/sms/mt/verify", {"msisdn": NUMBER}), 114) == 60
+
+
+def test_gaps_hold_for_the_phone_as_well(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    """The webhook answers 200 all the same, and the session is as it was."""
+    client = make_client(resend_gaps_s=[30, 60], clock=clock)
+    client.register()
+    for n, (later_s, sent) in enumerate([(0, 1), (29, 1), (1, 2), (30, 2), (29, 2), (1, 3)]):
+        clock.now_s += later_s
+        assert inbound(client, messageId=f"m{n}").json == {}
+        assert len(client.outbox()) == sent, n
+
+
+@pytest.mark.parametrize("paid_for", [False, True])
+@pytest.mark.parametrize(
+    ("first", "again", "later_s", "errno"),
+    [
+        ("verify", "verify", 0, None),
+        ("verify", "verify", 29, None),
+        ("verify", "verify as text", 29, None),  # another spelling of the number
+        ("verify", "verify elsewhere", 29, None),  # for another network
+        ("mt", "mt", 29, None),
+        ("mt", "verify long", 29, None),  # the other endpoint, the same kind
+        ("verify", "verify", 30, 0),
+        ("verify", "mt", 0, 114),  # the other kind
+        ("mt", "verify", 29, 114),
+        ("verify", "resend", 0, 114),  # whoever says "again" wants another one
+        ("mt", "resend", 29, 114),
+        ("verify", "resend", 30, 0),
+        ("verify", "other number", 0, 107),
+    ],
+)
+def test_a_double_click_is_one_message(
+    make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any],
+    clock: Clock, first: str, again: str, later_s: int, errno: int | None, paid_for: bool,
+) -> None:  # fmt: skip
+    """``errno``: ``None`` = answered like the first, and nothing is sent; 0 = sent anew."""
+    ways: dict[str, tuple[str, Any]] = {
+        "verify": ("/sms/verify", {"msisdn": NUMBER}),
+        "verify as text": ("/v1/msisdn/sms/verify", {"msisdn": "+44 7700 900-123"}),
+        "verify elsewhere": ("/sms/verify", {"msisdn": NUMBER, "mcc": "234", "mnc": "15"}),
+        "verify long": ("/sms/verify", {"msisdn": NUMBER, "shortVerificationCode": False}),
+        "mt": ("/sms/mt/verify", {"msisdn": NUMBER}),
+        "resend": ("/sms/resend_code", None),
+        "other number": ("/sms/verify", {"msisdn": "+447700900124"}),
+    }
+    client = make_client(resend_gaps_s=GAPS_S, clock=clock, **(paid if paid_for else {}))
+    client.register()
+    assert client.call(*ways[first]).status in (200, 204)
+    counted = client.gateway.storage._run("ZCARD", "hour")
+    assert counted == paid_for
+    before, code = records(client), provider.code() if paid_for else client.code()
+    clock.now_s += later_s
+    for _ in range(3 if errno is None else 1):
+        answer = client.call(*ways[again])
+        if errno:
+            assert answer.errno == errno
+        elif again in ("mt",):
+            assert (answer.status, answer.data) == (204, b"")
+        else:
+            assert (answer.status, answer.json) == (200, {"mtSender": "Gateway"})
+    sent = len(provider.forms) if paid_for else len(client.outbox())
+    assert sent == (2 if errno == 0 else 1)
+    assert client.gateway.storage._run("ZCARD", "hour") == sent * paid_for
+    assert (records(client) == before) == (errno != 0)
+    if errno != 0:
+        assert client.call("/sms/verify_code", {"code": code}).status == 200
+
+
+def test_two_double_clicks_on_resend_are_one_message(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    client = make_client(resend_gaps_s=GAPS_S, clock=clock)
+    client.register()
+    assert client.ask().status == 200
+    clock.now_s += 30
+    assert client.call("/sms/resend_code").status == 200
+    before = records(client)
+    for later_s in (0, 29):
+        clock.now_s += later_s
+        assert client.call("/sms/resend_code").json == {"mtSender": "Gateway"}
+        assert client.ask().status == 200
+    assert (records(client), len(client.outbox())) == (before, 2)
+    assert refused(client.call("/sms/resend_code", {"shortVerificationCode": False}), 114) == 31
+    clock.now_s += 1  # the first gap is over: from now on it would be another message
+    assert refused(client.call("/sms/resend_code"), 114) == 30
+    assert refused(client.ask(), 114) == 30
+    clock.now_s += 30
+    assert client.call("/sms/resend_code").status == 200
+    assert len(client.outbox()) == 3
+
+
+@pytest.mark.parametrize("how", ["used", "used up", "old"])
+def test_no_double_click_once_the_code_is_gone(
+    make_client: Callable[..., WsgiClient], clock: Clock, how: str
+) -> None:
+    """Nobody would be helped by an answer without a message."""
+    client = make_client(resend_gaps_s=[100], code_ttl_s=50, clock=clock)
+    client.register()
+    assert client.ask().status == 200
+    if how == "used":
+        assert client.call("/sms/verify_code", {"code": client.code()}).status == 200
+    elif how == "used up":
+        wrong = f"{(int(client.code()) + 1) % 10**6:06}"
+        for _ in range(3):
+            assert client.call("/sms/verify_code", {"code": wrong}).errno == 105
+    else:
+        clock.now_s += 50
+    left_s = 50 if how == "old" else 100
+    assert refused(client.ask(), 114) == left_s
+    clock.now_s += left_s
+    assert client.ask().status == 200
+    assert len(client.outbox()) == 2
+
+
+def test_no_double_click_of_a_message_that_was_refused_for_good(
+    make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any], clock: Clock
+) -> None:
+    """The code that waits was sent long ago: 200 would say that another is on its way."""
+    client = make_client(resend_gaps_s=[30], clock=clock, **paid)
+    client.register()
+    assert client.ask().status == 200
+    clock.now_s += 100
+    provider.status = "3"
+    assert client.ask().errno == 107
+    provider.status = "0"
+    assert refused(client.ask(), 114) == 30
+    assert len(provider.forms) == 2
+    clock.now_s += 30
+    assert client.ask().status == 200
+    assert len(provider.forms) == 3
+
+
+def test_a_double_click_is_answered_like_the_first(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    """A device waits for a message from the sender that it is told: it came from the first's."""
+    senders = {"214": "+34600000001", "21407": "+34600000002"}
+    client = make_client(resend_gaps_s=[30], mt_sender_map=senders, clock=clock)
+    client.register()
+    assert client.ask(mcc="214", mnc="07").json == {"mtSender": "+34600000002"}
+    for network in ({"mcc": "214", "mnc": "07"}, {"mcc": "214"}, {"mcc": "222"}, {}):
+        assert client.ask(**network).json == {"mtSender": "+34600000002"}
+    assert [message["from"] for message in client.outbox()] == ["+34600000002"]
+
+
+def test_gaps_of_nothing_make_no_double_click(
+    make_client: Callable[..., WsgiClient], clock: Clock
+) -> None:
+    client = make_client(resend_gaps_s=AT_ONCE, clock=clock)
+    client.register()
+    assert [client.ask().status for _ in range(6)] == [200] * 5 + [429]
+    assert len(client.outbox()) == 5

@@ -176,8 +176,8 @@ def test_every_refusal_of_a_request(watch: Watch, check: Check) -> None:
     assert error("/sms/verify_code", {**bad, "code": NUMBER}) == (400, 107)
     assert error("/sms/verify_code", number) == (400, 108)
     assert error("/sms/verify_code", bad) == (410, 111)
-    assert error("/certificate/sign", {"publicKey": {"algorithm": NUMBER}}) == (400, 107)
-    assert error("/certificate/sign", {"publicKey": KEY, "duration": NUMBER}) == (400, 107)
+    assert error("/certificate/sign", {"publicKey": {"algorithm": NUMBER}}) == (400, 104)
+    assert error("/certificate/sign", {"publicKey": KEY, "duration": NUMBER}) == (400, 104)
     assert error("/certificate/sign", {"publicKey": KEY}) == (400, 104)
     assert error("/sms/resend_code") == (410, 111)
 
@@ -187,13 +187,21 @@ def test_every_refusal_of_a_request(watch: Watch, check: Check) -> None:
     client.known.values.add(wrong)
     assert error("/sms/verify", {"msisdn": OTHER}) == (400, 107)
     assert error("/sms/verify_code", {"code": code, "publicKey": NUMBER}) == (400, 107)
+    assert error("/sms/verify_code", {"code": code, "duration": NUMBER}) == (400, 107)
+    assert error("/sms/verify_code", {"code": (code * 6)[:32]}) == (400, 107)
     assert error("/sms/verify_code", {"code": wrong}) == (400, 105)
     assert error("/sms/verify_code", {"code": wrong}) == (400, 105)
     assert error("/sms/verify_code", {"code": code}) == (410, 111)
     for _ in range(2):
         assert call("/sms/resend_code").status == 200
         client.known.values.add(client.code(NUMBER))
+    assert error("/sms/verify_code", {"code": client.outbox(NUMBER)[-2]["text"].split()[-1]}) == (
+        400, 105,
+    )  # fmt: skip
     assert error("/sms/resend_code") == (429, 114)
+    assert call("/sms/verify_code", {"code": client.code(NUMBER)}).status == 200
+    assert error("/certificate/sign", {"publicKey": {"algorithm": NUMBER}}) == (400, 107)
+    assert error("/certificate/sign", {"publicKey": KEY, "duration": NUMBER}) == (400, 107)
 
     assert client.credentials
     good = client.credentials
@@ -219,7 +227,11 @@ def test_every_refusal_of_a_request(watch: Watch, check: Check) -> None:
     assert client.raw("POST", "/register", b"{}", early).status == 400
     assert client.raw("DELETE", "/register").status == 405
     assert client.get("/sms/nothing").status == 404
-    assert client.get(f"/outbox?to={NUMBER[1:]}", HTTP_HOST="example.com").status == 404
+    client.known.values.add(client.app.token)
+    outbox = f"/outbox?to={NUMBER[1:]}&token={client.app.token}"
+    assert client.get(outbox, HTTP_HOST="example.com").status == 404
+    assert client.get(outbox, HTTP_SEC_FETCH_SITE="cross-site").status == 404
+    assert client.get(outbox + "x").status == 404
     assert len(client.errors) > 35
     check(client.known, client)
 

@@ -18,13 +18,22 @@ FAULTS = {
     ),
     "a replayed nonce is accepted": ("02_hawk", b"return 'replayed'", b"life = life"),
     "one try too many": ("04_codes", b"- user.tries - 1\n", b"- user.tries\n"),
+    "a code without its message": (
+        "04_codes",
+        b"self._give_back(session, reservation, isinstance(error, SmsRefused))",
+        b'self._arm(session, reservation, code, Sent("", [], 0))',
+    ),
     "the wishes for a language swapped": ("05_messages", b"pair: pair[0]", b"pair: -pair[0]"),
     "certificates in seconds": (
         "07_certificates",
         b'"exp": now_ms + duration_s * 1000',
         b'"exp": now_ms // 1000 + duration_s',
     ),
-    "a record 40 bytes larger": ("08_storage", b'">BB32s24s3sBII16sBH"', b'">BB32s24s3sBII56sBH"'),
+    "a record 40 bytes larger": (
+        "08_storage",
+        b'">BB32s24s3sBIII8s8sBHH"',
+        b'">BB32s24s3sBIII48s8sBHH"',
+    ),
     "another errno": ("09_errors", b"WRONG_CODE = 105", b"WRONG_CODE = 205"),
 }
 

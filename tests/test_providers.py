@@ -35,6 +35,7 @@ import gateway
 
 MakeClient = Callable[..., WsgiClient]
 TO = gateway.Msisdn(NUMBER)
+OTHER = gateway.Msisdn("+447700900456")
 DAY = datetime.timedelta(days=1)
 
 
@@ -179,7 +180,7 @@ def test_sns_by_amazons_own_package(
     sender = sender_of(entry)
     if expected:
         with pytest.raises(gateway.SmsFailed) as caught:
-            sender._attempt(sender.providers[0], "Gateway", TO, "x", 0.5)
+            gateway._send_by(sender.providers[0], "Gateway", TO, "x", 0.5)
         assert type(caught.value) is expected
         assert NUMBER not in str(caught.value)
     else:
@@ -201,7 +202,7 @@ def test_sns_that_says_nothing_may_have_taken_it(
     entry = {"kind": "sns", "region": "eu-west-1", "endpoint": provider.url, "timeout_s": 0.2}
     sender = sender_of(entry)
     with pytest.raises(gateway.SmsUnknown):
-        sender._attempt(sender.providers[0], "Gateway", TO, "x", 5.0)
+        gateway._send_by(sender.providers[0], "Gateway", TO, "x", 5.0)
 
 
 def test_sns_without_boto3_refuses_to_start() -> None:
@@ -496,20 +497,60 @@ def counts(three: list[Provider]) -> list[int]:
 
 
 def test_a_failed_provider_is_tried_last_for_a_while(three: list[Provider]) -> None:
+    """Once it has failed for two numbers: one alone may be what is wrong."""
     sender = sender_of(*entries(three))
     three[0].answer = nexmo("1")
-    for _ in range(3):
-        sender.send("Gateway", TO, "text")
-    assert counts(three) == [1, 3, 0]
+    for to in (TO, OTHER, TO):
+        sender.send("Gateway", to, "text")
+    assert counts(three) == [2, 3, 0]
     three[1].answer = nexmo("1")
-    sender.send("Gateway", TO, "text")
-    assert counts(three) == [1, 4, 1]
+    for to in (OTHER, TO):
+        sender.send("Gateway", to, "text")
+    assert counts(three) == [2, 5, 2]
     three[0].answer = taken
     sender.resting[0] = 0  # its rest is over
     sender.send("Gateway", TO, "text")
     sender.send("Gateway", TO, "text")
-    assert counts(three) == [3, 4, 1]
+    assert counts(three) == [4, 5, 2]
     assert list(sender.resting) == [1]
+
+
+@pytest.mark.parametrize("fault", ["failed", "unknown", "refused", "slow", "says nothing"])
+@pytest.mark.parametrize("bad", [1, 2, 3])
+def test_a_provider_rests_after_failures_for_two_numbers(
+    three: list[Provider], fault: str, bad: int
+) -> None:
+    """Or anybody with one bad number moves everybody to the dear provider, as often as they like.
+
+    A final refusal of a number is no failure, for however many.
+    """
+    sender = sender_of(*entries(three, timeout_s=0.5))
+    three[0].answer = {
+        "failed": nexmo("1"), "unknown": cut(b""), "refused": nexmo("3"), "slow": after(0.3),
+        "says nothing": hang,
+    }[fault]  # fmt: skip
+    tried = 0 if fault == "refused" else bad
+    for n in range(3):  # again and again, to the same few
+        number = gateway.Msisdn(f"+44770090012{n % bad}")
+        sender.send("Gateway", number, "text")
+    three[0].answer = taken
+    before = counts(three)
+    for n in range(4):
+        sender.send("Gateway", gateway.Msisdn(f"+44770090045{n}"), "text")
+    rests = tried >= 2
+    assert counts(three)[0] == before[0] + (0 if rests else 4)
+    assert counts(three)[1] == before[1] + (4 if rests else 0)
+
+
+def test_a_success_in_between_ends_the_count_of_failures(three: list[Provider]) -> None:
+    """Two bad numbers a week apart are no sign of anything."""
+    sender = sender_of(*entries(three))
+    for to in (TO, OTHER):
+        three[0].answer = nexmo("1")
+        sender.send("Gateway", to, "text")
+        three[0].answer = taken
+        assert sender.send("Gateway", TO, "text").kind == "nexmo"
+    assert counts(three) == [4, 2, 0]
 
 
 def test_one_message_only_tries_whether_it_is_well_again(three: list[Provider]) -> None:
@@ -545,9 +586,11 @@ def test_a_refused_number_does_not_make_a_provider_suspect(three: list[Provider]
 def test_a_slow_provider_is_tried_after_the_others(three: list[Provider]) -> None:
     sender = sender_of(*entries(three, timeout_s=1.0))
     three[0].answer = after(0.7)
-    assert sender.send("Gateway", TO, "text").kind == "nexmo"  # it is sent nevertheless
+    for to in (TO, OTHER):
+        assert sender.send("Gateway", to, "text").kind == "nexmo"  # it is sent nevertheless
+    assert counts(three) == [2, 0, 0]
     sender.send("Gateway", TO, "text")
-    assert counts(three) == [1, 1, 0]
+    assert counts(three) == [2, 1, 0]
 
 
 @pytest.mark.parametrize("tries", [1, 2, 3])
@@ -577,16 +620,143 @@ def test_an_unknown_among_them_is_answered_as_sent(
     three: list[Provider], make_client: MakeClient
 ) -> None:
     three[0].answer, three[1].answer, three[2].answer = nexmo("1"), cut(b""), nexmo("1")
-    client = make_client(sms_providers=entries(three), sends_per_hour=1)
+    client = make_client(sms_providers=entries(three), sends_per_hour=2)
     client.register()
     assert client.ask().status == 200
+    other = client.another()
+    other.register()
+    assert other.ask("+447700900456").status == 200
     codes = {one.received[0].form["text"].split()[-1] for one in three}
     assert len(codes) == 1  # whoever is next sends the same code
-    assert client.call("/sms/resend_code").errno == 116  # it counts
+    assert client.call("/sms/resend_code").errno == 116  # each counts
     assert client.call("/sms/verify_code", {"code": codes.pop()}).status == 200
 
 
-def test_all_failed_is_undone(three: list[Provider], make_client: MakeClient) -> None:
+def test_an_unknown_is_answered_as_sent_though_no_further_try_can_be_paid_for(
+    three: list[Provider], make_client: MakeClient
+) -> None:
+    three[0].answer = cut(b"")
+    client = make_client(sms_providers=entries(three), sends_per_hour=1)
+    client.register()
+    assert client.ask().status == 200
+    assert counts(three) == [1, 0, 0]
+    code = three[0].received[0].form["text"].split()[-1]
+    assert client.call("/sms/resend_code").errno == 116
+    assert client.call("/sms/verify_code", {"code": code}).status == 200
+
+
+FAILED, REFUSED, UNKNOWN = nexmo("1"), nexmo("3"), cut(b"")
+
+
+@pytest.mark.parametrize(
+    ("answers", "tried", "held", "errno"),
+    [
+        ([taken, taken, taken], [1, 0, 0], 1, None),
+        ([FAILED, FAILED, taken], [1, 1, 1], 1, None),
+        ([REFUSED, FAILED, taken], [1, 1, 1], 1, None),
+        ([UNKNOWN, UNKNOWN, taken], [1, 1, 1], 3, None),  # each may have been sent
+        ([UNKNOWN, UNKNOWN, FAILED], [1, 1, 1], 2, None),
+        ([UNKNOWN, UNKNOWN, REFUSED], [1, 1, 1], 2, None),
+        ([FAILED, UNKNOWN, FAILED], [1, 1, 1], 1, None),
+        ([UNKNOWN, taken, taken], [1, 1, 0], 2, None),
+        ([FAILED, FAILED, FAILED], [1, 1, 1], 0, 201),
+        ([REFUSED, REFUSED, REFUSED], [1, 1, 1], 0, 107),
+        ([REFUSED, REFUSED, FAILED], [1, 1, 1], 0, 201),  # the third may take it tomorrow
+        ([FAILED, REFUSED, REFUSED], [1, 1, 1], 0, 201),
+    ],
+)
+def test_each_paid_attempt_is_counted(
+    three: list[Provider], make_client: MakeClient, answers: list[Any], tried: list[int],
+    held: int, errno: int | None,
+) -> None:  # fmt: skip
+    """And given back if it surely was not taken: else one count paid for three messages."""
+    for one, answer in zip(three, answers, strict=True):
+        one.answer = answer
+    client = make_client(sms_providers=entries(three), sends_per_hour=9, sends_per_session=9)
+    client.register()
+    answer = client.ask()
+    if errno:
+        assert answer.errno == errno
+    else:
+        assert answer.status == 200
+    assert counts(three) == tried
+    assert client.gateway.storage._run("ZCARD", "hour") == held
+
+
+@pytest.mark.parametrize("kinds", [("outbox", "nexmo"), ("nexmo", "outbox")])
+@pytest.mark.parametrize("taken_by", ["first", "second"])
+def test_only_attempts_that_cost_money_are_counted(
+    provider: Provider, make_client: MakeClient, tmp_path: Path, kinds: tuple[str, ...],
+    taken_by: str,
+) -> None:  # fmt: skip
+    both = [{"kind": "outbox"} if kind == "outbox" else provider.nexmo() for kind in kinds]
+    client = make_client(sms_providers=both, sends_per_hour=1)
+    if taken_by == "second" and kinds[0] == "nexmo":
+        provider.answer = FAILED
+    elif taken_by == "second":
+        (tmp_path / "outbox").write_text("a file where the folder belongs")
+    client.register()
+    assert client.ask().status == 200
+    by_nexmo = kinds[taken_by == "second"] == "nexmo"
+    assert client.gateway.storage._run("ZCARD", "hour") == by_nexmo
+    assert len(provider.received) == (by_nexmo or kinds[0] == "nexmo")
+
+
+def test_a_further_attempt_that_cannot_be_paid_for_is_not_made(
+    three: list[Provider], make_client: MakeClient
+) -> None:
+    """The hour has one message left, which an unknown one takes; the next user gets none."""
+    three[0].answer, three[1].answer = FAILED, UNKNOWN
+    client = make_client(sms_providers=entries(three), sends_per_hour=1)
+    client.register()
+    assert client.ask().status == 200
+    assert counts(three) == [1, 1, 0]
+    other = client.another()
+    other.register()
+    assert other.ask("+447700900456").errno == 116
+    assert counts(three) == [1, 1, 0]  # nobody was called
+    assert client.gateway.storage._run("ZCARD", "hour") == 1
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_count_ahead_that_is_not_used_is_given_back(
+    provider: Provider, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, sends: bool
+) -> None:
+    """The hour is counted before the session's record: a request that loses there pays nothing."""
+    client = make_client(sms_providers=[provider.nexmo()], sends_per_hour=1)
+    client.register()
+    if not sends:
+        monkeypatch.setattr(
+            client.gateway.storage, "commit", lambda *_, **__: gateway.Commit.REPLAYED
+        )
+    answer = client.ask()
+    assert answer.status == (200 if sends else 401)
+    monkeypatch.undo()
+    assert client.gateway.storage._run("ZCARD", "hour") == sends
+    assert len(provider.received) == sends
+
+
+def test_a_final_refusal_is_told_and_counts_for_the_session(
+    three: list[Provider], make_client: MakeClient
+) -> None:
+    """Or calls of the providers for a number that gets no SMS were bounded by nothing."""
+    for one in three:
+        one.answer = REFUSED
+    client = make_client(sms_providers=entries(three), sends_per_session=2, sends_per_hour=1)
+    client.register()
+    for number in (NUMBER, "+447700900456"):  # it is not the session's number
+        answer = client.ask(number)
+        assert (answer.status, answer.errno) == (400, 107)
+        assert "no SMS can reach this number" in answer.json["message"]
+    assert client.call("/sms/resend_code").errno == 111
+    for one in three:
+        one.answer = taken
+    assert client.ask().errno == 114
+    assert counts(three) == [2, 2, 2]
+    assert client.gateway.storage._run("ZCARD", "hour") == 0
+
+
+def test_all_failed_is_given_back(three: list[Provider], make_client: MakeClient) -> None:
     for one in three:
         one.answer = nexmo("1")
     client = make_client(sms_providers=entries(three), sends_per_hour=1, sends_per_session=1)
@@ -598,22 +768,48 @@ def test_all_failed_is_undone(three: list[Provider], make_client: MakeClient) ->
     assert client.ask().status == 200  # nothing was counted
 
 
-def test_after_a_send_the_tried_mark_never_overwrites_what_happened_meanwhile(
+def test_a_code_that_is_faster_than_its_provider_is_not_judged(
     three: list[Provider], make_client: MakeClient
 ) -> None:
-    """The code may come back before the provider's answer does."""
+    """The code may come back before the provider's answer does: then it is not judged yet."""
     client = make_client(sms_providers=entries(three))
     client.register()
+    early = []
 
     def quick(handler: Any) -> None:
         code = three[0].received[0].form["text"].split()[-1]
-        assert client.call("/sms/verify_code", {"code": code}).status == 200
+        early.append(client.call("/sms/verify_code", {"code": code}))
         taken(handler)
 
     three[0].answer = quick
     assert client.ask().status == 200
+    assert (early[0].status, early[0].errno, early[0].headers["retry-after"]) == (503, 201, "1")
     code = three[0].received[0].form["text"].split()[-1]
+    assert client.call("/sms/verify_code", {"code": code}).status == 200  # it costs no try
     assert client.call("/sms/verify_code", {"code": code}).errno == 111  # used, and it stays so
+
+
+def test_a_code_that_comes_while_another_is_sent_is_judged_by_the_older_one(
+    three: list[Provider], make_client: MakeClient
+) -> None:
+    """Its tries too: the one that is on its way verifies nothing before it has left."""
+    client = make_client(sms_providers=entries(three), sends_per_session=9)
+    client.register()
+    assert client.ask().status == 200
+    older = three[0].received[0].form["text"].split()[-1]
+    seen = []
+
+    def quick(handler: Any) -> None:
+        newer = three[1].received[0].form["text"].split()[-1]
+        seen.append(client.call("/sms/verify_code", {"code": newer}).errno)
+        seen.append(client.call("/sms/verify_code", {"code": older}).status)
+        taken(handler)
+
+    three[1].answer = quick
+    assert client.call("/sms/resend_code").status == 200
+    assert seen == [105, 200]
+    newer = three[1].received[0].form["text"].split()[-1]
+    assert client.call("/sms/verify_code", {"code": newer}).status == 200
 
 
 @pytest.mark.parametrize("fault", ["refused", "error inside", "hang"])

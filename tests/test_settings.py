@@ -43,6 +43,7 @@ CONTRACT: dict[str, Any] = {
     "certificate_max_s": 86400,
     "hawk_skew_s": 60,
     "sends_per_session": 5,
+    "resend_gaps_s": [30, 60, 120, 300],
     "sends_per_hour": 100,
     "sms_providers": [{"kind": "outbox"}],
     "mt_sender": "Gateway",
@@ -51,8 +52,8 @@ CONTRACT: dict[str, Any] = {
     "mo_verifier_map": {},
     "display_version": True,
 }
-"""CONTRACT section 6. ``sms_inbound`` depends on the place; ``limits`` comes
-with its own issue."""
+"""CONTRACT sections 6 and 7. ``sms_inbound`` depends on the place and on the providers,
+``store_max_bytes`` on the machine; ``limits`` comes with its own issue."""
 
 ABROAD: dict[str, Any] = {
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
@@ -127,7 +128,9 @@ def test_defaults_are_not_shared() -> None:
     """One table written to would change every later Settings()."""
     Settings().mt_sender_map["310"] = "x"
     Settings().allowed_origins.append("x")
+    Settings().resend_gaps_s.clear()
     assert (Settings().mt_sender_map, Settings().allowed_origins) == ({}, ["*"])
+    assert Settings().resend_gaps_s == [30, 60, 120, 300]
     assert Settings().sms_providers[0] is not Settings().sms_providers[0]
 
 
@@ -141,10 +144,18 @@ def test_defaults_are_not_shared() -> None:
         ({"sms_inbound": [{"kind": "beepsend"}]}, ["beepsend"]),
         ({"public_url": "https://id.example", **ABROAD, "sms_inbound": None}, []),
         ({"host": "192.0.2.1", **ABROAD, "sms_inbound": None}, []),
+        # Any page in a browser here can call loopback: none is open where messages cost money.
+        ({**ABROAD, "sms_inbound": None}, []),
+        ({"sms_providers": [*ABROAD["sms_providers"], {"kind": "outbox"}]}, []),
+        ({"sms_providers": [{"kind": "outbox"}, {"kind": "outbox"}]}, ["nexmo", "beepsend"]),
     ],
 )
 def test_open_webhooks_depend_on_the_place(values: dict[str, Any], expected: list[str]) -> None:
+    """And on what messages cost: they are open without a secret at a desk only."""
     assert [entry["kind"] for entry in Settings(**values).inbound] == expected
+    assert Settings(**{**values, "sms_inbound": None}).at_a_desk == bool(
+        Settings(**{**values, "sms_inbound": None}).inbound
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,8 @@ def test_other_variables_are_none_of_ours() -> None:
         ("mt_sender_map", '{"310": "+1555", "20810": "x"}', {"310": "+1555", "20810": "x"}),
         ("sms_inbound", "null", None),
         ("sms_inbound", "[]", []),
+        ("resend_gaps_s", "[0]", [0]),
+        ("store_max_bytes", "10000000", 10_000_000),
     ],
 )
 def test_text_of_environment_and_option(name: str, text: str, expected: object) -> None:
@@ -271,6 +284,20 @@ def test_tables_in_toml(toml: Callable[[str], str]) -> None:
         ("sends_per_session", -1),
         ("sends_per_session", 256),  # one byte in the record
         ("sends_per_hour", -1),
+        ("resend_gaps_s", []),  # there is always a gap, if only of 0
+        ("resend_gaps_s", 30),
+        ("resend_gaps_s", ["30"]),
+        ("resend_gaps_s", [30, -1]),
+        ("resend_gaps_s", [30, 86401]),
+        ("resend_gaps_s", [30.0]),
+        ("resend_gaps_s", [True]),
+        ("resend_gaps_s", [None]),
+        ("resend_gaps_s", [[30]]),
+        ("resend_gaps_s", None),
+        ("store_max_bytes", 0),  # no limit, to the store
+        ("store_max_bytes", 9_999_999),
+        ("store_max_bytes", -1),
+        ("store_max_bytes", "50%"),
         ("display_version", 1),
         ("display_version", "true"),
         ("host", 127),
@@ -328,6 +355,10 @@ def test_zero_means_for_ever_where_the_contract_says_so() -> None:
         ("mt_sender_map", "310=+1555"),
         ("mt_sender_map", "[]"),
         ("mt_sender_map", "null"),
+        ("resend_gaps_s", "30"),
+        ("resend_gaps_s", "30,60"),
+        ("resend_gaps_s", "[]"),
+        ("store_max_bytes", "10MB"),
     ],
 )
 def test_impossible_text_is_named(run: Callable[..., Ended], name: str, text: str) -> None:
@@ -569,6 +600,18 @@ def test_webhook_off_loopback_needs_a_secret(place: dict[str, Any]) -> None:
         Settings(**{**place, **ABROAD, "sms_inbound": [{"kind": "nexmo"}]})
 
 
+@pytest.mark.parametrize("outbox", [[], [{"kind": "outbox", "priority": -1}]])
+def test_webhook_where_messages_cost_money_needs_a_secret(outbox: list[gateway.Json]) -> None:
+    """Also on loopback, which every web page that is open there can call."""
+    providers = [*ABROAD["sms_providers"], *outbox]
+    for open_to_all in ({"kind": "nexmo"}, {"kind": "http"}):
+        with pytest.raises(SettingsError, match="sms_inbound"):
+            Settings(sms_providers=providers, sms_inbound=[open_to_all])
+    closed = [{"kind": "nexmo", "path_secret": "right"}]
+    assert Settings(sms_providers=providers, sms_inbound=closed).inbound == closed
+    assert not Settings(sms_providers=providers).at_a_desk
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -766,6 +809,27 @@ def test_a_container_may_have_a_share_of_the_cpus(
     assert gateway._cpus() == expected
 
 
+@pytest.mark.parametrize(
+    ("limit", "shared"),
+    [("1073741824", True), ("max", False), ("9223372036854771712", False), ("", False),
+     ("1e9", False), (None, False)],
+)  # fmt: skip
+def test_a_container_may_have_a_share_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, shared: bool
+) -> None:
+    """Half of the machine's would be more than the pod has: it is killed, not full."""
+    monkeypatch.setattr(gateway, "_MEMORY_MAX", tmp_path / "memory.max")
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    there = psutil.virtual_memory().total
+    expected = int(limit) if shared and limit else there
+    assert abs(gateway._memory_bytes() - expected) <= 0.001 * expected
+
+
+def test_store_may_use_half_of_the_memory() -> None:
+    assert Settings().store_max_bytes == gateway._memory_bytes() // 2
+
+
 def test_nothing_is_printed_where_nobody_is() -> None:
     argv = f"exec '{sys.executable}' gateway.py settings >&-"
     ended = subprocess.run(["/bin/sh", "-c", argv], cwd=lab.ROOT, capture_output=True, check=False)
@@ -779,7 +843,7 @@ def test_table_lists_every_setting_with_its_value(run: Callable[..., Ended]) -> 
     ended = run("settings", "--mt-sender", "Test 1", "--mt-sender-map", '{"310": "+1555"}')
     assert (ended.status, ended.err) == (0, "")
     lines = {line.split()[0]: line for line in ended.out.splitlines()}
-    assert lines.keys() >= CONTRACT.keys() | {"sms_inbound", "master_secret"}
+    assert lines.keys() >= CONTRACT.keys() | {"sms_inbound", "master_secret", "store_max_bytes"}
     assert '"Test 1"' in lines["mt_sender"]
     assert '{"310": "+1555"}' in lines["mt_sender_map"]
     assert "86400" in lines["session_ttl_s"]
@@ -847,6 +911,8 @@ CHANGED: dict[str, Any] = {
     "mt_sender_map": {"310": "+1555", "20810": 'q"'},
     "mo_verifier_map": {"234": "+44"},
     "verified_ttl_s": 0,
+    "resend_gaps_s": [0, 86400],
+    "store_max_bytes": 10_000_000,
     "display_version": False,
 }
 

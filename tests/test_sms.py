@@ -218,9 +218,10 @@ def test_a_real_process_sends_the_pin_exactly_once(
     assert client.verify_code(wrong).body["errno"] == 105
     assert client.verify_code(found[1]).body == {"msisdn": NUMBER}
     assert len(api.received) == 1
-    assert client.http.request("GET", process.url + "/outbox?to=" + NUMBER[1:]).status == 404
+    outbox = f"{process.url}/outbox?to={NUMBER[1:]}&token={client.operator_token}"
+    assert client.http.request("GET", outbox).status == 404
     assert process.stop() == 0
-    for secret in (found[1], NUMBER[1:], SECRET):
+    for secret in (found[1], NUMBER[1:], SECRET, client.operator_token):
         assert secret not in process.output
 
 
@@ -404,6 +405,41 @@ def test_a_sure_failure_changes_nothing(
     assert client.call("/sms/resend_code").status == 200
     assert verify(client, api.code()) == (200, None)
     assert client.call("/sms/resend_code").errno == 114  # two were sent
+
+
+def test_a_number_that_is_refused_for_good_is_told_so(
+    api: SmsApi, make_client: Callable[..., WsgiClient]
+) -> None:
+    """400/107: to try again helps nobody. It counts for the session, and the number is free."""
+    client = make_client(sms_providers=[api.entry()], sends_per_session=3, sends_per_hour=1)
+    client.register()
+    api.answer = reply(parts("3"))
+    for _ in range(2):
+        answer = client.ask()
+        assert (answer.status, answer.errno) == (400, 107)
+        assert "retry-after" not in answer.headers
+        assert "no SMS can reach this number" in answer.json["message"]
+        assert NUMBER[1:] not in answer.data.decode()
+    assert verify(client, api.code()) == (410, 111)
+    api.answer = taken
+    assert client.ask(OTHER).status == 200  # another number, and the hour has still its one
+    assert verify(client, api.code()) == (200, None)
+    assert client.call("/sms/resend_code").errno == 114
+
+
+def test_a_resend_that_is_refused_for_good_changes_nothing_but_the_count(
+    api: SmsApi, make_client: Callable[..., WsgiClient]
+) -> None:
+    client = make_client(sms_providers=[api.entry()], sends_per_session=3)
+    client.register()
+    assert client.ask().status == 200
+    code, api.answer = api.code(), reply(parts("3"))
+    for _ in range(2):
+        assert client.call("/sms/resend_code").errno == 107
+    assert client.call("/sms/resend_code").errno == 114
+    assert len(api.received) == 3
+    assert client.ask(OTHER).errno == 107  # the session has its number
+    assert verify(client, code) == (200, None)
 
 
 def test_the_earlier_code_survives_a_failed_resend(
@@ -817,6 +853,22 @@ def test_unregister_clears_the_outbox_of_that_number_only(client: WsgiClient) ->
     assert client.call("/unregister").status == 204
     assert client.outbox(NUMBER) == []
     assert len(other.outbox(OTHER)) == 1
+
+
+def test_unregister_of_who_verified_nothing_clears_nothing(client: WsgiClient) -> None:
+    """Everybody can open a session and name a number."""
+    other = client.another()
+    other.register()
+    assert other.ask(NUMBER).status == 200
+    code = other.code(NUMBER)
+    client.register()
+    assert client.ask(NUMBER).status == 200
+    assert verify(client, f"{(int(client.code(NUMBER)) + 1) % 10**6:06}") == (400, 105)
+    assert client.call("/unregister").status == 204
+    assert client.outbox(NUMBER)[0]["text"].split()[-1] == code
+    assert verify(other, code) == (200, None)
+    assert other.call("/unregister").status == 204
+    assert client.outbox(NUMBER) == []
 
 
 def test_an_outbox_that_cannot_write_is_a_failure(

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import servers
-from servers import assert_refused
-from support import NUMBER, ROOT, WsgiClient
+from servers import assert_refused, wait_for
+from support import AT_ONCE, NUMBER, ROOT, WsgiClient
+from test_storage import OldSession, version_1
 from test_stores import KEY, NEW, OLD, new_id, together
 
 import gateway
@@ -46,7 +47,8 @@ def make(
 
     def build(**options: Any) -> WsgiClient:
         given = {"certificate_store": dynalite.store("phones"), "keys_dir": keys_dir}
-        settings = gateway.Settings(**{**given, "data_dir": str(tmp_path), **options})
+        folder = {"data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE}
+        settings = gateway.Settings(**{**given, **folder, **options})
         client = WsgiClient(gateway.create_app(settings, store.url))
         assert client.gateway.sms.outbox
         client.gateway.sms.outbox.console = None
@@ -76,7 +78,8 @@ def waiting_user(client: WsgiClient, verified: bool = False) -> StorageId:
     credentials = gateway.derive_credentials(gateway.SessionToken(os.urandom(32)))
     key = gate.secrets.id_for(credentials.hawk_id)
     seal = gateway.seal_msisdn(gate.secrets.seal, credentials.hawk_id, gateway.Msisdn(NUMBER))
-    user = gateway.User(credentials.hawk_key, sealed=seal, sends=1)
+    masked = gateway.mask_hawk_key(gate.secrets.mask, *credentials)
+    user = gateway.User(masked, sealed=seal, sends=1, masked=True)
     gate.storage.create(key, user.pack(), 1000)
     if verified:
         done = user._replace(verified_s=int(time.time()) - 9)
@@ -107,6 +110,30 @@ def test_who_is_verified_for_ever_moves_as_well(
     found = split.table._call("get_item", Key={"id": {"B": item}}, ConsistentRead=True)
     assert found["Item"]["expires"] == {"N": "0"}
     assert split.get(key) == found["Item"]["record"]["B"]
+
+
+def test_records_of_version_1_are_read_in_dynamodb(
+    split: SplitStorage, make: Callable[..., WsgiClient]
+) -> None:
+    """Who was verified before the update has proofs, asks again, is verified again, and leaves."""
+    old = OldSession(make().app)
+    old.write(split, verified_s=int(time.time()) - 1000)
+    kept = split.get(old.key)
+    assert kept
+    asked = version_1(old.plain_key, sealed=b"s" * 24)
+    assert split.commit(old.key, kept, asked) is Commit.DONE
+    assert split.commit(old.key, asked, old.written, 1000) is Commit.DONE
+    assert len(items(split)) == 1
+    assert old.call("/certificate/sign", SIGN).status == 200
+    assert split.get(old.key) == old.written
+    assert old.call("/sms/resend_code").status == 200
+    assert old.is_renewed(split)
+    assert old.call("/certificate/sign", SIGN).status == 200
+    assert old.call("/sms/verify_code", {"code": old.code()}).status == 200
+    assert old.is_renewed(split)
+    assert len(items(split)) == 1
+    assert old.call("/unregister").status == 204
+    assert items(split) == []
 
 
 # -- Races ---------------------------------------------------------------------
@@ -259,7 +286,7 @@ def test_dynamodb_fails(
         if dynalite.process.poll() is not None:
             dynalite.start()
         split.table.check()
-    assert client.get("/__heartbeat__").status == 200
+    wait_for(lambda: client.get("/__heartbeat__").status == 200, "the next health check", 2)
     assert waiting.call("/sms/verify_code", {"code": CODE}, nonce="n").errno == 109  # used up
     assert waiting.call("/sms/verify_code", {"code": CODE}).status == 200
     assert waiting.call("/certificate/sign", SIGN).status == 200

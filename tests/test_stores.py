@@ -13,7 +13,7 @@ import lab
 import pytest
 import servers
 from redis.crc import key_slot
-from support import WsgiClient
+from support import AT_ONCE, NUMBER, WsgiClient
 
 import gateway
 from gateway import Commit, SplitStorage, Storage, StorageId
@@ -120,7 +120,8 @@ def make(backend: Backend, keys_dir: str, tmp_path: Path) -> Callable[..., WsgiC
             "certificate_store": backend.certificates,
             "clock": lambda: backend.now_s,
         }
-        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), **options}
+        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE}
+        given |= options
         injected = {name: given.pop(name) for name in ("clock", "random_bytes") if name in given}
         app = gateway.create_app(gateway.Settings(**given), backend.home.url, **injected)
         assert app.gateway.sms.outbox
@@ -246,11 +247,15 @@ def together(*calls: Callable[[], Any]) -> None:
 
 
 def test_messages_are_counted(storage: Storage) -> None:
-    assert [storage.count_send(CLOCK + n, 3) for n in range(3)] == [0, 0, 0]
-    assert storage.count_send(CLOCK + 3, 3) == 3597
-    storage.uncount_send()
-    assert storage.count_send(CLOCK + 4, 3) == 0
-    assert storage.count_send(CLOCK + 3601, 3) == 0
+    assert [storage.count_send(CLOCK + n, 3, b"%d" % n) for n in range(3)] == [0, 0, 0]
+    assert storage.count_send(CLOCK + 3, 3, b"3") == 3597
+    for _ in range(2):  # the one that is named goes, and no other
+        storage.uncount_send(b"1")
+    assert storage.count_send(CLOCK + 4, 3, b"4") == 0
+    assert storage.count_send(CLOCK + 5, 3, b"5") == 3595
+    assert storage.count_send(CLOCK + 3601, 3, b"6") == 0
+    assert storage._run("ZRANGE", "hour", 0, -1, key=b"hour") == [b"2", b"4", b"6"]
+    assert 3590 < life_s(storage, b"hour") <= 3600
 
 
 def test_scripts_that_a_server_forgot_are_sent_again(storage: Storage, backend: Backend) -> None:
@@ -320,7 +325,9 @@ def test_a_user_goes_the_whole_way(make: Callable[..., WsgiClient], backend: Bac
     client.register()
     assert client.ask().status == 200
     code = client.code()
-    assert client.call("/sms/verify_code", {"code": "1" * 32}).errno == 105
+    wrong = code[:-1] + ("1" if code[-1] == "0" else "0")
+    assert client.call("/sms/verify_code", {"code": wrong}).errno == 105
+    assert client.call("/sms/verify_code", {"code": "1" * 32}).errno == 107  # not of its kind
     assert client.call("/certificate/sign", {"publicKey": public_key()}).errno == 104
     answer = client.call("/sms/verify_code", {"code": code, "publicKey": public_key()})
     assert (answer.status, "cert" in answer.json) == (200, True)
@@ -357,6 +364,24 @@ def test_a_message_that_nobody_took_changes_nothing(
     assert client.call("/sms/verify_code", {"code": "123456"}).errno == 111
     assert client.call("/sms/resend_code").status == 200
     assert client.call("/sms/verify_code", {"code": client.code()}).status == 200
+
+
+def test_a_first_message_that_nobody_took_leaves_the_number_free(
+    make: Callable[..., WsgiClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Record, count and number are as before it was asked for."""
+    client = make()
+    client.register()
+    assert client.credentials
+    storage, outbox = client.gateway.storage, client.gateway.sms.outbox
+    key = client.gateway.secrets.id_for(client.credentials.hawk_id)
+    before = storage.get(key)
+    with monkeypatch.context() as broken:
+        broken.setattr(outbox, "folder", Path("/dev/null/outbox"))
+        assert client.ask().errno == 201
+    assert storage.get(key) == before
+    assert client.ask("+447700900124").status == 200
+    assert client.ask(NUMBER).errno == 107
 
 
 def test_unregister_forgets_who_waits_for_another_code(

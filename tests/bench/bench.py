@@ -166,8 +166,10 @@ class World:
         now_s = int(time.time())
 
         def record(key: bytes, hawk_id: str, storage_id: bytes = b"") -> bytes:
+            if hawk_id:
+                key = gateway.mask_hawk_key(self.secrets.mask, gateway.HawkId(hawk_id), key)
             if not (pending or verified):
-                return gateway.User(gateway.HawkKey(key)).pack()
+                return gateway.User(key, masked=True).pack()
             fields: dict[str, Any] = {"sealed": secrets.token_bytes(24)}
             if hawk_id:
                 sealed = gateway.seal_msisdn(self.secrets.seal, gateway.HawkId(hawk_id), NUMBER)
@@ -176,9 +178,9 @@ class World:
                 id_ = gateway.StorageId(storage_id)
                 fields["code_digest"] = gateway.code_digest(self.secrets.code, id_, CODE)
                 fields["code_expires_s"] = now_s + 3600
-            fields |= {"sends": 1, "verified_s": now_s if verified else 0}
+            fields |= {"sends": 1, "asked_s": now_s, "verified_s": now_s if verified else 0}
             network = gateway.Network("234", "15")
-            return gateway.User(gateway.HawkKey(key), network=network, **fields).pack()
+            return gateway.User(key, network=network, masked=True, **fields).pack()
 
         return record
 
