@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -32,14 +31,10 @@ class Store(Server):
         self.group: servers.SentinelGroup | None = None
         super().__init__(folder, "--appendonly", "yes", "--appendfsync", "no", "--requirepass", "x")
         self.url += "?password=x"
-        self.connect()
-
-    def connect(self) -> None:
-        self._admin = gateway.Link(self.url, 10, ThreadPoolExecutor(1))
+        self._admin = self.connect()
 
     def admin(self, *command: Any) -> Any:
-        self._admin.open()
-        return self._admin.talk(command)[0]
+        return gateway.exchange(self._admin, command)[0]
 
     def drop_clients(self) -> Any:
         """Close every connection but the administrator's."""
@@ -48,8 +43,7 @@ class Store(Server):
     def restart_slowly(self) -> None:
         """Die, and come back with so much data that loading it takes a while."""
         fillers = [("SET", f"filler {n}", "") for n in range(4000)]
-        self._admin.open()
-        self._admin.talk(*fillers)
+        gateway.exchange(self._admin, *fillers)
         self.admin("SAVE")
         self.kill()
         slow = "--appendonly no --key-load-delay 500 --loading-process-events-interval-bytes 1024"
