@@ -180,7 +180,7 @@ STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
 """How many connections a worker has to a server of the store; further threads wait for one."""
-STORAGE_WAIT_S: Final = 0.3
+STORAGE_WAIT_S: Final = 0.35
 """How long they wait, so that with what a connection may cost they answer within a second."""
 STORAGE_IDLE_S: Final = 1.0
 """A connection unused for longer is sent a PING first: a proxy may have forgotten it, or NAT."""
@@ -1688,9 +1688,9 @@ class Storage:
     def __init__(self, url: str, workers: int = 1) -> None:
         self.url, self._workers, self._lock = url, workers, threading.Lock()
         self._pools: dict[tuple[int, Node], Pool] = {}
-        parts = re.findall(r"(\w+)\+?(\w*)://(.*@)?([^/?]*)/?([^?]*)(.*)", url)
-        scheme, self._kind, login, hosts, self._service, query = parts[0]
         try:
+            (parts,) = re.findall(r"(\w+)\+?(\w*)://(.*@)?([^/?]*)/?([^?]*)(.*)", url)
+            scheme, self._kind, login, hosts, self._service, query = parts
             each = [f"{scheme}://{login}{host}{query}" for host in hosts.split(",")]
             given: list[Json] = list(map(parse_url, each if self._kind else [url]))
             self._options, port = given[0], 26379 if self._kind == "sentinel" else 6379
