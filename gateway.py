@@ -1538,9 +1538,6 @@ return 0
 """
 """Counts a message, or says in how many seconds the next one may leave."""
 
-WRITE_SCRIPT: Final = "#!lua\nreturn 1"
-"""Writes nothing; but who takes no writes refuses it, and in a cluster any node may run it."""
-
 SHA1: Final = {
     script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
     for script in (COMMIT_SCRIPT, COUNT_SCRIPT)
@@ -1881,10 +1878,13 @@ class Storage:
         return (self._run("GET", key, key=key) or b"").decode()
 
     def ping(self, now_s: float) -> None:
-        """Prove that every node takes writes; a replica takes none, and answers a PING."""
+        """Prove that every node takes writes; a replica takes none, and answers a PING.
+
+        A script that may write is refused by who takes none, and runs on any node of a cluster.
+        """
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
         try:
-            self._run_everywhere(("EVAL", WRITE_SCRIPT, 0))
+            self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
         except redis.RedisError as error:
             raise self._unavailable(error, "EVAL") from None
 

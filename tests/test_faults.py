@@ -333,6 +333,17 @@ def test_refused_at_the_start(
         assert "secret-of-ours" not in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["ROLE", "EVALSHA", "DBSIZE"])
+def test_a_start_names_the_command_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Proxies and hosted stores leave some out: not a word of it was said, but "try again"."""
+    monkeypatch.setattr(gateway, "STORE_START_S", 0.2)
+    with contextlib.closing(Server(tmp_path / "s", "--rename-command", command, "")) as server:
+        with pytest.raises(gateway.StartError, match=f"cannot be used: unknown command.*{command}"):
+            check(server)
+
+
 def test_a_name_that_means_another_server_by_now(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
