@@ -1625,23 +1625,28 @@ def _is_alive(connection: Any) -> bool:
 def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
     """Send commands in one go, and read all their answers.
 
-    Lower than ``execute_command`` of redis-py's clients, which costs twice the CPU.
+    It speaks on the connection itself: redis-py's clients take three times the CPU around it.
 
     Args:
         connection: Of redis-py.
         meanwhile: Is called once they are sent.
 
     Raises:
-        redis.RedisError: No answer, or an error. The connection is closed, because more answers
-            may be on their way, or its name may mean another server by now (READONLY).
+        redis.RedisError: No answer, or the first that is an error. The connection is closed if
+            more answers may be on their way, or if its name may mean another server by now.
     """
+    answers: list[Any] = []
     try:
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)
         if meanwhile:
             meanwhile()
-        return [connection.read_response(disable_decoding=True) for _ in commands]
-    except BaseException:
-        connection.disconnect()
+        while len(answers) < len(commands):
+            answers.append(connection.read_response(disable_decoding=True))
+        return answers
+    except BaseException as error:
+        refused = isinstance(error, redis.ResponseError) and len(answers) == len(commands) - 1
+        if not refused or isinstance(error, redis.ReadOnlyError):
+            connection.disconnect()
         raise
 
 
@@ -1651,7 +1656,9 @@ def _node(host: bytes | None, port: bytes | int, asked: Node) -> Node:
     Raises:
         redis.ConnectionError: That is no host name.
     """
-    name = asked[0] if host in (None, b"", b"?") else host.decode("ascii", "replace")
+    if host in (None, b"", b"?"):
+        return asked[0], int(port)
+    name = host.decode("ascii", "replace")
     if not re.fullmatch(r"[\w:%-]{1,63}(\.[\w:%-]{1,63})*\.?", name, re.A):
         raise redis.ConnectionError("a node is said to be where none can be")
     return name, int(port)
@@ -1748,6 +1755,7 @@ class Storage:
         question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as asked:
             (answer,) = exchange(asked, question if group else ("CLUSTER", "SLOTS"))
+            asked.disconnect()
         if group:
             answer = [(0, 0, answer)] if answer else []
         nodes: list[Node | None] = [None] * (1 if group else 16384)

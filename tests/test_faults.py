@@ -339,9 +339,11 @@ def test_a_start_names_the_command_that_is_missing(
 ) -> None:
     """Proxies and hosted stores leave some out: not a word of it was said, but "try again"."""
     monkeypatch.setattr(gateway, "STORE_START_S", 0.2)
-    with contextlib.closing(Server(tmp_path / "s", "--rename-command", command, "")) as server:
-        with pytest.raises(gateway.StartError, match=f"cannot be used: unknown command.*{command}"):
-            check(server)
+    with (
+        contextlib.closing(Server(tmp_path / "s", "--rename-command", command, "")) as server,
+        pytest.raises(gateway.StartError, match=f"cannot be used: unknown command.*{command}"),
+    ):
+        check(server)
 
 
 def test_a_name_that_means_another_server_by_now(

@@ -227,6 +227,14 @@ def test_an_error_among_answers_is_raised_and_leaves_none_to_others(ask: Ask) ->
     assert ask(("ECHO", "4")) == [b"4"]
 
 
+def test_a_refusal_keeps_the_connection(ask: Ask) -> None:
+    """Else a full store would be asked for a TLS handshake by each request that it refuses."""
+    own = ask(("CLIENT", "ID"))
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        ask(("SET", "text", "1"), ("LPUSH", "text", "2"))
+    assert ask(("CLIENT", "ID")) == own
+
+
 def test_a_late_answer_is_nobodys(ask: Ask) -> None:
     """It is to another question."""
     started = time.monotonic()
