@@ -1682,8 +1682,8 @@ class Storage:
 
     Args:
         url: As the setting ``storage_url`` takes it.
-        workers: How many processes will have such a storage; ``check`` compares it with what
-            the server allows.
+        workers: How many processes will have one; ``check`` compares their connections with
+            what the server allows.
 
     Raises:
         SettingsError: The URL is not usable.
@@ -1983,12 +1983,12 @@ class Storage:
         if told.get("aof_enabled") == "0":
             found.append("may lose users in a crash or a restart: set appendonly yes")
         size = self._options.get("max_connections", STORAGE_CONNECTIONS)
-        taken = size * self._workers + 1  # this one
-        allowed = int(told.get("maxclients", taken))
-        if allowed < taken:
+        taken = size * self._workers + 1  # the start's own
+        if int(told.get("maxclients", taken)) < taken:
             found.append(
-                f"allows {allowed} connections, and this gateway takes up to {taken}, {size} for "
-                "each worker: raise maxclients, or add max_connections=… behind “?” in storage_url"
+                f"allows {told['maxclients']} connections, and this gateway takes up to {taken}, "
+                f"{size} for each worker: raise maxclients, or write “?max_connections=…” behind "
+                "storage_url"
             )
         return found
 
