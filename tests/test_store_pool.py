@@ -69,6 +69,28 @@ def test_a_gateway_that_takes_more_connections_than_the_store_allows(
     assert register(running.url, 200, 1) == {200: 200}, burst
 
 
+def test_what_could_not_be_opened_is_lent_last(narrow: Server) -> None:
+    """As two workers that share the server, whichever of them a request comes to."""
+    workers, key = [gateway.Storage(narrow.url) for _ in range(2)], gateway.StorageId(b"1" * 16)
+    refused, together = list[str](), threading.Barrier(48)
+
+    def ask(n: int) -> None:
+        together.wait(20)
+        for _ in range(20):
+            try:
+                workers[n % 2].get(key)
+            except gateway.Unavailable as error:
+                refused.append(str(error))
+
+    for worker in workers:
+        worker.get(key)
+    with ThreadPoolExecutor(48) as threads:
+        list(threads.map(ask, range(48)))
+    for worker in workers:
+        for _ in range(50):
+            assert worker.get(key) is None, len(refused)
+
+
 def test_who_finds_all_connections_in_use_is_answered_in_time(tmp_path: Path) -> None:
     """Nor does anybody wait longer for a connection than for the store."""
     with contextlib.closing(Server(tmp_path / "s")) as server:
