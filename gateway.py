@@ -101,6 +101,7 @@ import tomllib
 import traceback
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -111,7 +112,6 @@ from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, c
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import bottle
-import hiredis
 import jwt
 import phonenumbers
 import redis
@@ -125,6 +125,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from redis.backoff import NoBackoff
+from redis.connection import parse_url
 from redis.crc import key_slot
 from redis.retry import Retry
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
@@ -177,8 +178,14 @@ DAY_S: Final = 86400
 """How long the id of an inbound message is remembered."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
-STORAGE_IDLE_S: Final = 0.01
-"""How long a connection to the store rests before it is looked at: no server is back sooner."""
+STORAGE_CONNECTIONS: Final = 16
+"""How many connections a worker has to a server of the store; further threads wait for one."""
+STORAGE_WAIT_S: Final = 0.35
+"""How long they wait, so that with what a connection may cost they answer within a second."""
+STORAGE_IDLE_S: Final = 1.0
+"""A connection unused for longer is sent a PING first: a proxy may have forgotten it, or NAT."""
+STORAGE_PROBE_S: Final = 0.1
+"""How long the answer to that may take, before the connection is replaced."""
 DISCOVERY_S: Final = 0.3
 """How long we may ask who holds what now, once a node of a cluster or group has failed."""
 RESERVATION_S: Final = 15
@@ -1660,13 +1667,13 @@ SHA1: Final = {
 
 
 Node = tuple[str, int]
-"""Host and port of one server; ("", 0) where there is but one."""
+"""Host and port of one server; of one on a unix socket, ("", 6379)."""
 
 
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
 Meanwhile = Callable[[], object] | None
-"""What to do while a server works: work that pays even if its answer will be another one."""
+"""Work to overlap with the round trip. It must do no harm if the server then refuses."""
 
 
 def _in_time(threads: ThreadPoolExecutor, limit_s: float, call: Any, **named: Any) -> None:
@@ -1682,124 +1689,100 @@ def _in_time(threads: ThreadPoolExecutor, limit_s: float, call: Any, **named: An
         future.cancel()  # where it did not begin, it never will
 
 
-class Link:
-    """A connection to one server of the store: redis-py opens it, hiredis speaks on it.
+class Pool:
+    """A few connections to one server, made by redis-py; a thread borrows one for an exchange.
 
-    redis-py knows about TLS, passwords and databases. What its client does around each command
-    costs as much as the round trip, and makes this thread wait for others several times.
+    redis-py's own pools lend what could not be opened before what is open, so that one refusal
+    (maxclients) is followed by others, and take more CPU to lend than an exchange takes.
 
     Args:
-        url: As ``redis.from_url`` takes it.
-        dialers: The threads that connect.
+        options: Of ``redis.ConnectionPool``.
 
     Raises:
-        ValueError, TypeError: The URL is not usable.
+        TypeError, ValueError: There is no such option, or value of one.
     """
 
-    def __init__(self, url: str, timeout_s: float, dialers: ThreadPoolExecutor) -> None:
-        self._pool = redis.ConnectionPool.from_url(
-            url, retry=Retry(NoBackoff(), 0), protocol=2, driver_info=None,
-            socket_timeout=timeout_s, socket_connect_timeout=timeout_s,
-        )  # fmt: skip
-        self._connection: Any = self._pool.make_connection()  # which sends nothing yet
-        self._dialers, self._timeout_s = dialers, timeout_s
-        self._used_s, self._came = 0.0, ctypes.create_string_buffer(4096)
+    def __init__(self, **options: Any) -> None:
+        made: Any = redis.ConnectionPool(**options)
+        self._idle = deque(made.make_connection() for _ in range(made.max_connections))
+        self._free = threading.BoundedSemaphore(made.max_connections)
 
-    def open(self) -> None:
-        """Connect, unless we are; what the server has closed meanwhile is opened anew.
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """A connection that is open, for this thread alone.
 
         Raises:
-            redis.RedisError: It does not let us in. Nothing was asked of it.
+            redis.RedisError: The server is not there, or does not let us in. It was asked nothing.
+            Unavailable: Others have all connections.
         """
-        now_s = time.monotonic()
-        if now_s > self._used_s + STORAGE_IDLE_S:
-            self._look_after_rest()
-        self._used_s = now_s
-
-    def _look_after_rest(self) -> None:
-        connection = self._connection
+        if not self._free.acquire(timeout=STORAGE_WAIT_S):
+            LOG.warning("storage: all connections are in use")
+            raise Unavailable("the storage is busy; try again")
+        connection = self._idle.pop()
         try:
-            if connection.is_connected and connection.can_read(0):
-                self.close()  # nothing was asked, so this is a farewell
-        except redis.RedisError:
-            self.close()
-        if not connection.is_connected:
-            try:
-                _in_time(self._dialers, 2 * self._timeout_s, connection.connect)
-            except TimeoutError:
-                self._connection = self._pool.make_connection()
-                raise redis.ConnectionError("not connected in time") from None
-            self._socket, self._reader = connection._sock, hiredis.Reader(replyError=_reply_error)
-            self._plain = not isinstance(connection, redis.SSLConnection)
-            if self._plain:  # OpenSSL would wait for ever
-                self._wait_in_kernel()
+            if connection.is_connected and not _is_alive(connection):
+                connection.disconnect()
+            if not connection.is_connected:
+                connection.connect()
+            yield connection
+        finally:
+            (self._idle.append if connection.is_connected else self._idle.appendleft)(connection)
+            self._free.release()
 
-    def _wait_in_kernel(self) -> None:
-        # Python keeps a time-out by asking first whether it would have to wait. Each time it
-        # lets other threads run, and to be let in again costs more than the asking.
-        seconds, rest = divmod(self._socket.gettimeout(), 1)
-        limit = struct.pack("ll", int(seconds), int(rest * 1e6))  # a timeval, on 64 bits
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
-        self._socket.settimeout(None)
 
-    def talk(self, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
-        """Send commands in one go, once it is open, and read all their answers.
+def _is_alive(connection: Any) -> bool:
+    """Whether it may be used: not closed by the server, nor forgotten by a proxy, while idle."""
+    try:
+        if connection.can_read(0):  # nothing was asked, so this is a farewell
+            return False
+        if 0 < connection.next_health_check < time.monotonic():
+            connection.send_command("PING", check_health=False)
+            connection.read_response(timeout=STORAGE_PROBE_S)
+    except redis.RedisError as error:
+        return isinstance(error, redis.ResponseError)  # it may not PING; but the server answers
+    return True
 
-        Args:
-            meanwhile: Is called once they are sent.
 
-        Raises:
-            redis.RedisError: No answer, and so the link is closed; or the first that is an error.
-        """
-        data, sent = b"".join(map(hiredis.pack_command, commands)), 0
-        try:
-            if self._plain:
-                sent = max(0, _send(self._socket.fileno(), data, len(data), socket.MSG_DONTWAIT))
-            if sent < len(data):
-                self._socket.sendall(data[sent:])
-            if meanwhile:
-                meanwhile()
-                if self._plain:  # what has come by now, at once
-                    size = _recv(self._socket.fileno(), self._came, 4096, socket.MSG_DONTWAIT)
-                    self._reader.feed(self._came.raw[: max(0, size)])
-            answers = [self._answer() for _ in commands]
-        except BaseException as error:  # some answers may be on their way
-            self.close()
-            if isinstance(error, BlockingIOError | TimeoutError):
-                raise redis.TimeoutError("no answer in time") from None
-            if isinstance(error, OSError | hiredis.ProtocolError):
-                raise redis.ConnectionError("no answer") from None
-            raise
-        for answer in answers:
-            if isinstance(answer, redis.ReadOnlyError):  # its name may mean another by now
-                self.close()
-            if isinstance(answer, redis.RedisError):
-                raise answer
+def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
+    """Send commands in one go, and read all their answers.
+
+    It speaks on the connection itself: redis-py's clients take three times the CPU around it.
+
+    Args:
+        connection: Of redis-py.
+        meanwhile: Is called once they are sent.
+
+    Raises:
+        redis.RedisError: No answer, or the first that is an error. The connection is closed if
+            more answers may be on their way, or if its name may mean another server by now.
+    """
+    answers: list[Any] = []
+    try:
+        connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+        if meanwhile:
+            meanwhile()
+        while len(answers) < len(commands):
+            answers.append(connection.read_response(disable_decoding=True))
         return answers
-
-    def _answer(self) -> Any:
-        while (answer := self._reader.gets()) is False:
-            if not (received := self._socket.recv(65536)):
-                raise ConnectionResetError
-            self._reader.feed(received)
-        return answer
-
-    def close(self) -> None:
-        """Close it; it can be opened again."""
-        self._used_s = 0.0
-        self._connection.disconnect()
+    except BaseException as error:
+        refused = isinstance(error, redis.ResponseError) and len(answers) == len(commands) - 1
+        if not refused or isinstance(error, redis.ReadOnlyError):
+            connection.disconnect()
+        raise
 
 
-_send: Final = ctypes.PyDLL(None).send
-_recv: Final = ctypes.PyDLL(None).recv
-"""``send(2)``, ``recv(2)``: Python's own let other threads run, and then wait until they may go on.
+def _node(host: bytes | None, port: bytes | int, asked: Node) -> Node:
+    """The node that a cluster or sentinel names: no host, or "?", is who was asked.
 
-Not to be called without ``MSG_DONTWAIT``, or all threads wait.
-"""
-_send.argtypes = _recv.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-_send.restype = _recv.restype = ctypes.c_ssize_t
-_reply_error: Final = redis.connection.DefaultParser.parse_error
+    Raises:
+        redis.ConnectionError: That is no host name.
+    """
+    if host in (None, b"", b"?"):
+        return asked[0], int(port)
+    name = host.decode("ascii", "replace")
+    if not re.fullmatch(r"[\w:%-]{1,63}(\.[\w:%-]{1,63})*\.?", name, re.A):
+        raise redis.ConnectionError("a node is said to be where none can be")
+    return name, int(port)
 
 
 def nonce_key(key: StorageId, nonce: str) -> bytes:
@@ -1811,59 +1794,59 @@ def nonce_key(key: StorageId, nonce: str) -> bytes:
 class Storage:
     """Redis or Valkey, be it one server, a Sentinel group or a cluster: get, compare-and-set.
 
-    Each thread has one link to each node that it uses. No command is ever repeated,
-    because one that timed out may still run; only what surely did not run, because a node
-    could not be reached or a cluster said that a key has moved, is sent to where it belongs
-    now. A link that the server has closed is noticed and replaced before it is used,
-    and after every failure a cluster or group is asked anew who holds what.
+    Threads borrow connections, each for one exchange. No command is ever repeated, because
+    one that timed out may still run; only what surely did not run, because a node could not
+    be reached or a cluster said that a key has moved, is sent to where it belongs now. After
+    every failure a cluster or group is asked anew who holds what.
 
     Every method raises ``Unavailable`` when the store does not answer in time, or refuses.
 
     Args:
         url: As the setting ``storage_url`` takes it.
+        workers: How many processes will have one; ``check`` compares their connections with
+            what the server allows.
 
     Raises:
         SettingsError: The URL is not usable.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url, self._threads, self._lock = url, threading.local(), threading.Lock()
-        self._dialers = ThreadPoolExecutor(16, "store")
-        scheme, _, rest = url.partition("://")
-        self._scheme, _, self._kind = scheme.partition("+")
-        user, at, rest = rest.rpartition("@")
-        places, _, query = rest.partition("?")
-        hosts, _, self._service = places.partition("/")
-        options = dict(parse_qsl(query))
-        name, password = options.pop("sentinel_username", ""), options.pop("sentinel_password", "")
-        self._login, self._options = user + at, urlencode(options)
-        self._sentinel_login = f"{quote(name)}:{quote(password)}@" if password else ""
-        self._nodes: list[Node | None] | None = None if self._kind else [("", 0)]
-        self._given, self._ask_again_s = [("", 0)], 0.0
+    def __init__(self, url: str, workers: int = 1) -> None:
+        self.url, self._workers, self._lock = url, workers, threading.Lock()
+        self._pools: dict[tuple[int, Node], Pool] = {}
         try:
-            if self._kind:
-                found = [urlsplit("//" + host) for host in hosts.split(",")]
-                port = 26379 if self._kind == "sentinel" else 6379
-                self._given = [(seed.hostname or "", seed.port or port) for seed in found]
-            self._seeds = self._given
-            self._link(self._seeds[0], self._login)
+            (parts,) = re.findall(r"(\w+)\+?(\w*)://(.*@)?([^/?]*)/?([^?]*)(.*)", url)
+            scheme, self._kind, login, hosts, self._service, query = parts
+            each = [f"{scheme}://{login}{host}{query}" for host in hosts.split(",")]
+            given: list[Json] = list(map(parse_url, each if self._kind else [url]))
+            self._options, port = given[0], 26379 if self._kind == "sentinel" else 6379
+            self._given = [(one.get("host", ""), one.get("port", port)) for one in given]
+            self._sentinel_login = {"db": 0} | {
+                name: self._options.pop(f"sentinel_{name}", None)
+                for name in ("username", "password")
+            }
+            self._connect_to(self._given[0])
         except (ValueError, TypeError):
             raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
+        self._seeds, self._ask_again_s = self._given, 0.0
+        self._nodes: list[Node | None] | None = None if self._kind else [self._given[0]]
 
     # -- Who is asked ---------------------------------------------------------
 
-    def _link(self, node: Node, login: str, timeout_s: float = STORAGE_TIMEOUT_S) -> Link:
-        host = f"[{node[0]}]" if ":" in node[0] else node[0]
-        url = f"{self._scheme}://{login}{host}:{node[1]}?{self._options}"
-        return Link(url if self._kind else self.url, timeout_s, self._dialers)
+    def _connect_to(self, node: Node, limit_s: float = 0, **login: Any) -> Pool:
+        """A new pool, in which nothing is open yet; options in the URL go before ours."""
+        limit_s = limit_s or STORAGE_TIMEOUT_S
+        ours = {
+            "max_connections": STORAGE_CONNECTIONS, "health_check_interval": STORAGE_IDLE_S,
+            "retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None,
+            "socket_timeout": limit_s, "socket_connect_timeout": limit_s, "socket_read_size": 4096,
+        }  # fmt: skip
+        place = {"host": node[0], "port": node[1]} if self._kind else {}
+        return Pool(**ours | self._options | login | place)
 
-    def _opened(self, node: Node) -> Link:
-        """This thread's link to a node, open."""
-        kept: dict[Node, Link] = self._threads.__dict__.setdefault("links", {})
-        if node not in kept:
-            kept[node] = self._link(node, self._login)
-        kept[node].open()
-        return kept[node]
+    def _connection(self, node: Node) -> contextlib.AbstractContextManager[Any]:
+        place = os.getpid(), node  # a process that was forked opens connections of its own
+        pool = self._pools.get(place) or self._pools.setdefault(place, self._connect_to(node))
+        return pool.borrow()
 
     def _table(self) -> list[Node | None]:
         """Who holds each slot of a cluster; else the one node that holds everything."""
@@ -1889,23 +1872,20 @@ class Storage:
     def _ask(self, seed: Node) -> list[Node | None]:
         """Ask a sentinel who the primary is, or a node of a cluster which slots are whose."""
         group = self._kind == "sentinel"
-        login = self._sentinel_login if group else self._login
-        link = self._link(seed, login, DISCOVERY_S / 3)
-        try:
-            link.open()
-            if group:
-                question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
-                host, port = link.talk(question)[0] or (b"", 0)
-                self._seeds = list(dict.fromkeys([seed, *self._given]))
-                return [(host.decode(), int(port)) if host else None]
-            slots: list[Node | None] = [None] * 16384
-            for first, last, primary, *_ in link.talk(("CLUSTER", "SLOTS"))[0]:
-                node = ((primary[0] or b"").decode() or seed[0], primary[1])
-                slots[first : last + 1] = [node] * (last + 1 - first)
-            self._seeds = list(dict.fromkeys([seed, *filter(None, slots), *self._given]))
-            return slots
-        finally:
-            link.close()
+        login = self._sentinel_login if group else {}
+        question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as asked:
+            (answer,) = exchange(asked, question if group else ("CLUSTER", "SLOTS"))
+            asked.disconnect()
+        if group:
+            answer = [(0, 0, answer)] if answer else []
+        nodes: list[Node | None] = [None] * (1 if group else 16384)
+        for first, last, (host, port, *_), *_ in answer:
+            nodes[first : last + 1] = [_node(host, port, seed)] * (last + 1 - first)
+        others = [] if group else filter(None, nodes)
+        self._seeds = list(dict.fromkeys([seed, *others, *self._given]))
+        self._pools = {place: pool for place, pool in self._pools.items() if place[1] in nodes}
+        return nodes
 
     # -- How ------------------------------------------------------------------
 
@@ -1922,37 +1902,47 @@ class Storage:
         asked = (*commands, ("ROLE",)) if copied else commands
         try:
             for again in range(COMMIT_TRIES):
-                table = self._table()
+                table, reached = self._table(), False
                 if not (node := table[self._slot(key)]):
                     break
-                link: Link | None = None
                 try:
-                    link = self._opened(node)
-                    answers = link.talk(*asked, meanwhile=meanwhile)
-                    if copied and answers[0] == Commit.DONE.value and answers[1][2]:
-                        answers += link.talk(("WAIT", 1, REPLICATION_MS))
-                    return answers
+                    with self._connection(node) as connection:
+                        reached = True
+                        answers = exchange(connection, *asked, meanwhile=meanwhile)
+                        if copied and answers[0] == Commit.DONE.value and answers[1][2]:
+                            answers += exchange(connection, ("WAIT", 1, REPLICATION_MS))
+                        return answers
                 except redis.exceptions.MovedError as error:
                     if self._kind != "cluster":
                         raise
-                    table[self._slot(key)] = (error.host or node[0], error.port)
+                    table[self._slot(key)] = _node(error.host.encode(), error.port, node)
                 except redis.ConnectionError:
-                    if link or again or not self._kind:
+                    if reached or again or not self._kind:
                         raise
                     self._nodes = None  # nothing was sent, and another may be there by now
             raise redis.exceptions.ClusterDownError("nobody serves this slot")
         except redis.exceptions.NoScriptError:
             raise
         except redis.RedisError as error:
-            if self._kind:
-                self._nodes = None
-            said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
-            why = said if said.isupper() else type(error).__name__
-            LOG.warning("storage: %s on %s", why, commands[0][0])
-            raise Unavailable("the storage does not answer; try again") from None
+            raise self._unavailable(error, commands[0][0]) from None
+
+    def _unavailable(self, error: redis.RedisError, command: str) -> Unavailable:
+        if self._kind:
+            self._nodes = None
+        said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
+        LOG.warning("storage: %s on %s", said if said.isupper() else type(error).__name__, command)
+        return Unavailable("the storage does not answer; try again")
 
     def _run(self, *command: Any, key: bytes = b"") -> Any:
         return self._run_all(key, command)[0]
+
+    def _run_everywhere(self, *commands: Command) -> list[list[Any]]:
+        """Run commands on each node that takes writes; raises what redis-py raises."""
+        answers = []
+        for node in sorted(node for node in set(self._table()) if node):
+            with self._connection(node) as connection:
+                answers.append(exchange(connection, *commands))
+        return answers
 
     def _script(self, script: str, keys: list[bytes], args: Command, **how: Any) -> list[Any]:
         rest = (len(keys), *keys, *args)
@@ -2022,16 +2012,15 @@ class Storage:
         return (self._run("GET", key, key=key) or b"").decode()
 
     def ping(self, now_s: float) -> None:
-        """Prove that every node takes writes; a replica takes none, and answers a PING."""
+        """Prove that every node takes writes; a replica takes none, and answers a PING.
+
+        A script that may write is refused by who takes none, and runs on any node of a cluster.
+        """
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
-        if not (table := self._nodes):  # another thread has just met a failure
-            raise Unavailable("the storage changes; try again")
-        others, number = set(table) - {table[self._slot(b"heartbeat")]}, 0
-        while others:
-            key = b"heartbeat %d" % (number := number + 1)
-            if (node := table[self._slot(key)]) in others:
-                self._run("SET", key, int(now_s), "EX", 60, key=key)
-                others.remove(node)
+        try:
+            self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
+        except redis.RedisError as error:
+            raise self._unavailable(error, "EVAL") from None
 
     def load(self, calls: list[tuple[bytes, Command]]) -> None:
         """Send many commands, each where its key is; 100 of a node in one go."""
@@ -2052,8 +2041,7 @@ class Storage:
             redis.RedisError: It does not say.
         """
         told = []
-        for node in sorted(node for node in set(self._table()) if node):
-            text, size = self._opened(node).talk(("INFO",), ("DBSIZE",))
+        for text, size in self._run_everywhere(("INFO",), ("DBSIZE",)):
             pairs = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
             told.append({name: value for name, _, value in pairs} | {"dbsize": str(size)})
         return told
@@ -2072,6 +2060,8 @@ class Storage:
         while True:
             try:
                 found = [warning for told in self.info() for warning in self._judge(told)]
+                with contextlib.suppress(redis.exceptions.NoScriptError):  # so it is known
+                    self._run_everywhere(("ROLE",), ("EVALSHA", "0" * 40, 0))
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
                 mark = hkdf(master, b"msisdn-gateway/v1/mark", 16)
                 kept = master and (
@@ -2123,6 +2113,14 @@ class Storage:
             found.append("is full: it takes no new sessions, and counts no messages")
         if told.get("aof_enabled") == "0":
             found.append("may lose users in a crash or a restart: set appendonly yes")
+        size = self._options.get("max_connections", STORAGE_CONNECTIONS)
+        taken = size * self._workers + 1  # the start's own
+        if int(told.get("maxclients", taken)) < taken:
+            found.append(
+                f"allows {told['maxclients']} connections, and this gateway takes up to {taken}, "
+                f"{size} for each worker: raise maxclients, or write “?max_connections=…” behind "
+                "storage_url"
+            )
         return found
 
 
@@ -2271,8 +2269,10 @@ class SplitStorage(Storage):
     expires.
     """
 
-    def __init__(self, url: str, table: DynamoTable, random_bytes: RandomBytes) -> None:
-        super().__init__(url)
+    def __init__(
+        self, url: str, table: DynamoTable, random_bytes: RandomBytes, workers: int = 1
+    ) -> None:
+        super().__init__(url, workers)
         self.table, self._random_bytes = table, random_bytes
 
     def get(self, key: StorageId) -> bytes | None:
@@ -2337,8 +2337,9 @@ class SplitStorage(Storage):
 def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
     """The storage that the settings name; ``url`` is where sessions are."""
     if not settings.certificate_store:
-        return Storage(url)
-    return SplitStorage(url, DynamoTable(settings.certificate_store, clock), random_bytes)
+        return Storage(url, settings.workers)
+    table = DynamoTable(settings.certificate_store, clock)
+    return SplitStorage(url, table, random_bytes, settings.workers)
 
 
 def server_name(told: dict[str, str]) -> str:

@@ -15,13 +15,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import redis
 import urllib3
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import gateway
 
@@ -120,9 +121,19 @@ class Server:
 
     def call(self, *command: Any, timeout_s: float = 10) -> Any:
         """One command on a connection of its own; its raw answer."""
-        with contextlib.closing(gateway.Link(self.url, timeout_s, ThreadPoolExecutor(1))) as link:
-            link.open()
-            return link.talk(command)[0]
+        connection = self.connect(timeout_s)
+        try:
+            return gateway.exchange(connection, command)[0]
+        finally:
+            connection.disconnect()
+
+    def connect(self, timeout_s: float = 10) -> Any:
+        """A connection of redis-py, which repeats nothing."""
+        pool = redis.ConnectionPool.from_url(
+            self.url, retry=Retry(NoBackoff(), 0), socket_timeout=timeout_s,
+            protocol=2, driver_info=None,
+        )  # fmt: skip
+        return pool.make_connection()
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """End it; by default without any warning."""

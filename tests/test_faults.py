@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -32,14 +31,10 @@ class Store(Server):
         self.group: servers.SentinelGroup | None = None
         super().__init__(folder, "--appendonly", "yes", "--appendfsync", "no", "--requirepass", "x")
         self.url += "?password=x"
-        self.connect()
-
-    def connect(self) -> None:
-        self._admin = gateway.Link(self.url, 10, ThreadPoolExecutor(1))
+        self._admin = self.connect()
 
     def admin(self, *command: Any) -> Any:
-        self._admin.open()
-        return self._admin.talk(command)[0]
+        return gateway.exchange(self._admin, command)[0]
 
     def drop_clients(self) -> Any:
         """Close every connection but the administrator's."""
@@ -48,8 +43,7 @@ class Store(Server):
     def restart_slowly(self) -> None:
         """Die, and come back with so much data that loading it takes a while."""
         fillers = [("SET", f"filler {n}", "") for n in range(4000)]
-        self._admin.open()
-        self._admin.talk(*fillers)
+        gateway.exchange(self._admin, *fillers)
         self.admin("SAVE")
         self.kill()
         slow = "--appendonly no --key-load-delay 500 --loading-process-events-interval-bytes 1024"
@@ -359,6 +353,19 @@ def test_a_full_store_is_warned_of(tmp_path: Path) -> None:
     with contextlib.closing(Server(tmp_path / "s", *options)) as server:
         (warning,) = check(server)
         assert "is full" in warning
+
+
+@pytest.mark.parametrize("command", ["ROLE", "EVALSHA", "DBSIZE"])
+def test_a_start_names_the_command_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Proxies and hosted stores leave some out: not a word of it was said, but "try again"."""
+    monkeypatch.setattr(gateway, "STORE_START_S", 0.2)
+    with (
+        contextlib.closing(Server(tmp_path / "s", "--rename-command", command, "")) as server,
+        pytest.raises(gateway.StartError, match=f"cannot be used: unknown command.*{command}"),
+    ):
+        check(server)
 
 
 def test_a_name_that_means_another_server_by_now(

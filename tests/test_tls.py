@@ -45,8 +45,7 @@ def tls(tmp_path: Path) -> Iterator[tuple[servers.Server, str, str]]:
     certificate, port = write_certificate(tmp_path / "tls"), servers.free_port()
     options = ["--tls-port", str(port), "--tls-cert-file", certificate, "--tls-auth-clients", "no"]
     options += ["--tls-key-file", str(tmp_path / "tls" / "key.pem"), "--appendonly", "yes"]
-    # Else a write waits for a disk that is busy, and is lost when the server is killed.
-    options += ["--appendfsync", "no"]
+    options += ["--appendfsync", "no"]  # so it writes before it answers, and kill -9 loses nothing
     options += ["--user", "gateway", "on", ">pass-word", "~*", "+@all"]
     server = servers.Server(tmp_path / "s", *options, binary=servers.DEBIAN_REDIS or "")
     with contextlib.closing(server):
