@@ -100,7 +100,6 @@ import time
 import tomllib
 import traceback
 import uuid
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -2315,9 +2314,7 @@ class OutboxSms(SmsProvider):
     """For a desk and a classroom: shows each message on the console, and keeps an hour's.
 
     The one place where codes can be seen. In ``data_dir/outbox`` lies a file for each minute
-    (0600), with a message a line: to make a file costs fifty times what adding a line does, and
-    to open one as much as the rest. It is opened again each second, as somebody may have taken
-    it away.
+    (0600), with a message a line; each message opens it, adds its line and closes it.
     """
 
     paid = False
@@ -2326,39 +2323,24 @@ class OutboxSms(SmsProvider):
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
         self.console: TextIO | None = sys.stdout
-        self._file, self._opened_s = os.open(os.devnull, os.O_WRONLY), 0
-        weakref.finalize(self, os.close, self._file).atexit = False  # threads may still write
-        self._lock = threading.Lock()
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Show and keep the message."""
         now_s = int(time.time())
-        if now_s != self._opened_s:
-            self._open(now_s)
-        # The line begins with its end mark: if one was cut off, those after it are whole.
         message = json.dumps({"to": to, "from": sender, "text": text, "at": now_s})
-        if os.write(self._file, line := b"\n" + message.encode()) < len(line):
-            raise OSError(errno.ENOSPC, "the disk is full")
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.folder / self._name(now_s)
+        if not path.exists():
+            self.prune()
+        with open(path, "ab", opener=partial(os.open, mode=0o600)) as file:
+            # The newline comes first, so that a truncated line cannot swallow the next one.
+            file.write(b"\n" + message.encode())
         if self.console and _has_room(self.console):
-            # Nobody reads along any more, or in another alphabet; it is kept, though.
+            # The console may be closed, or unable to encode the text; the file has it.
             with contextlib.suppress(OSError, ValueError):
                 self.console.write(f"SMS to {to} from {sender}: {text}\n")  # a piece at a time
                 self.console.flush()
         return []
-
-    def _open(self, now_s: int) -> None:
-        with self._lock:
-            if now_s == self._opened_s:  # somebody was faster
-                return
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            name = self._name(now_s)
-            if name != self._name(self._opened_s):
-                self.prune()
-            file = os.open(self.folder / name, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-            # Our descriptor keeps its number, so that nobody writes to a closed one.
-            os.dup2(file, self._file, inheritable=False)
-            os.close(file)
-            self._opened_s = now_s
 
     def messages(self, digits: str) -> list[Json]:
         """What the last hour brought to a number (only its digits), oldest first."""
