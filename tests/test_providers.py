@@ -204,6 +204,31 @@ def test_sns_that_says_nothing_may_have_taken_it(
         sender._attempt(sender.providers[0], "Gateway", TO, "x", 5.0)
 
 
+@pytest.mark.parametrize(
+    ("entry", "environment", "file", "region"),
+    [
+        ("", {"AWS_REGION": "eu-west-1"}, "", "eu-west-1"),  # all that Lambda and ECS set
+        ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "", "eu-west-2"),
+        ("", {"AWS_REGION": "eu-west-1"}, "[default]\nregion = eu-west-3", "eu-west-3"),
+        ("us-east-1", {"AWS_REGION": "eu-west-1"}, "", "us-east-1"),
+    ],
+)
+def test_aws_region_counts_where_nothing_else_names_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, environment: dict[str, str],
+    file: str, region: str,
+) -> None:  # fmt: skip
+    (tmp_path / "config").write_text(file)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    [one] = sender_of({"kind": "sns", **({"region": entry} if entry else {})}).providers
+    assert isinstance(one, gateway.SnsSms)
+    assert one.client.meta.region_name == region
+    table = gateway.DynamoTable("dynamodb://phones" + f"?region={entry}" * bool(entry), time.time)
+    assert table._client.meta.region_name == region
+
+
 def test_sns_without_boto3_refuses_to_start() -> None:
     code = "import sys; sys.modules['boto3'] = None; sys.argv = []; import gateway\n"
     code += "gateway.SmsSender(gateway.Settings(sms_providers=[{'kind': 'sns', 'region': 'r'}]))"
@@ -366,7 +391,7 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({**TWILIO, "auth_token": ""}, "auth_token"),
         ({**KANNEL}, "endpoint"),
         ({**KANNEL, **URL, "password": 5}, "password"),
-        ({"kind": "sns"}, "region"),
+        ({"kind": "sns"}, "region"),  # nor does the environment name one
         ({"kind": "http"}, "endpoint"),
         ({"kind": "http", "endpoint": "gw.example/send"}, "endpoint"),
         ({"kind": "http", "endpoint": "ftp://gw.example/"}, "endpoint"),
@@ -387,7 +412,11 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({**TWILIO, "receipts": True}, "receipts"),  # no webhook of its kind is open
     ],
 )
-def test_half_configured_is_refused(entry: gateway.Json, named: str) -> None:
+def test_half_configured_is_refused(
+    entry: gateway.Json, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(gateway.SettingsError, match=named) as caught:
         sender_of(entry)
     assert "hunter2" not in str(caught.value)
