@@ -7,6 +7,7 @@
 #     "granian==2.8.7",
 #     "hiredis==3.5.0",
 #     "phonenumberslite==9.0.42",
+#     "pycurl==7.49.0",
 #     "pyjwt==2.15.1",
 #     "redis==8.1.0",
 #     "urllib3==2.8.0",
@@ -77,7 +78,6 @@ import fcntl
 import hashlib
 import hmac
 import html
-import http.client
 import importlib.util
 import io
 import ipaddress
@@ -92,6 +92,8 @@ import secrets
 import select
 import signal
 import socket
+import ssl
+import string
 import struct
 import subprocess
 import sys
@@ -100,6 +102,7 @@ import time
 import tomllib
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -113,8 +116,8 @@ import bottle
 import hiredis
 import jwt
 import phonenumbers
+import pycurl
 import redis
-import urllib3
 from babel.languages import get_official_languages
 from babel.support import NullTranslations, Translations
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -126,7 +129,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, SSLError
 
 # =============================================================================
 # 1. Vocabulary
@@ -2286,8 +2288,6 @@ class SmsProvider:
                 raise self.bad(f"needs {name}: {_KINDS[kinds[0]]}")
             if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
                 raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
-        half = max(1, settings.threads // 2)  # as many sends as there may be at once
-        self._sending = ThreadPoolExecutor(half, f"sms {self.kind}")
 
     def bad(self, what: str) -> SettingsError:
         """The error that refuses the entry; it quotes none of its values."""
@@ -2389,26 +2389,6 @@ def _has_room(console: TextIO) -> bool:
     return True
 
 
-class _Response(http.client.HTTPResponse):
-    """An answer that is read, head and body, for the socket's time-out in all.
-
-    By itself that is the time between two bytes, and a drip could go on for ever.
-    """
-
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        raw: Any = self.fp.raw  # what fills the buffer of makefile()
-        end, read = time.monotonic() + (sock.gettimeout() or SEND_BUDGET_S), raw.readinto
-
-        def readinto(buffer: Any) -> Any:
-            if (left_s := end - time.monotonic()) <= 0:  # what never ends never waits
-                raise TimeoutError("the answer is not whole in time")
-            sock.settimeout(left_s)
-            return read(buffer)
-
-        raw.readinto = readinto
-
-
 class HttpSms(SmsProvider):
     """Any provider that takes a message by one HTTP request, which is made from templates.
 
@@ -2418,6 +2398,10 @@ class HttpSms(SmsProvider):
     place needs: a body by its Content-Type, a form (without fields that are empty), JSON, XML
     or plain text. Taken is what is answered with 2xx and a body that the regular expression
     ``success`` finds something in. The other kinds are this one, with templates of their own.
+
+    libcurl makes the request: its one time-out holds from the name to the last byte, it keeps
+    connections alive, and goes by the proxies that the environment names.
+    Source: libcurl, "curl_easy_setopt options".
     """
 
     needs: ClassVar[tuple[str, ...]] = ("endpoint",)
@@ -2427,44 +2411,30 @@ class HttpSms(SmsProvider):
 
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
-        request, parts = {**self.entry, **self.template}, urlsplit("")
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(self.entry["endpoint"])
-        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^@{}\s]+", parts.netloc):
+        request = {**self.entry, **self.template}
+        if not re.fullmatch(ENDPOINT, self.entry["endpoint"]):
             raise self.bad("needs endpoint: a URL that begins with http:// or https://")
+        self.url = quote(self.entry["endpoint"], safe=string.punctuation)
         self.headers, self.body = request["headers"], request["body"]
         self.fields = parse_qsl(str(self.body))  # if it is a form
-        self.target = (parts.path or "/") + ("?" * bool(parts.query) + parts.query)
+        self.method = request.get("method", "POST")
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
         self.login = {name: self.entry[name] for name in self.needs}
-        where = f"{parts.scheme}://{parts.netloc}"
+        self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
+        self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=IDLE_CONNECTIONS_MAX)
         try:  # a request as it will be: it shows unknown places and types
-            self.pool = urllib3.connection_from_url(where, maxsize=settings.threads, retries=False)
+            if not re.fullmatch("[A-Z]+", self.method):
+                raise ValueError("no method can be this")
             re.compile(self.entry.get("success", ""))
-            content_type = urllib3.HTTPHeaderDict(self.headers).get("content-type", "text/plain")
-            self.content_type = media_type(content_type)
+            kinds = [kind for name, kind in self.headers.items() if name.lower() == "content-type"]
+            self.content_type = media_type(kinds[0] if kinds else "text/plain")
             self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
-        except (LookupError, TypeError, ValueError, re.error, HTTPError):
+        except (LookupError, TypeError, ValueError, re.error):
             raise self.bad(
                 "needs templates of known names ({from}, {to}, {text}, …), a body of one of the "
                 f"types {', '.join(ESCAPES)}, and a regular expression as success"
             ) from None
-        self.pool.ConnectionCls = self._bounded(self.pool.ConnectionCls)
-
-    def _bounded(self, cls: Any) -> Any:
-        """A connection that takes no longer than its time-outs say."""
-
-        class Connection(cls):  # type: ignore[misc]
-            response_class = _Response
-
-            def connect(connection) -> None:  # noqa: N805
-                try:
-                    _in_time(self._sending, connection.timeout, super().connect)
-                except TimeoutError:
-                    raise ConnectTimeoutError(connection, "not connected in time") from None
-
-        return Connection
 
     def _receipt_url(self) -> str:
         for entry in self.settings.inbound:
@@ -2484,7 +2454,9 @@ class HttpSms(SmsProvider):
             "receipt_mask": "31" * bool(self.receipt_url),
         }  # fmt: skip
 
-    def _request(self, values: dict[str, str]) -> Json:
+    def _request(self, values: dict[str, str]) -> dict[int, Any]:
+        """URL, header lines and body, as options of libcurl."""
+
         def fill(template: str, escape: Callable[[str], str]) -> str:
             return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
 
@@ -2492,41 +2464,75 @@ class HttpSms(SmsProvider):
             body = urlencode([(name, text) for name, t in self.fields if (text := fill(t, str))])
         else:
             body = fill(self.body, ESCAPES[self.content_type])
-        headers = {name: text for name, t in self.headers.items() if (text := fill(t, str))}
-        if not all(re.fullmatch("[\t -~\x80-\xff]*", text) for text in headers.values()):
+        lines = [f"{name}: {text}" for name, t in self.headers.items() if (text := fill(t, str))]
+        if not all(re.fullmatch("[!-9;-~]+: [\t -~\x80-\xff]*", line) for line in lines):
             raise ValueError("no header can say this")
-        target = fill(self.target, partial(quote, safe=""))
-        return {"url": target, "headers": headers, "body": body.encode() or None}
+        # Without the first line libcurl would call a body of no declared type a form.
+        headers = [b"Content-Type:", *(line.encode("latin-1") for line in lines)]
+        url = fill(self.url, partial(quote, safe=""))
+        content = {pycurl.POSTFIELDS: body.encode()} if body or self.method != "GET" else {}
+        return {pycurl.URL: url, pycurl.HTTPHEADER: headers} | content
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Send one message; the time-out covers connecting and the whole answer."""
-        connect_s = min(timeout_s, self.entry["connect_timeout_s"])
-        timeout = urllib3.Timeout(total=timeout_s, connect=connect_s)
         values = self._values(sender, to, text)
         try:
             request = self._request(values)
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
-        try:
-            answer = self.pool.urlopen(
-                self.entry.get("method", "POST"), **request, timeout=timeout,
-                redirect=False, preload_content=False,
-            )  # fmt: skip
-            body = answer.read(ANSWER_MAX_BYTES)
-            answer.close()
-        except (ConnectTimeoutError, NewConnectionError, SSLError) as error:
-            why = getattr(error.args[-1], "verify_message", "") or type(error).__name__
-            raise SmsFailed(f"{self.kind} cannot be reached: {why}") from None
-        except (HTTPError, OSError, ValueError) as error:
-            raise SmsUnknown(f"{self.kind} did not answer: {type(error).__name__}") from None
-        if not 200 <= answer.status < 300:
-            error_class = MEANINGS.get(answer.status, SmsFailed)
-            raise error_class(f"{self.kind} answered {answer.status}")
+        status, body = self._exchange(request, timeout_s)
+        if not 200 <= status < 300:
+            raise MEANINGS.get(status, SmsFailed)(f"{self.kind} answered {status}")
         try:
             ids = self.taken(body, values["id"])
             return ids if self.receipt_url else []
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise SmsFailed(f"{self.kind} answered {answer.status} without a result") from None
+            raise SmsFailed(f"{self.kind} answered {status} without a result") from None
+
+    def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes]:
+        """Status and body of the answer; of a long body the first ``ANSWER_MAX_BYTES``."""
+        begun, answer = [], bytearray()
+
+        def begin(*_: Any) -> Any:
+            # Called when connected, before the request is sent. libcurl would send it again where
+            # a kept connection closes without an answer, and the phone might get two messages.
+            begun.append(True)
+            return pycurl.PREREQFUNC_OK if len(begun) == 1 else pycurl.PREREQFUNC_ABORT
+
+        def keep(data: bytes) -> int:
+            answer.extend(data[: ANSWER_MAX_BYTES - len(answer)])
+            return len(data) if len(answer) < ANSWER_MAX_BYTES else 0  # which ends it
+
+        options = self._options | request | {pycurl.TIMEOUT_MS: math.ceil(1000 * timeout_s)}
+        options |= {pycurl.PREREQFUNCTION: begin, pycurl.WRITEFUNCTION: keep}
+        curl = self._handle()
+        try:
+            for option, value in options.items():
+                curl.setopt(option, os.fsencode(value) if isinstance(value, str) else value)
+            curl.perform()
+        except pycurl.error as error:
+            if not begun:
+                raise SmsFailed(f"{self.kind} cannot be reached: {error.args[1]}") from None
+            if len(answer) < ANSWER_MAX_BYTES:
+                raise SmsUnknown(f"{self.kind}: no answer, curl error {error.args[0]}") from None
+        finally:
+            status: int = curl.getinfo(pycurl.RESPONSE_CODE)
+            connection = curl.getinfo(pycurl.ACTIVESOCKET)  # -1: it did not stay open
+            curl.reset()  # what the request said; the connection stays
+            self._idle.append((curl, connection))
+        return status, bytes(answer)
+
+    def _handle(self) -> pycurl.Curl:
+        """An idle libcurl handle with its open connection, or a new one.
+
+        What can be read from an idle connection is its end. libcurl asks only once a second.
+        """
+        with contextlib.suppress(IndexError, ValueError):  # none is idle, or not connected
+            (curl, connection), end = self._idle.pop(), select.poll()
+            end.register(connection, select.POLLIN)
+            if not end.poll(0):
+                return curl
+        return pycurl.Curl()
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
         """Read the body of an answer with 2xx; gives the ids of the message, or raises."""
@@ -2535,6 +2541,23 @@ class HttpSms(SmsProvider):
         return []
 
 
+def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
+    """What holds for every request; certificates are checked against what Python trusts."""
+    trust = ssl.get_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR, if they are set
+    return {
+        pycurl.CUSTOMREQUEST: method, pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+        pycurl.CONNECTTIMEOUT_MS: math.ceil(1000 * connect_s), pycurl.USERAGENT: "msisdn-gateway",
+        pycurl.CAINFO: trust.cafile, pycurl.CAPATH: trust.capath, pycurl.PATH_AS_IS: 1,
+        pycurl.NOSIGNAL: 1, CURLOPT_QUICK_EXIT: 1,
+    }  # fmt: skip
+
+
+ENDPOINT: Final = r"(?i)https?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?"
+"""What an endpoint may be: no login, and no template before the path."""
+IDLE_CONNECTIONS_MAX: Final = 64
+"""How many connections to a provider are kept open while nobody uses them."""
+CURLOPT_QUICK_EXIT: Final = 322
+"""Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown}
 """What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}

@@ -122,7 +122,7 @@ def test_no_changing_state_in_the_module() -> None:
         ("redis", {10, 15}),  # storage, and waiting for the embedded server
         ("jwt", {9}),
         ("phonenumbers", {4}),
-        ("urllib3", {12}),
+        ("pycurl", {12}),
         ("print", {12, 15}),  # the outbox, and commands
         ("subprocess", {15}),
     ],
@@ -201,7 +201,7 @@ def hook(event, args):
     if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
         bad.append((event, args))
 sys.dont_write_bytecode = True
-import babel.support, bottle, cryptography, jwt, phonenumbers, redis, urllib3
+import babel.support, bottle, cryptography, jwt, phonenumbers, pycurl, redis
 sys.addaudithook(hook)
 import gateway
 assert threading.active_count() == 1, threading.enumerate()
