@@ -33,6 +33,11 @@ class Request(NamedTuple):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        with self.server.provider.lock:  # type: ignore[attr-defined]
+            self.server.provider.connections += 1  # type: ignore[attr-defined]
+
     def do_POST(self) -> None:
         provider: Provider = self.server.provider  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
@@ -60,12 +65,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class Provider:
-    """A provider; ``answer`` may be changed while it runs, ``received`` is what it got."""
+    """A provider; ``answer`` may be changed while it runs, ``received`` is what it got.
+
+    ``open`` is how many requests are being answered, ``connections`` how many were made in all.
+    """
 
     def __init__(self, answer: Callable[[Any], None]) -> None:
         self.answer, self.lock = answer, threading.Lock()
         self.received: list[Request] = []
-        self.open = 0
+        self.open = self.connections = 0
         self.closing = threading.Event()
         self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.provider = self  # type: ignore[attr-defined]

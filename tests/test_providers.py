@@ -8,7 +8,10 @@ import datetime
 import ipaddress
 import json
 import logging
+import os
 import re
+import select
+import shutil
 import socket
 import ssl
 import subprocess
@@ -18,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -110,11 +114,15 @@ def test_any_gateway_by_templates(
     provider: Provider, kind: str, body: str, read: Callable[[str], str] | None
 ) -> None:
     headers = {"Content-Type": kind, "Authorization": "Bearer hunter2"}
-    entry = {"kind": "http", "endpoint": provider.url + "/{to_digits}?t={text}", "body": body}
+    entry = {
+        "kind": "http",
+        "endpoint": provider.url + "/{to_digits}/../é ?t={text}#x",
+        "body": body,
+    }
     sender_of({**entry, "method": "PUT", "headers": headers}).send("Gateway", TO, TEXT)
     [request] = provider.received
     assert (request.method, request.headers["authorization"]) == ("PUT", "Bearer hunter2")
-    assert request.target.startswith("/sms/447700900123?t=")
+    assert request.target.startswith("/sms/447700900123/../%C3%A9%20?t=")
     assert request.query == {"t": TEXT}
     if read:
         assert read(request.body) == TEXT
@@ -141,6 +149,19 @@ def test_a_get_without_a_body(provider: Provider) -> None:
     sender_of({**entry, "success": "^OK"}).send("Gateway", TO, "x y")
     [request] = provider.received
     assert (request.method, request.query, request.body) == ("GET", {"to": NUMBER, "m": "x y"}, "")
+    assert not {"content-type", "content-length"} & request.headers.keys()
+
+
+def test_a_body_of_no_declared_type_is_not_called_a_form(provider: Provider) -> None:
+    """As libcurl would by itself."""
+    entry = {"kind": "http", "endpoint": provider.url, "body": "m={text}", "headers": {"X-A": "é"}}
+    sender_of(entry).send("Gateway", TO, "x&y")
+    sender_of({**entry, "body": ""}).send("Gateway", TO, "x&y")
+    [request, empty] = provider.received
+    assert (request.body, request.headers["x-a"]) == ("m=x&y", "é")
+    assert (empty.body, empty.headers["content-length"]) == ("", "0")
+    assert "content-type" not in request.headers | empty.headers
+    assert request.headers["user-agent"] == "msisdn-gateway"
 
 
 def test_text_beyond_gsm7_says_so_and_only_that(provider: Provider) -> None:
@@ -205,6 +226,31 @@ def test_sns_that_says_nothing_may_have_taken_it(
         gateway._send_by(sender.providers[0], "Gateway", TO, "x", 5.0)
 
 
+@pytest.mark.parametrize(
+    ("entry", "environment", "file", "region"),
+    [
+        ("", {"AWS_REGION": "eu-west-1"}, "", "eu-west-1"),  # all that Lambda and ECS set
+        ("", {"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "eu-west-2"}, "", "eu-west-2"),
+        ("", {"AWS_REGION": "eu-west-1"}, "[default]\nregion = eu-west-3", "eu-west-3"),
+        ("us-east-1", {"AWS_REGION": "eu-west-1"}, "", "us-east-1"),
+    ],
+)
+def test_aws_region_counts_where_nothing_else_names_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, environment: dict[str, str],
+    file: str, region: str,
+) -> None:  # fmt: skip
+    (tmp_path / "config").write_text(file)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    [one] = sender_of({"kind": "sns", **({"region": entry} if entry else {})}).providers
+    assert isinstance(one, gateway.SnsSms)
+    assert one.client.meta.region_name == region
+    table = gateway.DynamoTable("dynamodb://phones" + f"?region={entry}" * bool(entry), time.time)
+    assert table._client.meta.region_name == region
+
+
 def test_sns_without_boto3_refuses_to_start() -> None:
     code = "import sys; sys.modules['boto3'] = None; sys.argv = []; import gateway\n"
     code += "gateway.SmsSender(gateway.Settings(sms_providers=[{'kind': 'sns', 'region': 'r'}]))"
@@ -239,7 +285,7 @@ def test_tls_is_checked_and_bounded_as_well(
     provider: Provider, tls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [one] = sender_of(provider.nexmo()).providers
-    with pytest.raises(gateway.SmsFailed, match="cannot be reached: self-signed certificate"):
+    with pytest.raises(gateway.SmsFailed, match=r"cannot be reached: .*self-signed"):
         one.send("Gateway", TO, "text")
     assert provider.received == []  # nothing secret goes to whoever is there
     monkeypatch.setenv("SSL_CERT_FILE", str(tls))
@@ -332,9 +378,173 @@ def test_connections_are_kept(provider: Provider) -> None:
     sender = sender_of(provider.nexmo())
     for _ in range(5):
         sender.send("Gateway", TO, "text")
-    [one] = sender.providers
+    assert (len(provider.received), provider.connections) == (5, 1)
+    provider.answer = after(0.3)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: sender.send("Gateway", TO, "text"), range(8)))
+    assert (len(provider.received), provider.connections) == (13, 8)
+
+
+def test_no_more_connections_are_kept_than_may_be(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "IDLE_CONNECTIONS_MAX", 2)
+    sender = sender_of(provider.nexmo())
+    provider.answer = after(0.3)
+    for connections in (6, 10):  # two are there already
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda _: sender.send("Gateway", TO, "text"), range(6)))
+        assert provider.connections == connections
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_kept_connection_that_closes_does_not_make_the_phone_get_two(
+    provider: Provider, method: str
+) -> None:
+    """By itself libcurl sends a request again that a kept connection took without an answer."""
+    provider.answer = reply("OK")
+    entry = {"kind": "http", "method": method, "endpoint": provider.url + "?to={to}"}
+    [one] = sender_of(entry).providers
+    one.send("Gateway", TO, "text")
+    provider.answer = cut(b"")
+    with pytest.raises(gateway.SmsUnknown):
+        one.send("Gateway", TO, "text")
+    assert len(provider.received) == 2
+    provider.answer = reply("OK")
+    one.send("Gateway", TO, "text")
+    assert len(provider.received) == 3
+
+
+def test_a_connection_that_closed_while_it_was_kept_is_made_anew(provider: Provider) -> None:
+    def last(handler: Any) -> None:
+        taken(handler)
+        handler.close_connection = True
+
+    provider.answer = last
+    [one] = sender_of(provider.nexmo()).providers
+    for connections in (1, 2, 3):
+        one.send("Gateway", TO, "text")
+        kannel.wait_for(lambda: provider.open == 0)
+        time.sleep(0.05)  # for its farewell
+        assert (len(provider.received), provider.connections) == (connections, connections)
+
+
+def test_a_long_answer_costs_no_memory(provider: Provider) -> None:
+    provider.answer = flood(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000000\r\n\r\n", b"OK")
+    [one] = sender_of({"kind": "http", "endpoint": provider.url, "success": "^OK"}).providers
     assert isinstance(one, gateway.HttpSms)
-    assert one.pool.num_connections == 1
+    started = time.monotonic()
+    status, body = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
+    assert (status, len(body)) == (200, gateway.ANSWER_MAX_BYTES)
+    assert one.send("Gateway", TO, "text", 9.0) == []
+    assert time.monotonic() - started < 5  # no more is read
+
+
+# -- Proxies --------------------------------------------------------------------
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    """A forward proxy on loopback; notes first lines and headers."""
+
+    def do_POST(self) -> None:
+        self.server.seen.append(self.requestline + str(self.headers))  # type: ignore[attr-defined]
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = urllib3.request("POST", self.path, body=body, headers=dict(self.headers))
+        self.send_response(answer.status)
+        self.send_header("Content-Length", str(len(answer.data)))
+        self.end_headers()
+        self.wfile.write(answer.data)
+
+    def do_CONNECT(self) -> None:
+        self.server.seen.append(self.requestline + str(self.headers))  # type: ignore[attr-defined]
+        host, _, port = self.path.rpartition(":")
+        if host == "closed.example":
+            return self.send_error(403)
+        ends = {self.connection: socket.create_connection((host, int(port)))}
+        ends[ends[self.connection]] = self.connection
+        self.send_response(200)
+        self.end_headers()
+        while data := (one := select.select(list(ends), [], [])[0][0]).recv(65536):
+            ends[one].sendall(data)
+        return ends[self.connection].close()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A proxy that no environment names yet; its list ``seen`` is what it was asked."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Proxy) as server:
+        server.daemon_threads, server.seen = True, []  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("variable", "way"),
+    [
+        ("http_proxy", "POST http://127.0.0.1:"), ("ALL_PROXY", "POST http://127.0.0.1:"),
+        # As with curl: it may come from a header "Proxy" where something like CGI is involved.
+        ("HTTP_PROXY", None), ("HTTPS_PROXY", None),
+    ],
+)  # fmt: skip
+def test_a_message_goes_through_the_proxy_of_the_environment(
+    provider: Provider, proxy: Any, monkeypatch: pytest.MonkeyPatch, variable: str, way: str | None
+) -> None:
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.server_port}")
+    sender = sender_of(provider.nexmo())
+    sender.send("Gateway", TO, "text")
+    assert len(provider.received) == 1
+    assert [seen[: len(way or "")] for seen in proxy.seen] == ([way] if way else [])
+    monkeypatch.setenv("NO_PROXY", "example.com,127.0.0.0/8")
+    sender.send("Gateway", TO, "text")
+    assert len(provider.received) == 2
+    assert len(proxy.seen) == (1 if way else 0)
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_proxy_sees_nothing_of_a_message_over_tls(
+    provider: Provider, tls: Path, proxy: Any, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls))
+    monkeypatch.setenv(variable, f"http://user:word@127.0.0.1:{proxy.server_port}")
+    headers = {"Authorization": "Bearer hunter2"}
+    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "headers": headers}
+    sender = sender_of(entry)
+    for _ in range(3):
+        sender.send("Gateway", TO, "text")
+    assert len(provider.received) == 3
+    [seen] = proxy.seen  # one tunnel for three messages
+    assert seen.startswith("CONNECT 127.0.0.1:")
+    assert "Proxy-Authorization: Basic " + base64.b64encode(b"user:word").decode() in seen
+    assert "hunter2" not in seen + NUMBER
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sender_of(entry).send("Gateway", TO, "text")
+    assert (len(provider.received), len(proxy.seen)) == (4, 1)
+
+
+def test_what_a_proxy_does_not_let_through_was_surely_not_sent(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_port}")
+    [one] = sender_of({**NEXMO, "endpoint": "https://closed.example/sms"}).providers
+    with pytest.raises(gateway.SmsFailed, match=r"cannot be reached: .* 403") as caught:
+        one.send("Gateway", TO, "text")
+    assert type(caught.value) is gateway.SmsFailed
+    monkeypatch.setenv("HTTPS_PROXY", closed_url())
+    with pytest.raises(gateway.SmsFailed, match="cannot be reached") as caught:
+        one.send("Gateway", TO, "text")
+    assert type(caught.value) is gateway.SmsFailed
+
+
+# -- What is logged -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,7 +554,7 @@ def test_connections_are_kept(provider: Provider) -> None:
 def test_nothing_of_a_message_is_logged(
     provider: Provider, caplog: pytest.LogCaptureFixture, answer: bytes
 ) -> None:
-    """Not by us, and not by what we use: urllib3 quotes a header line without a colon."""
+    """Not by us, and not by what we use."""
     caplog.set_level(logging.DEBUG)
     provider.answer = cut(answer.replace(b"{}", b"447700900123 hunter2 135790"))
     entry = {"kind": "http", "endpoint": provider.url + "?t={text}&to={to}", "success": "OK"}
@@ -367,13 +577,16 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({**TWILIO, "auth_token": ""}, "auth_token"),
         ({**KANNEL}, "endpoint"),
         ({**KANNEL, **URL, "password": 5}, "password"),
-        ({"kind": "sns"}, "region"),
+        ({"kind": "sns"}, "region"),  # nor does the environment name one
         ({"kind": "http"}, "endpoint"),
         ({"kind": "http", "endpoint": "gw.example/send"}, "endpoint"),
         ({"kind": "http", "endpoint": "ftp://gw.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://user:hunter2@gw.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://{to}.example/"}, "endpoint"),
-        ({"kind": "http", "endpoint": "http://gw.example:port/"}, "templates"),
+        ({"kind": "http", "endpoint": "http://gw.example\\@hunter2/"}, "endpoint"),
+        ({"kind": "http", "endpoint": "http://gw.example:port/"}, "endpoint"),
+        ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "templates"),
+        ({"kind": "http", **URL, "headers": {"A: b\r\nC": "d"}}, "templates"),
         ({"kind": "http", **URL, "body": "{number}"}, "templates"),
         ({"kind": "http", **URL, "headers": {"A": 5}}, "templates"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
@@ -388,7 +601,11 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({**TWILIO, "receipts": True}, "receipts"),  # no webhook of its kind is open
     ],
 )
-def test_half_configured_is_refused(entry: gateway.Json, named: str) -> None:
+def test_half_configured_is_refused(
+    entry: gateway.Json, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(gateway.SettingsError, match=named) as caught:
         sender_of(entry)
     assert "hunter2" not in str(caught.value)
@@ -427,20 +644,65 @@ def test_a_drip_does_not_hold_longer_than_the_time_out(provider: Provider, data:
     assert time.monotonic() - started < 3  # all of it would take 5 s and more
 
 
-def test_a_name_server_that_hangs_does_not_hold_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+HANG = """
+#include <unistd.h>
+int getaddrinfo(const char *n, const char *s, const void *h, void *r) { sleep(60); return -2; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler makes the name server that hangs")
+def test_a_name_server_that_hangs_does_not_hold_longer(tmp_path: Path) -> None:
+    """Neither does giving up a connection that waits for it (libcurl's resolver is a thread)."""
+    (tmp_path / "hang.c").write_text(HANG)
+    library, script = (
+        str(tmp_path / "hang.so"),
+        f"""
+import time, gateway
+gateway.IDLE_CONNECTIONS_MAX = 0
+[one] = gateway.SmsSender(gateway.Settings(sms_providers=[{NEXMO}])).providers
+for _ in range(3):
+    started = time.monotonic()
+    try:
+        one.send("Gateway", "{TO}", "text", 0.3)
+    except gateway.SmsFailed as error:
+        print(type(error).__name__, time.monotonic() - started < 1)
+""",
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "hang.c"], check=True)
+    environ = {**os.environ, "LD_PRELOAD": library}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, cwd=lab.ROOT, env=environ, timeout=40)
+    assert (done.stdout, done.stderr) == (b"SmsFailed True\n" * 3, b"")
+
+
+def test_a_name_server_that_hangs_does_not_hold_sns_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 asks it within Python, where nothing ends the wait: the message may yet leave."""
     over = threading.Event()
 
     def getaddrinfo(*_: Any, **__: Any) -> Any:
         over.wait(30)
         raise socket.gaierror
 
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    sender = sender_of({**NEXMO, "endpoint": "http://slow.example/", "timeout_s": 0.3})
+    entry = {"kind": "sns", "region": "eu-west-1", "endpoint": "http://slow.example/"}
     started = time.monotonic()
-    with pytest.raises(gateway.SmsFailed, match="no provider took"):  # surely not sent
-        sender.send("Gateway", TO, "text")
+    assert sender_of({**entry, "timeout_s": 0.3}).send("Gateway", TO, "text").kind == ""
     assert time.monotonic() - started < 5
     over.set()
+
+
+def test_a_handshake_that_hangs_is_surely_not_sent(provider: Provider) -> None:
+    """The connection is there; the time-out is that of connecting, and nothing was said yet."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the kernel accepts, nobody speaks
+        endpoint = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        [one] = sender_of({**NEXMO, "endpoint": endpoint, "connect_timeout_s": 0.3}).providers
+        started = time.monotonic()
+        with pytest.raises(gateway.SmsFailed, match="cannot be reached") as caught:
+            one.send("Gateway", TO, "text")
+        assert type(caught.value) is gateway.SmsFailed
+        assert 0.25 < time.monotonic() - started < 2
 
 
 def test_surplus_sends_are_refused_at_once_and_the_rest_is_served(

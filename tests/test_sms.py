@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import gc
 import json
 import os
 import re
@@ -728,15 +727,10 @@ def test_outbox_survives_a_line_that_was_cut_off(outbox: gateway.OutboxSms) -> N
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_outbox_that_was_taken_away_is_made_anew_within_a_second(
-    outbox: gateway.OutboxSms, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    now_s = time.time() // 60 * 60 + 7
-    monkeypatch.setattr(time, "time", lambda: now_s)
+def test_outbox_that_was_taken_away_is_made_anew(outbox: gateway.OutboxSms, what: str) -> None:
     put(outbox, "one")
     [path] = outbox.folder.iterdir()
     shutil.rmtree(outbox.folder) if what == "folder" else path.unlink()
-    now_s += 1
     put(outbox, "two")
     assert texts(outbox) == ["two"]
 
@@ -744,7 +738,7 @@ def test_outbox_that_was_taken_away_is_made_anew_within_a_second(
 def test_outbox_takes_every_message_of_many_threads_in_many_minutes(
     outbox: gateway.OutboxSms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each minute another file is opened, while the others are writing; one stays open."""
+    """Each minute another file is made, while the others are writing; none stays open."""
     now_s = time.time() - 1000
     monkeypatch.setattr(time, "time", lambda: now_s)
 
@@ -756,19 +750,9 @@ def test_outbox_takes_every_message_of_many_threads_in_many_minutes(
 
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
-    assert open_files(outbox.folder) == 1
+    assert open_files(outbox.folder) == 0
     assert sorted(texts(outbox)) == sorted(f"{n} {i}" for n in range(8) for i in range(200))
     assert len(list(outbox.folder.iterdir())) > 10
-
-
-def test_outbox_closes_its_file_when_it_goes(tmp_path: Path) -> None:
-    made = gateway.OutboxSms({"kind": "outbox"}, gateway.Settings(data_dir=str(tmp_path)))
-    made.console = None
-    put(made, "one")
-    assert open_files(tmp_path) == 1
-    del made
-    gc.collect()
-    assert open_files(tmp_path) == 0
 
 
 def test_outbox_on_a_full_disk_fails(tmp_path: Path, outbox: gateway.OutboxSms) -> None:
