@@ -7,15 +7,20 @@ BIN := .venv/bin
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: .venv/done  ## make .venv and install the pinned requirements
+install: .venv/done  ## make .venv and install all pinned requirements
 
-.venv/done: requirements.txt
+# What the server needs: the first part of requirements.txt, down to its first empty line.
+.venv/server: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	sed '/^$$/q' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	@touch $@
+
+.venv/done: .venv/server
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-runserver: .venv/done  ## start the gateway on http://127.0.0.1:5000
+runserver: .venv/server  ## start the gateway on http://127.0.0.1:5000
 	@exec $(BIN)/python gateway.py $(ARGS)
 
 test: .venv/done  ## run all tests, notebooks included
