@@ -1,6 +1,8 @@
 # Each target does all the set-up that it needs, and nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
+DOCS := docs
+BUILD := .venv/pages
 
 .PHONY: help install runserver test lint notebooks docs bench update-l10n
 
@@ -36,7 +38,10 @@ notebooks: .venv/done  ## execute the notebooks again, in place
 	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(wildcard notebooks/*.ipynb)
 
 docs: .venv/done  ## build the pages in docs/, to be opened from disk
-	$(BIN)/python notebooks/pages.py docs
+	rm -rf $(BUILD)
+	$(BIN)/python -m sphinx -q -W --keep-going -d $(BUILD)/doctrees notebooks $(BUILD)/html
+	rm -rf $(DOCS) && mv $(BUILD)/html $(DOCS)
+	@echo "open $(DOCS)/index.html"
 
 bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)
