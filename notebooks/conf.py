@@ -153,33 +153,39 @@ def anchored(name: str, text: str) -> str:
 
 def summary(docstring: str | None) -> str:
     """The first paragraph of a docstring."""
-    return plain(" ".join(inspect.cleandoc(docstring or "").split("\n\n")[0].split()))
+    return whole(inspect.cleandoc(docstring or "").split("\n\n")[0])
+
+
+def whole(docstring: str | None) -> str:
+    """All of a docstring, as one paragraph."""
+    return plain(" ".join((docstring or "").split()))
 
 
 def endpoints() -> str:
-    """Every route, in both spellings, with the sentence of its handler."""
+    """Every route with the sentence of its handler, and its second prefix."""
 
     def rows() -> Iterator[tuple[str, ...]]:
         for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
             says = getattr(gateway.GatewayApp, handler).__doc__.partition(" : ")[2]
             about, first = says[:1].upper() + says[1:], True
             for route in routes:
-                path = f"{route.methods.replace(' ', ', ')} **{plain(route.path)}**"
+                path = re.sub("(?<=.)/", "<wbr>/", plain(route.path))  # breaks on phones
+                path = f"{route.methods.replace(' ', ', ')} **{path}**"
                 yield (
                     anchored(handler, path) if first else path,
                     summary(about) if first else "The same.",
                     "yes" if route.hawk else "",
-                    plain(gateway.versioned(route.path)),
+                    code(gateway.versioned(route.path).removesuffix(route.path)),
                 )
                 first = False
 
-    return table("endpoint", "what it does", "signed", "its other path", rows=rows())
+    return table("endpoint", "what it does", "signed", "prefix", rows=rows())
 
 
 def errors() -> str:
     """Every status and errno with its sentence."""
     rows = (
-        (anchored(e.__name__, f"{e.status}/{e.errno}"), code(e.__name__), summary(e.__doc__))
+        (anchored(e.__name__, f"{e.status}/{e.errno}"), code(e.__name__), whole(e.__doc__))
         for e in gateway.error_classes()
     )
     return table("status/errno", "in gateway.py", "what it says", rows=rows)

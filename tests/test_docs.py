@@ -112,11 +112,20 @@ def test_the_policy_lets_nothing_in_from_a_network() -> None:
 
 def test_the_reference_is_complete(site: dict[str, Page]) -> None:
     assert {route.handler for route in gateway.ROUTES} <= site["integrate/endpoints.html"].ids
-    for route in gateway.ROUTES:
-        for path in (route.path, gateway.versioned(route.path)):
-            assert html.escape(path) in site["integrate/endpoints.html"].text
+    shown = re.findall(r"<tr.*?</tr>", site["integrate/endpoints.html"].text, re.S)[1:]
+    rows = [
+        html.unescape(re.sub("<[^>]+>", " ", row.replace("<wbr>", ""))).split() for row in shown
+    ]
+    assert len(rows) == len(gateway.ROUTES)
+    for route, row in zip(gateway.ROUTES, rows, strict=True):
+        methods = route.methods.split()
+        assert [word.rstrip(",") for word in row[: len(methods)]] == methods
+        assert row[len(methods)] == route.path
+        assert row[-1] + route.path == gateway.versioned(route.path)
+        assert ("yes" in row) == route.hawk
     errors = {error.__name__ for error in gateway.error_classes()}
     assert errors <= site["integrate/errors.html"].ids
+    assert "safe to repeat" in site["integrate/errors.html"].text
     assert set(gateway.Settings.__annotations__) <= site["operate/settings.html"].ids
     for name in conf.definitions():
         if "." not in name:
