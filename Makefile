@@ -1,21 +1,28 @@
 # Each target does all the set-up that it needs, and nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
+DOCS := docs
+BUILD := .venv/pages
 
 .PHONY: help install runserver test lint notebooks docs bench update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: .venv/done  ## make .venv and install the pinned requirements
+install: .venv/done  ## make .venv and install all pinned requirements
 
-.venv/done: requirements.txt
+# What the server needs: the first part of requirements.txt, down to its first empty line.
+.venv/server: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	sed '/^$$/q' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	@touch $@
+
+.venv/done: .venv/server
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-runserver: .venv/done  ## start the gateway on http://127.0.0.1:5000
+runserver: .venv/server  ## start the gateway on http://127.0.0.1:5000
 	@exec $(BIN)/python gateway.py $(ARGS)
 
 test: .venv/done  ## run all tests, notebooks included
@@ -31,7 +38,10 @@ notebooks: .venv/done  ## execute the notebooks again, in place
 	$(BIN)/jupyter nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True $(wildcard notebooks/*.ipynb)
 
 docs: .venv/done  ## build the pages in docs/, to be opened from disk
-	$(BIN)/python notebooks/pages.py docs
+	rm -rf $(BUILD)
+	$(BIN)/python -m sphinx -q -W --keep-going -d $(BUILD)/doctrees notebooks $(BUILD)/html
+	rm -rf $(DOCS) && mv $(BUILD)/html $(DOCS)
+	@echo "open $(DOCS)/index.html"
 
 bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)

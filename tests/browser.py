@@ -79,19 +79,29 @@ LOOK = """
   const light = c => { const [r, g, b] = c.map(v => v / 255)
     .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     return .2126 * r + .7152 * g + .0722 * b }
-  const paper = element => element
-    ? over(rgba(getComputedStyle(element).backgroundColor), paper(element.parentElement))
-    : [255, 255, 255]
+  const papers = new Map([[null, [255, 255, 255]]])
+  const paper = element => {
+    if (!papers.has(element)) papers.set(element,
+      over(rgba(getComputedStyle(element).backgroundColor), paper(element.parentElement)))
+    return papers.get(element)
+  }
   const scrolls = element => !print && /auto|scroll/.test(getComputedStyle(element).overflowX)
   const held = element => element && element !== document.body
     && (scrolls(element) || held(element.parentElement))
+  // Drawers at the side that a button draws in: furo's navigation and contents on phones.
+  const drawers = [...document.querySelectorAll('*')].filter(element => {
+    const box = element.getBoundingClientRect()
+    return (box.right <= 0 || box.left >= width) && getComputedStyle(element).position === 'fixed'
+  })
+  const away = element => drawers.some(drawer => drawer.contains(element))
 
-  const root = document.scrollingElement, main = document.querySelector('main')
+  const root = document.scrollingElement, main = document.querySelector('main, [role=main]')
   if (root.scrollWidth > width) says('scrolls sideways', root, `${root.scrollWidth} > ${width}`)
   const column = main.getBoundingClientRect()
   for (const element of document.body.querySelectorAll('*')) {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element)
     if (!box.width || style.visibility === 'hidden') continue
+    if (away(element)) continue
     if ((box.right > width + 1 || box.left < -1) && !held(element.parentElement))
       says('beyond the window', element)
     if (element.clientWidth && element.scrollWidth > element.clientWidth + 1 && !scrolls(element)
@@ -100,12 +110,13 @@ LOOK = """
         || box.right > column.right || box.left < column.left)) says('a bad picture', element)
     const [r, g, b] = rgba(style.backgroundColor), shown = rgba(style.backgroundColor)[3]
     if (shown && r > g + 24 && r > b + 24 && Math.abs(g - b) < 24) says('a red box', element)
-    if (element.matches('.output_stderr, .output_error')) says('an error', element)
+    if (element.matches('.output.stderr, .output.traceback')) says('an error', element)
   }
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
   for (let text; (text = texts.nextNode());) {
     const element = text.parentElement, style = getComputedStyle(element)
-    if (!text.data.trim() || style.visibility === 'hidden') continue
+    if (!text.data.trim() || style.visibility === 'hidden' || away(element)) continue
+    if (!element.getClientRects().length) continue
     const below = paper(element), ink = over(rgba(style.color), below)
     const [dark, bright] = [light(ink), light(below)].sort((a, b) => a - b)
     if ((bright + .05) / (dark + .05) < 4.5) says('hard to read', element, style.color)

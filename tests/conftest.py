@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 
 import lab  # noqa: E402
-import pages  # noqa: E402
 import servers  # noqa: E402
 from support import AT_ONCE, GatewayProcess, WsgiClient  # noqa: E402
 
@@ -121,11 +121,18 @@ def start_gateway(tmp_path: Path) -> Iterator[Callable[..., GatewayProcess]]:
 
 @pytest.fixture(scope="session")
 def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages that ``make docs`` builds, built once over what was there before."""
-    folder = tmp_path_factory.mktemp("site") / "docs"
+    """The pages, built once by the commands of ``make docs`` over what was there before."""
+    above = tmp_path_factory.mktemp("site")
+    folder = above / "docs"
     folder.mkdir()
     (folder / "left-over.html").write_text("from an earlier time")
-    pages.build(folder)
+    variables = (f"DOCS={folder}", f"BUILD={above}/build", f"BIN={Path(sys.executable).parent}")
+    make = ["make", "-n", "docs", *variables]
+    told = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for line in told.splitlines():
+        if str(above) in line:  # and not what would install packages
+            done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), line
     return folder
 
 

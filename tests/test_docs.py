@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import html
+import os
 import re
-from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import pages
+import conf
 import pytest
 
 import gateway
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = {"Learn", "Integrate", "Operate", "Read"}
 
 
 class Page(HTMLParser):
@@ -25,6 +27,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loads: list[str] = []
         self.tags: list[str] = []
+        self.alts: list[str] = []
         self.text = path.read_text("utf-8")
         self.feed(self.text)
 
@@ -38,80 +41,159 @@ class Page(HTMLParser):
                 self.links.append(value or "")
             elif name in ("src", "srcset", "href", "data", "action", "poster", "background"):
                 self.loads.append(value or "")
+            elif name == "alt":
+                self.alts.append(value or "")
             assert not name.startswith("on"), "a script"
 
 
 @pytest.fixture(scope="module")
 def site(site_folder: Path) -> dict[str, Page]:
-    return {path.name: Page(path) for path in site_folder.iterdir()}
+    files = site_folder.rglob("*.html")
+    return {path.relative_to(site_folder).as_posix(): Page(path) for path in files}
 
 
-def test_every_notebook_has_its_page(site: dict[str, Page]) -> None:
-    stems = {path.stem + ".html" for path in (ROOT / "notebooks").glob("*.ipynb")}
-    own = {"index.html", "api.html", "names.html", "gateway.html", "lab.html"}
-    assert set(site) == stems | own
-    assert stems <= set(site["index.html"].links)
+def test_every_source_has_its_page_and_every_page_leads_to_all(site: dict[str, Page]) -> None:
+    folder = ROOT / "notebooks"
+    sources = [*folder.glob("[0-9]*.ipynb"), *folder.glob("*.md")]
+    sources += [path for part in PARTS for path in (folder / part.lower()).glob("*.md")]
+    wanted = {path.relative_to(folder).with_suffix(".html").as_posix() for path in sources}
+    assert set(site) == wanted | {"search.html"}
+    for name, page in site.items():
+        here = set(
+            re.findall(r'<p class="caption"[^>]*><span class="caption-text">(\w+)', page.text)
+        )
+        assert here == PARTS
+        led = {resolved(name, link)[0] for link in page.links}
+        assert wanted <= led | {name}, name
+
+
+def resolved(name: str, link: str) -> tuple[str, str]:
+    """The page and the anchor that a link on the page ``name`` leads to."""
+    path, _, anchor = unquote(link).partition("#")
+    there = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+    return there, anchor
 
 
 def test_every_link_leads_somewhere(site: dict[str, Page]) -> None:
     broken = []
     for name, page in site.items():
         for link in page.links:
-            path, _, anchor = unquote(link).partition("#")
             if link.startswith("https://"):
                 continue  # for people who are online; nothing is loaded from there
-            target = site.get(path or name)
+            path, anchor = resolved(name, link)
+            target = site.get(path)
             if target is None or (anchor and anchor not in target.ids):
                 broken.append(f"{name}: {link}")
     assert broken == []
 
 
-def test_nothing_is_loaded_from_anywhere(site: dict[str, Page]) -> None:
+def test_nothing_is_loaded_from_anywhere(site: dict[str, Page], site_folder: Path) -> None:
     """And where this test is blind, the Content-Security-Policy makes the browser refuse."""
-    for page in site.values():
-        assert [load[:22] for load in page.loads if load[:22] != "data:image/png;base64,"] == []
-        assert not {"script", "iframe", "link", "object", "video", "audio"} & set(page.tags)
-        styles = "".join(re.findall(r"<style>.*?</style>", page.text, re.S))
-        assert "@import" not in styles
-        assert "url(" not in styles
-        assert f'content="{pages.POLICY}"' in page.text
-        assert pages.POLICY.startswith("default-src 'none'")
+    for name, page in site.items():
+        for load in page.loads:
+            path, _ = resolved(name, load.partition("?")[0])
+            assert (site_folder / path).is_file() or load.startswith("#"), (name, load)
+        assert not {"iframe", "object", "video", "audio"} & set(page.tags)
+        assert f'content="{conf.POLICY}"' in page.text
+    for style in site_folder.rglob("*.css"):
+        text = style.read_text("utf-8")
+        assert "@import" not in text
+        urls = re.findall(r"url\([\"']?([^)\"']+)", text)
+        assert {url.partition(":")[0] for url in urls} <= {"data", "check-solid.svg"} | {
+            url for url in urls if (style.parent / url).is_file()
+        }
+
+
+def test_the_policy_lets_nothing_in_from_a_network() -> None:
+    allowed = {word for part in conf.POLICY.split("; ") for word in part.split()[1:]}
+    assert conf.POLICY.startswith("default-src 'none'")
+    assert allowed == {"'none'", "'self'", "file:", "data:", "'unsafe-inline'"}
 
 
 def test_the_reference_is_complete(site: dict[str, Page]) -> None:
-    api = site["api.html"]
-    assert {route.handler for route in gateway.ROUTES} <= api.ids
-    assert {error.__name__ for error in gateway.error_classes()} <= api.ids
-    assert {f.name for f in fields(gateway.Settings)} <= api.ids
-    assert {f"section-{n}" for n in range(1, 16)} <= api.ids
-    for name in pages.definitions():
-        assert f"<code>{name}</code>" in api.text, name
+    assert {route.handler for route in gateway.ROUTES} <= site["integrate/endpoints.html"].ids
+    shown = re.findall(r"<tr.*?</tr>", site["integrate/endpoints.html"].text, re.S)[1:]
+    rows = [
+        html.unescape(re.sub("<[^>]+>", " ", row.replace("<wbr>", ""))).split() for row in shown
+    ]
+    assert len(rows) == len(gateway.ROUTES)
+    for route, row in zip(gateway.ROUTES, rows, strict=True):
+        methods = route.methods.split()
+        assert [word.rstrip(",") for word in row[: len(methods)]] == methods
+        assert row[len(methods)] == route.path
+        assert row[-1] + route.path == gateway.versioned(route.path)
+        assert ("yes" in row) == route.hawk
+    errors = {error.__name__ for error in gateway.error_classes()}
+    assert errors <= site["integrate/errors.html"].ids
+    assert "safe to repeat" in site["integrate/errors.html"].text
+    assert set(gateway.Settings.__annotations__) <= site["operate/settings.html"].ids
+    for name in conf.definitions():
+        if "." not in name:
+            assert re.search(rf">{name}(</span>)?</code>", site["read/names.html"].text), name
     for name, page in site.items():
         if name[:2].isdigit():
-            assert any(link.startswith("gateway.html#L") for link in page.links), name
+            assert any(link.startswith("read/gateway.html#L") for link in page.links), name
+
+
+@pytest.mark.parametrize("name", ["gateway", "lab"])
+def test_the_source_is_whole_and_each_line_has_its_anchor(site: dict[str, Page], name: str) -> None:
+    path = ROOT / {"gateway": "gateway.py", "lab": "notebooks/lab.py"}[name]
+    page, lines = site[f"read/{name}.html"], path.read_text("utf-8").splitlines()
+    rows = re.split(r'<a id="L(\d+)"></a>', page.text)[1:]
+    shown = {int(n): row.partition("\n")[0] for n, row in zip(rows[::2], rows[1::2], strict=True)}
+    for n, line in enumerate(lines, 1):
+        text = re.sub(
+            r'^<a href="#L\d+"><span class="linenos">.*?</span></a>', "", shown.pop(n, "")
+        )
+        assert html.unescape(re.sub("<[^>]+>", "", text)).rstrip() == line.rstrip(), n
+    assert shown == {}
+
+
+def test_sections_lead_to_their_code(site: dict[str, Page]) -> None:
+    page, lines = site["read/gateway.html"], (ROOT / "gateway.py").read_text("utf-8").splitlines()
+    assert {f"#section-{n}" for n in range(16)} <= set(page.links)
+    assert len(conf.sections()) == 15
+    for title, (start, question) in conf.sections().items():
+        assert lines[start - 1 : start + 1] == ["# " + "=" * 77, f"# {title}"]
+        assert html.escape(question, quote=False) in page.text
 
 
 def test_names_lead_to_their_lines(site: dict[str, Page]) -> None:
     lines = (ROOT / "gateway.py").read_text("utf-8").splitlines()
-    found = pages.definitions()
+    found = conf.definitions()
     for name, line in found.items():
         assert name.rpartition(".")[2] in lines[line - 1] or lines[line - 1][:1] == "@"
-    assert f"gateway.html#L{found['short_code']}" in site["04_codes.html"].links
-    assert f"gateway.html#L{found['short_code']}" in site["names.html"].links
+    assert f"read/gateway.html#L{found['short_code']}" in site["04_codes.html"].links
+    assert f"gateway.html#L{found['short_code']}" in site["read/names.html"].links
 
 
-def test_nothing_of_this_machine_shows(site: dict[str, Page]) -> None:
+def test_lessons_show_what_they_printed_and_their_pictures(site: dict[str, Page]) -> None:
+    page = site["04_codes.html"]
+    assert "16777216 inputs give 1000000 PINs, of a million" in page.text
+    told = "Half of all PINs of 2014 began with 1. Its numbers are printed beside it."
+    assert told in page.alts
+    assert all(text for other in site.values() for text in other.alts)
+
+
+def test_nothing_of_this_machine_shows(site: dict[str, Page], site_folder: Path) -> None:
     for page in site.values():
-        assert str(ROOT) not in page.text
-        assert 'class="output_stderr' not in page.text
-        assert "output_error" not in page.text
+        assert 'class="output stderr' not in page.text
+        assert 'class="output traceback' not in page.text
+    for path in site_folder.rglob("*"):
+        if path.is_file():
+            assert str(ROOT).encode() not in path.read_bytes(), path
 
 
-def test_prose_is_escaped() -> None:
-    assert pages.prose("a ``<b>`` & c") == "<p>a <code>&lt;b&gt;</code> &amp; c</p>"
-    assert pages.prose(None) == "<p></p>"
-    text = "One.\n\nArgs:\n    a: First\n        and more.\n    b: Second.\n\n>>> 1\n1"
-    assert pages.prose(text) == (
-        "<p>One.</p><p>Args</p><ul><li><b>a</b>: First\n        and more."
-        "<li><b>b</b>: Second.</ul><pre>&gt;&gt;&gt; 1\n1</pre>"
-    )
+def test_what_is_made_is_escaped() -> None:
+    assert conf.plain("a ``<b>`` & *c* | <d>") == r"a `<b>` & \*c\* \| \<d\>"
+    assert conf.plain("``a|b``") == r"`a\|b`"
+    assert conf.summary(None) == ""
+    assert conf.summary("One,\n    two.\n\n    More.") == "One, two."
+
+
+def test_a_chapter_of_the_readme_keeps_its_links() -> None:
+    text = conf.readme("Sizing and operating the store")
+    assert "(costs.md)" in text
+    assert "](#" not in text
+    with pytest.raises(AssertionError, match="no chapter"):
+        conf.readme("What is not there")

@@ -367,7 +367,8 @@ def tree(tmp_path: Path) -> Path:
         script = tmp_path / ".venv" / "bin" / tool
         script.write_text(f'#!/bin/sh\nexec {found} "$@"\n')
         script.chmod(0o755)
-    (tmp_path / ".venv" / "done").touch()
+    for stamp in ("server", "done"):
+        (tmp_path / ".venv" / stamp).touch()
     return tmp_path
 
 

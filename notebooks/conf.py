@@ -1,0 +1,373 @@
+"""How ``make docs`` builds the pages: Sphinx's settings, and what is made from the code.
+
+The sources are the notebooks, as they were executed and kept, and the Markdown files beside
+them. A line ``<!-- made: endpoints -->`` in one of these stands for what ``endpoints()`` below
+gives; ``<!-- README: Run -->`` for that chapter of the README. So no page can say anything else
+than the code does. The pages open from disk and ask no server for anything: the browser is told
+so by their Content-Security-Policy.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import gateway
+
+# -- Sphinx's settings, by its names --------------------------------------------
+
+project = "MSISDN Gateway"
+extensions = ["myst_nb", "sphinx_copybutton"]
+exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
+highlight_language = "none"
+nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
+myst_enable_extensions = ["attrs_block", "deflist"]
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
+
+html_theme = "furo"
+html_title = "MSISDN Gateway"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_show_search_summary = False  # it would fetch the pages found, which no browser does on disk
+html_show_copyright = False
+html_use_index = False
+pygments_dark_style = "github-dark"
+html_theme_options = {
+    # Grey text of furo's that is paler than WCAG 2 (AA) asks for.
+    "light_css_variables": {"color-foreground-muted": "#5f636a", "code-font-size": "85%"},
+    "dark_css_variables": {"color-foreground-muted": "#9ca3ab"},
+}
+
+POLICY = (
+    "default-src 'none'; script-src 'self' file: 'unsafe-inline'; "
+    "style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:"
+)
+
+# -- What there is in gateway.py ------------------------------------------------
+
+
+@cache
+def source(name: str = "gateway.py") -> str:
+    """The text of a file, by its path from the root."""
+    return (ROOT / name).read_text("utf-8")
+
+
+@cache
+def definitions() -> dict[str, int]:
+    """Public names of gateway.py, and public methods as ``Class.name``, with their lines."""
+    found: dict[str, int] = {}
+    for node in ast.parse(source()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node.lineno
+        if isinstance(node, ast.ClassDef):
+            methods = (child for child in node.body if isinstance(child, ast.FunctionDef))
+            found |= {f"{node.name}.{method.name}": method.lineno for method in methods}
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {t.id: node.lineno for t in targets if isinstance(t, ast.Name)}
+    return {n: line for n, line in found.items() if not re.search(r"(^|\.)_", n)}
+
+
+@cache
+def sections() -> dict[str, tuple[int, str]]:
+    """Titles of gateway.py's sections (``5. Session credentials``): first line, question."""
+    contents = re.findall(r"^    (\d+\. .+?)  +(\S.*\?)$", gateway.__doc__ or "", re.M)
+    lines = source().splitlines()
+    return {title: (lines.index(f"# {title}"), question) for title, question in contents}
+
+
+@cache
+def settings() -> dict[str, tuple[str, str]]:
+    """Every setting with its default and its sentence, as ``settings --toml`` prints them."""
+    command = [sys.executable, str(ROOT / "gateway.py"), "settings", "--toml"]
+    toml = subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^# (.+)\n# (\w+) = (.+)$", toml, re.M)
+    return {name: (default, about) for about, name, default in found}
+
+
+@cache
+def targets() -> dict[str, tuple[str, str]]:
+    """Where a word in code type leads to: page and anchor."""
+    lines = {name: line for name, line in definitions().items() if name not in ("T", "Json")}
+    # Texts often name the steps of the protocol, and the handlers, without their class.
+    for prefix in ("GatewayApp.", "Gateway."):
+        lines |= {n.removeprefix(prefix): x for n, x in lines.items() if n.startswith(prefix)}
+    found = {name: ("read/gateway", f"L{line}") for name, line in lines.items()}
+    found |= {name: ("operate/settings", name) for name in settings()}
+    found |= {route.path: ("integrate/endpoints", route.handler) for route in gateway.ROUTES}
+    found |= {"gateway.py": ("read/gateway", ""), "lab.py": ("read/lab", "")}
+    del found["/"]
+    return found
+
+
+# -- Parts of pages that are made, as Markdown ------------------------------------
+
+
+def plain(text: str) -> str:
+    """A text as Markdown; what looked like mark-up in it is none, but for ``code``."""
+    parts = re.split(r"``(.+?)``", text)
+    parts[::2] = [re.sub(r"([\\`*_<>|\[\]{}])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [code(part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def code(text: str) -> str:
+    """A text in code type; also in a table, where a bar would end the cell."""
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def table(*head: str, rows: Iterator[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def anchored(name: str, text: str) -> str:
+    """A text that ``#name`` leads to."""
+    return f'<span id="{name}"></span>{text}'
+
+
+def summary(docstring: str | None) -> str:
+    """The first paragraph of a docstring."""
+    return whole(inspect.cleandoc(docstring or "").split("\n\n")[0])
+
+
+def whole(docstring: str | None) -> str:
+    """All of a docstring, as one paragraph."""
+    return plain(" ".join((docstring or "").split()))
+
+
+def endpoints() -> str:
+    """Every route with the sentence of its handler, and its second prefix."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
+            says = getattr(gateway.GatewayApp, handler).__doc__.partition(" : ")[2]
+            about, first = says[:1].upper() + says[1:], True
+            for route in routes:
+                path = re.sub("(?<=.)/", "<wbr>/", plain(route.path))  # breaks on phones
+                path = f"{route.methods.replace(' ', ', ')} **{path}**"
+                yield (
+                    anchored(handler, path) if first else path,
+                    summary(about) if first else "The same.",
+                    "yes" if route.hawk else "",
+                    code(gateway.versioned(route.path).removesuffix(route.path)),
+                )
+                first = False
+
+    return table("endpoint", "what it does", "signed", "prefix", rows=rows())
+
+
+def errors() -> str:
+    """Every status and errno with its sentence."""
+    rows = (
+        (anchored(e.__name__, f"{e.status}/{e.errno}"), code(e.__name__), whole(e.__doc__))
+        for e in gateway.error_classes()
+    )
+    return table("status/errno", "in gateway.py", "what it says", rows=rows)
+
+
+def all_settings() -> str:
+    """Every setting with its default and its sentence."""
+    return "\n\n".join(
+        f"{anchored(name, f'**{plain(name)}**')} = {code(default)}\n: {plain(about)}"
+        for name, (default, about) in settings().items()
+    )
+
+
+def lessons() -> list[tuple[str, str, str]]:
+    """Of each notebook its file, title and question."""
+    found = []
+    for path in sorted(HERE.glob("[0-9]*.ipynb")):
+        head = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+        question = re.search(r"\*\*Question\.\*\* (.+)", head)
+        found.append((path.name, head.split("\n")[0].lstrip("# "), question[1] if question else ""))
+    return found
+
+
+def lesson_list() -> str:
+    """The notebooks with their questions."""
+    rows = ((f"[{title}](../{file})", question) for file, title, question in lessons())
+    return table("lesson", "question", rows=rows)
+
+
+def flow() -> str:
+    """The picture at the top of gateway.py."""
+    found = re.search(r"^    client   .*?(?=\n\n)", gateway.__doc__ or "", re.M | re.S)
+    return f"```\n{textwrap.dedent(found[0])}\n```" if found else ""
+
+
+def listing(code: str, first_line: int) -> str:
+    """Python source with an anchor at every line, ``#L12``."""
+    formatter = HtmlFormatter(
+        linenos="inline", linenostart=first_line, anchorlinenos=True, lineanchors="L"
+    )
+    body = highlight(code, PythonLexer(stripnl=False, ensurenl=False), formatter)
+    body = re.sub(r' name="L-\d+"', "", body).replace('"L-', '"L').replace('"#L-', '"#L')
+    fence = "`" * 12
+    return f'{fence}{{raw}} html\n<div class="highlight-python">{body}</div>\n{fence}'
+
+
+def gateway_source() -> str:
+    """gateway.py, section by section."""
+    starts = {"Head": (1, "What is this, and what does it need?"), **sections()}
+    rows = (
+        (f"[{title}](#section-{n})", asks) for n, (title, (_, asks)) in enumerate(starts.items())
+    )
+    parts = [table("section", "question", rows=rows)]
+    lines = source().splitlines()
+    ends = [*(line - 1 for line, _ in sections().values()), len(lines)]
+    for n, (title, (start, asks)) in enumerate(starts.items()):
+        code = listing("\n".join(lines[start - 1 : ends[n]]).rstrip(), start)
+        parts.append(f"(section-{n})=\n## {title}\n\n{asks}\n\n{code}")
+    return "\n\n".join(parts)
+
+
+def lab_source() -> str:
+    """lab.py."""
+    return listing(source("notebooks/lab.py"), 1)
+
+
+def names() -> str:
+    """Every public name, section by section: what it is, and which lessons speak of it."""
+    described, spoken_of = descriptions(), {file: words(file) for file, _, _ in lessons()}
+    starts = [*sections().items()]
+    ends = [*(start for _, (start, _) in starts[1:]), sys.maxsize]
+    parts = []
+
+    def row(name: str) -> tuple[str, ...]:
+        found = (f"[{file[:2]}](../{file})" for file, words in spoken_of.items() if name in words)
+        return code(name), summary(described.get(name)), " ".join(found)
+
+    for (title, (start, _)), end in zip(starts, ends, strict=True):
+        there = (n for n, line in definitions().items() if start <= line < end and "." not in n)
+        parts.append(
+            f"## {title}\n\n{table('name', 'what it is', 'lessons', rows=map(row, there))}"
+        )
+    return "\n\n".join(parts)
+
+
+def words(notebook: str) -> set[str]:
+    """The words in the cells of a notebook, and in what they printed."""
+    cells = json.loads((HERE / notebook).read_text("utf-8"))["cells"]
+    lines = [line for cell in cells for line in cell["source"]]
+    lines += [line for c in cells for o in c.get("outputs", []) for line in o.get("text", [])]
+    return set(re.findall(r"(?<![\w/])[A-Za-z]\w*", "".join(lines)))
+
+
+def descriptions() -> dict[str, str]:
+    """The docstrings of functions and classes, and the texts that stand below constants."""
+    body, found = ast.parse(source()).body, {}
+    for node, after in zip(body, [*body[1:], ast.Pass()], strict=True):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = ast.get_docstring(node) or ""
+        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
+        if isinstance(target, ast.Name) and isinstance(after, ast.Expr):
+            found[target.id] = str(getattr(after.value, "value", ""))
+    return found
+
+
+def readme(chapter: str) -> str:
+    """A chapter of the README without its title, its links those of the pages."""
+    text = f"\n{source('README.md')}\n## ".partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
+    assert text, f"README has no chapter {chapter}"
+    for there, here in README_LINKS.items():
+        text = text.replace(f"]({there}", f"]({here}")
+    return re.sub(r"^#(#+ )", r"\1", text, flags=re.M)
+
+
+README_LINKS = {
+    "notebooks/": "../",
+    "keys/README.md": "keys.md",
+    "gateway.py": "../read/gateway.md",
+    "#sizing-and-operating-the-store": "store.md",
+    "#what-a-request-costs": "costs.md",
+}
+
+
+def keys_readme() -> str:
+    """keys/README.md without its title."""
+    return source("keys/README.md").partition("\n")[2]
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "endpoints": endpoints, "errors": errors, "settings": all_settings, "lessons": lesson_list,
+    "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source, "names": names,
+    "keys/README.md": keys_readme,
+}  # fmt: skip
+
+# -- What Sphinx calls -------------------------------------------------------------
+
+
+def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
+    """Put in what is made; let notebooks lead to the page of lab.py instead of the file."""
+    text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
+    text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
+    text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
+
+
+def name_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Give each picture of a lesson its title as the text for who cannot see it."""
+    title = ""
+    for node in doctree.findall():
+        if isinstance(node, nodes.literal_block):
+            found = re.search(r'figure\(\s*"([^"]+)"', node.astext())
+            title = found[1] if found else ""
+        elif isinstance(node, nodes.image):
+            node["alt"] = f"{title or 'A picture'}. Its numbers are printed beside it."
+
+
+def link_words(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Make the words in code type links, where they name something; not in titles."""
+    for word in list(doctree.findall(nodes.literal)):
+        target = targets().get(word.astext().removeprefix("GatewayApp."))
+        above, inside = word.parent, set[type[Any]]()
+        while above is not None:
+            inside.add(type(above))
+            above = above.parent
+        if target and not inside & {nodes.title, nodes.reference}:
+            uri = app.builder.get_relative_uri(page, target[0]) if target[0] != page else ""
+            uri += f"#{target[1]}" * bool(target[1])
+            word.replace_self(nodes.reference("", "", word.deepcopy(), refuri=uri, internal=True))
+
+
+def forbid_network(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Have the browser refuse what does not come from these files."""
+    meta = (
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(POLICY, quote=False)}">'
+    )
+    context["metatags"] = meta + context.get("metatags", "")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", fill_in)
+    app.connect("doctree-read", name_pictures)
+    app.connect("doctree-resolved", link_words)
+    app.connect("html-page-context", forbid_network)
