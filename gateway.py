@@ -3791,6 +3791,8 @@ STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 """What ends a gateway."""
 DISK_LEFT_MIN_BYTES: Final = 4_000_000
 """With less room than this for it the embedded store takes no writes: those of a second."""
+WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTCP:LISTEN"
+"""The command that names the processes that listen on ports."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
@@ -3943,10 +3945,6 @@ class EmbeddedStore:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
             if sys.platform == "linux":
-                # Let in at once for each command, it would push a worker off its CPU each time.
-                with contextlib.suppress(OSError):
-                    if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
                 die_with_parent(parent, signal.SIGTERM)
 
         process = subprocess.Popen(
@@ -4017,7 +4015,7 @@ def application() -> GatewayApp:
     return create_app(settings, url)
 
 
-def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> GatewayApp:
+def worker_app(settings: Settings, parent: int, pem: bytes) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
     Keys are the parent's: were they files again, a worker that is replaced might find, or make,
@@ -4025,45 +4023,15 @@ def worker_app(settings: Settings, parent: int, places: str, pem: bytes) -> Gate
 
     Args:
         settings: With the master secret and the store in them.
-        places: A file in which each worker locks the number of the CPU that it is on; "" where
-            there is none.
+        parent: The process id of the gateway that started us.
+        pem: The signing key.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our parent's, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
-    if os.access(places, os.W_OK):
-        threading.Thread(target=stay_together, args=(places,), daemon=True).start()
     die_with_parent(parent, signal.SIGKILL)
     return create_app(settings, pem=pem)
-
-
-def stay_together(places: str) -> None:
-    """Keep the threads of this process on one CPU, for ever, and no other worker's (Linux).
-
-    One thread at a time runs Python, and each that is let in elsewhere finds none of what the
-    one before had in that CPU's caches: a request would cost half as much again, or more. This
-    thread may run on any. Once a second the kernel wakes it up where nobody is busy, if it
-    sees such a place, and so shows the others where to go when their CPU is held by somebody.
-
-    Args:
-        places: Of ``worker_app``. Who finds all CPUs taken goes wherever the kernel likes.
-    """
-    me, here = threading.get_native_id(), ctypes.CDLL(None).sched_getcpu
-    file, mine = os.open(places, os.O_RDWR), set[int]()
-    while True:
-        for cpu in [here()] if mine else [here(), *os.sched_getaffinity(0)]:
-            with contextlib.suppress(OSError):  # another worker's
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
-                for left in mine - {cpu}:
-                    fcntl.lockf(file, fcntl.LOCK_UN, 1, left)
-                mine = {cpu}
-                break
-        with contextlib.suppress(OSError):  # no more files may be opened now
-            for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
-                with contextlib.suppress(OSError):  # it has ended, or we may not
-                    os.sched_setaffinity(task, mine or os.sched_getaffinity(0))
-        time.sleep(1)
 
 
 def _stop_once() -> None:
@@ -4106,29 +4074,8 @@ def claim_port(settings: Settings) -> socket.socket:
                 raise StartError(f"cannot listen on {where}: {error.strerror}") from None
         time.sleep(0.02)
     else:
-        other = _who_listens(settings.port)
-        raise StartError(f"{where} is in use by {other}: stop it, or choose another port")
+        raise StartError(f"{where} is in use ({WHO_LISTENS} says by whom): choose another port")
     return holder
-
-
-def _who_listens(port: int) -> str:
-    """Name the process that listens on a TCP port, as far as we may know it (Linux)."""
-    listening = set()
-    for table in Path("/proc/net").glob("tcp*"):
-        for row in (line.split() for line in table.read_text().splitlines()[1:]):
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                listening.add(f"socket:[{row[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
-            opened = map(os.path.realpath, (process / "fd").iterdir())
-            if any(file.rpartition("/")[2] in listening for file in opened):
-                command = (process / "cmdline").read_bytes()
-                parent = process.with_name((process / "stat").read_text().split()[3])
-                if (parent / "cmdline").read_bytes() == command:  # a worker: name its gateway
-                    process = parent
-                # not the command line, which may hold secrets
-                return f"process {process.name} ({(process / 'comm').read_text().strip()})"
-    return "another program"
 
 
 def serve(settings: Settings) -> int:
@@ -4188,9 +4135,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     ended: Any = (lambda *_: None) if ignored else server.signal_handler_interrupt
     server.signal_handler_reload = ended  # type: ignore[method-assign]
-    # A file that has no name, and so stays when old ones are swept out of /tmp.
-    places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
-    load = partial(worker_app, settings, os.getpid(), places, pem)
+    load = partial(worker_app, settings, os.getpid(), pem)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
