@@ -84,7 +84,6 @@ import ipaddress
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -106,6 +105,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
+from multiprocessing import util as after_fork
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -3818,17 +3818,52 @@ LOGGING: Final[Json] = {
 """The log goes to stderr; what commands print for others goes to stdout."""
 
 
-def die_with_parent(parent: int, how: signal.Signals) -> None:
-    """Have the kernel send us ``how`` when the thread that started us ends (Linux).
+def end_with_parent(parent: int) -> None:
+    """End this worker, within 0.1 s, once the gateway that started it is gone, even by kill -9.
 
-    Elsewhere, a worker watches the pipe that multiprocessing keeps to its parent.
+    The kernel gives an orphan another parent. A pipe from the parent would tell it at once, but
+    each worker inherits those of the workers before it, so one that hangs would keep them all.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
-    elif watched := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (watched.join(), os._exit(1)), daemon=True).start()
-    if os.getppid() != parent:  # it died before we were heard
-        os._exit(1)
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
+
+
+_FORKS: Final = threading.RLock()
+"""Held while a process is started: a worker forked meanwhile would keep pipes of the other open."""
+os.register_at_fork(
+    before=_FORKS.acquire, after_in_parent=_FORKS.release, after_in_child=_FORKS.release
+)
+
+
+def start_bound(
+    command: list[str], pass_fds: tuple[int, ...] = (), **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a program that gets SIGTERM once we are gone, even by kill -9.
+
+    A shell forks a watcher and then becomes the program (``$$`` is the id of both), so that there
+    is no moment without a watcher. It reads a pipe that ends when we do, or close ``stdin``. The
+    two are a session of their own: Ctrl-C in a terminal does not reach them, and while the watcher
+    lives the kernel gives the program's id, which is that of the session, to nobody else.
+
+    Args:
+        command: The program and its arguments.
+        pass_fds: Descriptors for it; like ``options`` those of ``subprocess.Popen``.
+
+    Raises:
+        OSError: No process may be started now.
+    """
+    pipe = min({3, 4, 5, 6, 7, 8, 9}.difference(pass_fds))  # a shell names no others
+    watcher = f"(read _ <&{pipe}; kill -TERM $$) >/dev/null 2>&1 &"
+    script = f'exec {pipe}<&0; {watcher} exec "$@" {pipe}<&- </dev/null'
+    with _FORKS:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", *command], bufsize=0, stdin=subprocess.PIPE,
+            pass_fds=pass_fds, start_new_session=True, **options,
+        )  # fmt: skip
+    # A worker that is forked later must not hold our end of the pipe, too.
+    after_fork.register_after_fork(process, lambda copy: copy.stdin and copy.stdin.close())
+    return process
 
 
 def valkey_binary() -> Path:
@@ -3846,9 +3881,8 @@ def valkey_binary() -> Path:
 class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
-    A thread starts it, starts it again when it dies, and lives as long as we do: the server
-    is told to die with the thread that started it. A lock file, held by us and by the
-    server, keeps a second one out: two would mix up their data in silence.
+    A thread starts it, and starts it again when it dies; it ends when we do. A lock file, held
+    by us and by the server, keeps a second one out: two would mix up their data in silence.
 
     Raises:
         StartError: Another gateway uses ``data_dir``, or the server does not start.
@@ -3899,8 +3933,8 @@ class EmbeddedStore:
         while not self._stopping.wait(delay_s):
             started = time.monotonic()
             try:
-                self._process = self._start()
-                status = str(self._process.wait())
+                with self._start() as self._process:  # its end closes the watcher's pipe
+                    status = str(self._process.wait())
             except OSError as error:  # no process or file may be opened now
                 status = str(error.strerror)
             if not self._stopping.is_set():
@@ -3933,28 +3967,16 @@ class EmbeddedStore:
         self._client.config_set("min-replicas-to-write", int(self._full))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        parent, command = os.getpid(), [str(self._binary)]
         options = {
             "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
             "save": "", "maxmemory-policy": "noeviction",
         }  # fmt: skip
-        command += [part for n, value in options.items() for part in ("--" + n, str(value))]
-
-        def in_child() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
-            if sys.platform == "linux":
-                die_with_parent(parent, signal.SIGTERM)
-
-        process = subprocess.Popen(
-            command, cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
-            preexec_fn=in_child, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        named = [part for n, value in options.items() for part in ("--" + n, str(value))]
+        return start_bound(  # without our environment, in which there may be secrets
+            [str(self._binary), *named], env={}, cwd=self.folder, umask=0o077,
+            pass_fds=(self._lock,), stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        if sys.platform != "linux":  # a shell reads a pipe that ends with us
-            watch = ["/bin/sh", "-c", f"cat; kill -TERM {process.pid}"]
-            self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        return process
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STORE_START_S
@@ -4030,7 +4052,7 @@ def worker_app(settings: Settings, parent: int, pem: bytes) -> GatewayApp:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our parent's, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
-    die_with_parent(parent, signal.SIGKILL)
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     return create_app(settings, pem=pem)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -26,6 +27,13 @@ import gateway
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
+
+
+def die_with_parent(parent: int, how: signal.Signals) -> None:
+    """Have the kernel send us ``how`` when the thread that started us ends (``preexec_fn``)."""
+    ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before we were heard
+        os._exit(1)
 
 
 class Clock:

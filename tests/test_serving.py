@@ -74,7 +74,7 @@ def store_of(process: GatewayProcess) -> psutil.Process:
 
 def workers_of(process: GatewayProcess) -> list[psutil.Process]:
     """The worker processes of a gateway."""
-    return [p for p in process.family()[1:] if "valkey" not in p.name()]
+    return [p for p in process.family()[1:] if "python" in p.name()]
 
 
 def verified(process: GatewayProcess, msisdn: str = NUMBER) -> lab.Client:
@@ -226,7 +226,7 @@ def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> 
     with SmsApi(after(0.7)) as api:
         process = start_gateway(*api.option(), "--workers", "2")
         family = process.family()
-        assert len(family) == 4
+        assert len(family) == 5  # with the store's watcher
         client = process.client()
         client.register()
         with ThreadPoolExecutor(1) as pool:
@@ -240,8 +240,8 @@ def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> 
             assert asked.result().body == {"mtSender": "Gateway"}
         assert process.process.wait(10) == 0
         assert 0.3 < time.monotonic() - started < 8
-        assert not any(member.is_running() for member in family[1:])
         assert nothing_lives(process.folder, 0.5)
+        assert psutil.wait_procs(family[1:], 2)[1] == []
         assert "Traceback" not in process.output
 
         # what was answered was also kept
@@ -263,7 +263,7 @@ def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
     port = free_port()
     for _ in range(2):
         process = start_gateway("--workers", "4", port=port)
-        assert eventually(partial(has_members, process, 6))
+        assert eventually(partial(has_members, process, 7))
         started = time.monotonic()
         press_ctrl_c(process, signal.SIGTERM)
         assert process.process.wait(20) == 0
@@ -429,9 +429,59 @@ def test_forty_kills_at_any_moment(start_gateway: Start) -> None:
 
 def test_nothing_outlives_a_killed_gateway(start_gateway: Start) -> None:
     process = start_gateway("--workers", "2")
-    assert len(living(process.folder)) == 4
+    assert sorted(living(process.folder).values()) == ["python"] * 3 + ["sh", "valkey-server"]
     process.kill()
-    assert nothing_lives(process.folder, 2)
+    assert nothing_lives(process.folder, 1)
+
+
+def test_a_worker_that_hangs_keeps_nobody_else_from_ending(start_gateway: Start) -> None:
+    """It holds copies of pipes that its parent had: those alone would not end for the others."""
+    process = start_gateway("--workers", "3")
+    workers = workers_of(process)
+    hung = max(workers, key=lambda worker: worker.pid)  # forked last, it has most of them
+    hung.suspend()
+    try:
+        process.kill()
+        assert eventually(lambda: set(living(process.folder)) == {hung.pid}, 2)
+    finally:
+        hung.resume()
+    assert nothing_lives(process.folder, 1)
+
+
+def test_the_watcher_of_a_store_ends_with_it(start_gateway: Start) -> None:
+    """Else each crash would leave one: workers are forked with our end of its pipe."""
+    process = start_gateway("--workers", "2")
+    for _ in range(2):
+        watchers = [p for p in process.family() if p.name() == "sh"]
+        assert len(watchers) == 1
+        workers_of(process)[0].kill()  # the next is forked while the pipe is open
+        assert eventually(lambda: len(workers_of(process)) == 2, 10)
+        store_of(process).kill()
+        assert psutil.wait_procs(watchers, 2)[1] == []
+        process.wait_until_ready()
+        time.sleep(5.6)  # a second worker that dies sooner would be a crash loop to Granian
+    assert process.stop(timeout_s=5) == 0  # and no worker has kept a lock of another thread
+
+
+def test_the_environment_of_the_store_is_empty(start_gateway: Start) -> None:
+    """There may be secrets in ours."""
+    process = start_gateway(env={"GATEWAY_MASTER_SECRET": "0" * 64})
+    for member in process.family():
+        if "python" not in member.name():
+            assert member.environ().keys() <= {"PWD", "OLDPWD", "_", "SHLVL"}, member.name()
+
+
+@pytest.mark.parametrize("passed", [3, 4])
+def test_a_program_keeps_the_descriptors_that_it_is_passed(passed: int, tmp_path: Path) -> None:
+    """The pipe that a watcher reads must not take their places."""
+    script = f"""
+import fcntl, os, gateway
+os.dup2(os.open("{tmp_path}/f", os.O_CREAT | os.O_RDWR), {passed}, inheritable=True)
+command = ["/bin/sh", "-c", "echo here >&{passed}"]
+gateway.start_bound(command, pass_fds=({passed},)).wait()
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert (tmp_path / "f").read_text() == "here\n"
 
 
 def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
@@ -720,7 +770,8 @@ def test_a_store_that_hangs_does_not_keep_the_gateway_from_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = gateway.EmbeddedStore(str(tmp_path / "data"))
-    [server] = living(tmp_path)
+    assert store._process
+    server = store._process.pid
     monkeypatch.setattr(gateway, "STORE_START_S", 0.5)  # its patience
     os.kill(server, signal.SIGSTOP)  # as on a disk that hangs
     stopping = threading.Thread(target=store.stop)
@@ -817,7 +868,7 @@ def test_the_refusal_shows_no_secret_of_the_other(what: str, occupied: Occupied)
 
 
 def test_the_first_gateway_is_unharmed(occupied: Occupied) -> None:
-    assert len(occupied.first.family()) == 4
+    assert len(occupied.first.family()) == 5
     assert can_sign(again(occupied.client, occupied.first))
     assert not (occupied.first.folder / "b").exists()  # the refused began nothing
 
