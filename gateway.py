@@ -83,8 +83,11 @@ import io
 import ipaddress
 import json
 import logging
+import logging.config
+import logging.handlers
 import math
 import os
+import queue
 import re
 import resource
 import secrets
@@ -3793,25 +3796,77 @@ DISK_LEFT_MIN_BYTES: Final = 4_000_000
 """With less room than this for it the embedded store takes no writes: those of a second."""
 WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTCP:LISTEN"
 """The command that names the processes that listen on ports."""
+LOG_LINES_MAX: Final = 10_000
+"""How many lines of the log wait for stderr; more are dropped."""
+LOG_FLUSH_S: Final = 1.0
+"""How long a process that ends waits for stderr to take what it has logged."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
 
-class _Log(logging.StreamHandler[TextIO]):
-    """The log. What nobody reads in time is not written, so that no request waits for it.
+class QueuedLog(logging.handlers.QueueHandler):
+    """The log: lines go through a bounded queue to a thread, which writes them to stderr.
 
-    A line of more than 4 kB may wait: a pipe with room promises no more.
+    So nobody who logs waits for stderr, which may block: a terminal in Ctrl-S, a pipe that nobody
+    reads. A full queue drops lines; how many is said once it is empty.
+
+    The thread starts with the first line, because a worker that was just forked has none. It
+    writes to the descriptor, because a lock of ``sys.stderr`` that it held while a worker is forked
+    would be locked in there for ever. (A ``QueueListener`` would wait without limit to be stopped.)
+
+    Args:
+        file: The descriptor to write to; -1: that of stderr.
     """
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, if there is room for it."""
-        if self.stream and _has_room(self.stream):
-            super().emit(record)
+    def __init__(self, file: int = -1) -> None:
+        self._lines = queue.SimpleQueue[bytes]()
+        super().__init__(self._lines)
+        if file < 0 and sys.__stderr__:  # a service may have none
+            file = sys.__stderr__.fileno()
+        self._file, self._dropped, self._writer = file, 0, threading.Thread()
+        after_fork.Finalize(None, self.flush, exitpriority=0)  # workers end without ``atexit``
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        """The line itself: a record may hold on to a request."""
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+
+    def enqueue(self, line: Any) -> None:
+        """Put a line into the queue, if there is room."""
+        if self._lines.qsize() >= LOG_LINES_MAX:
+            self._dropped += 1
+            return
+        self._lines.put(line)
+        if not self._writer.is_alive():
+            self._writer = threading.Thread(target=self._write, daemon=True)
+            self._writer.start()
+
+    def _write(self) -> None:
+        told = self._dropped
+        while line := self._lines.get():
+            while line:
+                try:
+                    line = line[os.write(self._file, line) :]
+                except BlockingIOError:  # somebody made it so
+                    time.sleep(0.1)
+                except OSError:  # nobody will read any more
+                    break
+            if self._lines.empty() and (lost := self._dropped - told):
+                told += lost
+                text = f"{lost} lines of the log were dropped: nobody read stderr"
+                self.handle(logging.LogRecord("gateway", logging.WARNING, "", 0, text, (), None))
+
+    def flush(self) -> None:
+        """Have all written, within ``LOG_FLUSH_S``: for the end of a process."""
+        if self._writer.is_alive():
+            self._lines.put(b"")
+            self._writer.join(LOG_FLUSH_S)
 
 
 LOGGING: Final[Json] = {
+    "version": 1,
+    "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"()": _Log, "formatter": "line"}},
+    "handlers": {"stderr": {"()": QueuedLog, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
@@ -4108,7 +4163,7 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
-    say = partial(print, file=sys.stderr, flush=True)
+    logging.config.dictConfig(LOGGING)
     holder, store = claim_port(settings), None
     try:
         sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
@@ -4121,7 +4176,7 @@ def serve(settings: Settings) -> int:
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key)
         for warning in warnings:
-            say(f"  WARNING: {warning}")
+            LOG.warning(warning)
         settings = replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key))
     except KeyboardInterrupt:
@@ -4132,8 +4187,7 @@ def serve(settings: Settings) -> int:
         if store:
             store.stop()
         holder.close()
-    with contextlib.suppress(OSError):  # the terminal is gone
-        say("stopped")
+    LOG.info("stopped")
     return 0
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -561,21 +563,158 @@ def test_a_console_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
     assert len(outbox.messages(NUMBER[1:])) == 200
 
 
-def test_a_log_that_nobody_reads_holds_up_nobody(capfd: pytest.CaptureFixture[str]) -> None:
-    """One line for each request that failed, while the store was away: seconds, and all hung."""
+@pytest.fixture
+def narrow_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe that takes 4096 bytes: for reading, for writing."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    make = gateway.LOGGING["handlers"]["stderr"]["()"]
-    with os.fdopen(reader) as log, os.fdopen(writer, "w") as stderr:
-        handler = make(stderr)
-        for n in range(200):
-            handler.emit(logging.LogRecord("gateway", 30, "", 0, "line %s", (n,), None))
-        lines = os.read(log.fileno(), 65536).decode().splitlines()
-        assert lines[0] == "line 0"
-        assert len(lines) < 200
-        handler.emit(logging.LogRecord("gateway", 30, "", 0, "again", (), None))
-        assert os.read(log.fileno(), 100) == b"again\n"
-    assert capfd.readouterr().err == ""
+    yield reader, writer
+    for file in (reader, writer):
+        with contextlib.suppress(OSError):  # the test has closed it
+            os.close(file)
+
+
+def log_line(text: str, *args: Any) -> logging.LogRecord:
+    """What a logger hands to its handlers."""
+    return logging.LogRecord("gateway", logging.WARNING, "", 0, text, args, None)
+
+
+def read_until(file: int, end: bytes) -> bytes:
+    """Read from a pipe until its text ends so; 5 seconds at most."""
+    text, deadline = b"", time.monotonic() + 5
+    while not text.endswith(end) and time.monotonic() < deadline:
+        if select.select([file], [], [], 0.1)[0]:
+            text += os.read(file, 65536)
+    return text
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(
+    narrow_pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each request that failed, while the store was away: seconds, and all hung."""
+    reader, writer = narrow_pipe
+    monkeypatch.setattr(gateway, "LOG_LINES_MAX", 100)
+    handler = gateway.QueuedLog(writer)
+    started = time.monotonic()
+    for n in range(1000):
+        handler.handle(log_line("line %s of a thousand, none of which is read", n))
+    assert time.monotonic() - started < 1
+    lines = read_until(reader, b"nobody read stderr\n").decode().splitlines()
+    assert lines[:100] == [f"line {n} of a thousand, none of which is read" for n in range(100)]
+    assert lines[-1] == f"{1001 - len(lines)} lines of the log were dropped: nobody read stderr"
+    handler.handle(log_line("again"))
+    assert read_until(reader, b"again\n") == b"again\n"
+
+
+def test_a_pipe_that_was_set_not_to_block_loses_nothing(narrow_pipe: tuple[int, int]) -> None:
+    reader, writer = narrow_pipe
+    os.set_blocking(writer, False)
+    handler = gateway.QueuedLog(writer)
+    for n in range(1000):
+        handler.handle(log_line("line %s", n))
+    time.sleep(0.1)  # it is full
+    assert len(read_until(reader, b"line 999\n").splitlines()) == 1000
+
+
+def test_a_log_whose_reader_is_gone_goes_on(narrow_pipe: tuple[int, int]) -> None:
+    reader, writer = narrow_pipe
+    handler = gateway.QueuedLog(writer)
+    os.close(reader)
+    handler.handle(log_line("nobody"))
+    handler.flush()
+    handler.handle(log_line("is there"))
+    assert handler._writer.is_alive()
+    handler.flush()
+
+
+def test_a_line_that_waits_holds_on_to_nothing(narrow_pipe: tuple[int, int]) -> None:
+    """A record holds its arguments, and the locals of all that stood on the stack."""
+
+    class Request:
+        pass
+
+    request = Request()
+    gone, handler = weakref.ref(request), gateway.QueuedLog(narrow_pipe[1])
+    for _ in range(5):
+        handler.handle(log_line("%s" + "x" * 2000, request))
+    del request
+    assert gone() is None
+
+
+def test_the_end_does_not_wait_for_a_log_that_nobody_reads(narrow_pipe: tuple[int, int]) -> None:
+    handler = gateway.QueuedLog(narrow_pipe[1])
+    handler.handle(log_line("x" * 9000))
+    started = time.monotonic()
+    handler.flush()
+    assert gateway.LOG_FLUSH_S <= time.monotonic() - started < gateway.LOG_FLUSH_S + 1
+
+
+FORKED_LOG = """
+import logging.config, multiprocessing, gateway
+
+def work():
+    logging.config.dictConfig(gateway.LOGGING)  # as Granian does in each worker
+    for n in range(2000):
+        gateway.LOG.warning("worker %s", n)
+
+logging.config.dictConfig(gateway.LOGGING)
+gateway.LOG.warning("before")  # so that there is a thread, which no fork inherits
+for method in ("fork", "spawn") if __name__ == "__main__" else ():
+    child = multiprocessing.get_context(method).Process(target=work)
+    child.start()
+    child.join(20)
+    gateway.LOG.warning("%s %s", method, child.exitcode)
+"""
+
+
+def test_what_workers_log_last_is_written(tmp_path: Path) -> None:
+    """They have threads of their own, and end without ``atexit``."""
+    script = tmp_path / "script.py"
+    script.write_text(FORKED_LOG)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    told = [line.partition("gateway: ")[2] for line in ended.stderr.splitlines()]
+    workers = [f"worker {n}" for n in range(2000)]
+    assert told == ["before", *workers, "fork 0", "before", *workers, "spawn 0"]
+
+
+@pytest.mark.parametrize("stderr", ["full", "closed"])
+def test_requests_and_the_stop_wait_for_no_stderr(
+    stderr: str, narrow_pipe: tuple[int, int], tmp_path: Path
+) -> None:
+    """As a whole: a terminal in Ctrl-S, while a line is logged for each request."""
+    port, store = free_port(), gateway.EmbeddedStore(str(tmp_path / "store"))
+    options = ["--port", str(port), "--storage-url", store.url, "--workers", "2"]
+    options += ["--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
+    redirect = {"full": f"2>&{narrow_pipe[1]}", "closed": "2>&-"}[stderr]
+    shell = ["/bin/bash", "-c", f'exec "$@" {redirect}', "sh", sys.executable]
+    process = subprocess.Popen(
+        [*shell, str(ROOT / "gateway.py"), *options], cwd=tmp_path, pass_fds=narrow_pipe[1:]
+    )
+    try:
+        client = lab.Client(f"http://127.0.0.1:{port}")
+        try:
+            assert eventually(lambda: is_up(client), 20)
+        finally:
+            store.stop()
+        started = time.monotonic()
+        assert {client.register().status for _ in range(200)} == {503}
+        assert time.monotonic() - started < 10
+        process.terminate()
+        assert process.wait(8) == 0
+    finally:
+        process.kill()
+        process.wait()
+    client.http.clear()
+    assert nothing_lives(tmp_path / "data")
+
+
+def is_up(client: lab.Client) -> bool:
+    """Tell whether a gateway answers."""
+    with contextlib.suppress(urllib3.exceptions.HTTPError):
+        return bool(client.call("GET", "/__heartbeat__").status == 200)
+    return False
 
 
 @pytest.fixture
