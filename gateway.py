@@ -67,6 +67,7 @@ Glossary:
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
 import copy
@@ -194,6 +195,8 @@ _CONNECTIONS_MAX: Final = 4096
 """How many connections a worker holds at once, if it may open as many files; others wait."""
 _CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+"""Where the limits of containers lie (Linux)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
 
@@ -591,7 +594,8 @@ def load_settings(
     values: Json = {}
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
-            values = tomllib.loads(Path(path).read_text("utf-8"))
+            text = Path(os.path.expanduser(path)).read_text("utf-8-sig")  # a BOM is skipped
+            values = tomllib.loads(text)
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
     given: list[tuple[str, str, str | None]] = [(f"{n} in {path}", n, None) for n in values]
@@ -606,6 +610,9 @@ def load_settings(
             raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
         if told is not None:
             values[name] = _from_text(source, told, kinds[name], name in SMS_LISTS)
+    for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
     return Settings(**values)
 
 
@@ -805,6 +812,9 @@ class Secrets(NamedTuple):
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
     """Read a secret file, or make it: whole or not at all, and never over another.
 
+    A file system without modes (vfat, drvfs, many shares) shows each file as open to all: that is
+    warned of, and else refused.
+
     Returns:
         Its content, and whether it was made just now.
 
@@ -812,32 +822,60 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         StartError: It cannot be read or made, or others may read it.
     """
     try:
-        if not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            made = make()
-            try:
-                write_private_file(draft, made)
-                os.link(draft, path)  # unlike a rename, a link never replaces
-                return made, True
-            except FileExistsError:
-                pass  # another start was faster: theirs counts
-            finally:
-                draft.unlink(missing_ok=True)
+        made = not path.exists() and _make_private_file(path, make())
         if path.stat().st_mode & 0o077:
-            raise StartError(f"others can read {path}: chmod 600 it, or replace it")
-        return path.read_bytes(), False
+            if _keeps_modes(path.parent):
+                raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+            LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
+        return path.read_bytes(), made
     except OSError as error:
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
+
+
+def _make_private_file(path: Path, content: bytes) -> bool:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_private_file(draft, content)
+        try:
+            os.link(draft, path)  # unlike a rename, a link never replaces
+        except FileExistsError:
+            raise
+        except OSError as error:
+            LOG.warning("%s has no hard links (%s): made without", path.parent, error.strerror)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # nor does this
+            draft.replace(path)  # a crash before it leaves an empty file
+        return True
+    except FileExistsError:
+        return False  # another start was faster: theirs counts
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _keeps_modes(folder: Path) -> bool:
+    probe = folder / f".mode.{secrets.token_hex(8)}"
+    with contextlib.suppress(OSError):  # where nothing can be made, what is there counts
+        write_private_file(probe, b"")
+        open_to_others = probe.stat().st_mode & 0o077
+        probe.unlink()
+        return not open_to_others
+    return True
 
 
 def write_private_file(path: Path, content: bytes) -> None:
     """Write a new file that nobody else can read, and that survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with open(descriptor, "wb") as file:
+        with contextlib.suppress(OSError):  # some file systems heed a mode here, some nowhere
+            os.fchmod(descriptor, 0o600)
         file.write(content)
         file.flush()
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            LOG.warning("%s is not sure to survive a power cut: no fsync there", path.parent)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
@@ -3800,6 +3838,8 @@ LOG_LINES_MAX: Final = 10_000
 """How many lines of the log wait for stderr; more are dropped."""
 LOG_FLUSH_S: Final = 1.0
 """How long a process that ends waits for stderr to take what it has logged."""
+TASKS_SPARE: Final = 50
+"""How many processes and threads we need for each worker, at most, beside its ``threads``."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
@@ -4155,6 +4195,55 @@ def claim_port(settings: Settings) -> socket.socket:
     return holder
 
 
+def _limit(kind: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid to ask
+        if (limit := resource.getrlimit(kind)[0]) >= 0:
+            return limit
+    return sys.maxsize
+
+
+def _tasks_of(user: int) -> int:
+    count = 0
+    for tasks in Path("/proc").glob("[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            count += len(os.listdir(tasks)) * (tasks.stat().st_uid == user)
+    return count
+
+
+def _tasks_left() -> int:
+    left, user = _limit(resource.RLIMIT_NPROC), os.getuid()
+    if left < sys.maxsize:
+        left = left - _tasks_of(user) if user else sys.maxsize  # root is not held to it
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, place = line.split(":", 2)
+            folder = _CGROUPS / kind / place[1:]  # kind is "" in version 2
+            for group in (folder, *folder.parents) if kind in ("", "pids") else ():
+                with contextlib.suppress(OSError, ValueError):  # none, or "max"
+                    most, now = (int((group / f"pids.{n}").read_text()) for n in ("max", "current"))
+                    left = min(left, most - now)
+    return left
+
+
+def fit_threads(settings: Settings) -> Settings:
+    """Take fewer threads where RLIMIT_NPROC or a container's pids.max allows no more (Linux).
+
+    Threads start when they are needed, and so would meet the limit under load.
+
+    Raises:
+        StartError: There would be none.
+    """
+    left = _tasks_left()
+    room = left // settings.workers - TASKS_SPARE
+    if room >= settings.threads:
+        return settings
+    limits = f"only {left} more threads are allowed here (ulimit -u; pids.max of a container)"
+    if room < 1:
+        raise StartError(f"{limits}, too few for {settings.workers} workers: raise that")
+    LOG.warning("%s: threads is %d in place of %d", limits, room, settings.threads)
+    return replace(settings, threads=room)
+
+
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
@@ -4164,6 +4253,7 @@ def serve(settings: Settings) -> int:
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
     logging.config.dictConfig(LOGGING)
+    settings = fit_threads(settings)
     holder, store = claim_port(settings), None
     try:
         sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
@@ -4197,8 +4287,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes) -> None:
     from granian.log import LogLevels
 
     # Granian has asked for as many files as we may open. The store and providers need some, too.
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    spare = files - 2 * settings.threads - 128 if files > 0 else _CONNECTIONS_MAX
+    spare = _limit(resource.RLIMIT_NOFILE) - 2 * settings.threads - 128
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
@@ -4358,5 +4447,9 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+if sys.flags.optimize > 1:  # -OO drops the docstrings, which /errors and --help show
+    for node in ast.parse(Path(__file__).read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            globals()[node.name].__doc__ = ast.get_docstring(node)
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

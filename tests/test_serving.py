@@ -763,6 +763,82 @@ def test_connections_leave_files_for_the_store(start_gateway: Start) -> None:
     assert "storage" not in process.output
 
 
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Set how many processes and threads the machine allows, and how many there are."""
+
+    def allow(cgroup: str = "max", current: int = 0, user: int = -1, used: int = 0) -> None:
+        for folder in (tmp_path, tmp_path / "pids"):  # version 2, and 1
+            folder.mkdir(exist_ok=True)
+            (folder / "pids.max").write_text(cgroup + "\n")
+            (folder / "pids.current").write_text(f"{current}\n")
+        monkeypatch.setattr(gateway, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(gateway, "_tasks_of", lambda _: used)
+        monkeypatch.setattr(os, "getuid", lambda: 1000)
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (user, user))
+
+    return allow
+
+
+@pytest.mark.parametrize(
+    ("limits", "threads"),
+    [
+        ({}, 64),
+        ({"cgroup": "1000", "current": 100}, 64),
+        ({"cgroup": "226", "current": 5}, 60),  # 2 x (60 + 50), and one that is of no use
+        ({"user": 226, "used": 5}, 60),
+        ({"user": 1000, "used": 5, "cgroup": "220"}, 60),
+        ({"cgroup": "102"}, 1),
+    ],
+)
+def test_a_start_takes_as_many_threads_as_it_may(
+    limits: dict[str, Any], threads: int, tasks: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """They start when they are needed: the limit was met under load."""
+    tasks(**limits)
+    assert gateway.fit_threads(gateway.Settings(workers=2)).threads == threads
+    assert ("pids.max" in caplog.text) == (threads < 64)
+
+
+@pytest.mark.parametrize("limits", [{"cgroup": "101"}, {"user": 100, "used": 99}, {"cgroup": "0"}])
+def test_a_start_that_may_have_too_few_threads_is_refused(
+    limits: dict[str, Any], tasks: Callable[..., None]
+) -> None:
+    tasks(**limits)
+    with pytest.raises(gateway.StartError, match=r"only -?\d+ more .* too few for 2 workers"):
+        gateway.fit_threads(gateway.Settings(workers=2))
+
+
+def test_limits_that_may_not_be_asked_for_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_: int) -> Any:
+        raise PermissionError(errno.EPERM, "prlimit")
+
+    monkeypatch.setattr(resource, "getrlimit", forbidden)
+    monkeypatch.setattr(gateway, "_CGROUPS", Path("/nowhere"))
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert gateway.fit_threads(gateway.Settings()).threads == gateway.Settings().threads
+
+
+def test_tasks_are_counted_by_user() -> None:
+    assert gateway._tasks_of(os.getuid()) >= psutil.Process().num_threads()
+    assert gateway._tasks_of(987654) == 0
+
+
+def test_python_without_docstrings(start_gateway: Start) -> None:
+    """PYTHONOPTIMIZE=2: the texts of /errors and --help are docstrings."""
+    process = start_gateway(env={"PYTHONOPTIMIZE": "2"})
+    assert can_sign(verified(process))
+    with urllib3.PoolManager(retries=False, timeout=10) as http:
+        page = http.request("GET", process.url + "/errors").data.decode()
+    assert "The verification code is not the one that was sent" in page
+    assert "None" not in page
+    assert process.stop() == 0
+    command = [sys.executable, "-OO", str(ROOT / "gateway.py"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Run the server until SIGTERM" in told
+
+
 def test_a_store_of_another_master_secret_is_refused(
     start_gateway: Start, external: gateway.EmbeddedStore, tmp_path: Path
 ) -> None:
