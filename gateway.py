@@ -87,6 +87,7 @@ import logging
 import logging.config
 import logging.handlers
 import math
+import multiprocessing
 import os
 import queue
 import re
@@ -3914,13 +3915,15 @@ LOGGING: Final[Json] = {
 
 
 def end_with_parent(parent: int) -> None:
-    """End this worker, within 0.1 s, once the gateway that started it is gone, even by kill -9.
+    """End this worker once the gateway that started it is gone, even by kill -9.
 
-    The kernel gives an orphan another parent. A pipe from the parent would tell it at once, but
-    each worker inherits those of the workers before it, so one that hangs would keep them all.
+    The pipe that multiprocessing keeps to the parent tells it at once. But each worker inherits
+    the pipes of those before it, so that one that hangs would keep them: within 0.1 s they also see
+    that the kernel has given them another parent.
     """
-    while os.getppid() == parent:
-        time.sleep(0.1)
+    pipe: Any = multiprocessing.parent_process()
+    while os.getppid() == parent and pipe.is_alive():
+        pipe.join(0.1)
     os._exit(1)
 
 
@@ -4155,7 +4158,8 @@ def _stop_once() -> None:
     """Pass one SIGTERM on to Granian, once it serves; Ctrl-C is for our parent alone.
 
     In Granian 2.8.7 a worker hangs, with the interpreter's lock, when it is told to stop
-    twice (Ctrl-C reaches it too), or before it serves.
+    twice (Ctrl-C reaches it too), or before it serves: ``WorkerSignal.set`` waits until somebody
+    takes what it sends. ``tests/test_serving.py`` tells when this may go.
     """
     signal.sigwait({signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)
@@ -4168,7 +4172,8 @@ def _stop_once() -> None:
 def claim_port(settings: Settings) -> socket.socket:
     """Hold the port, so that nobody but our workers can listen on it too.
 
-    Workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
+    Granian's workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
+    ``tests/test_serving.py`` tells when this may go.
 
     Raises:
         StartError: Somebody listens there, or the address is not ours.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib
 import json
 import logging
 import os
@@ -271,6 +272,21 @@ def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
         assert process.process.wait(20) == 0
         assert time.monotonic() - started < 5
         assert nothing_lives(process.folder, 0.5)
+
+
+def test_a_worker_of_granian_still_hangs_when_it_is_told_to_stop_twice() -> None:
+    """If this fails, ``_stop_once`` may go."""
+    script = "from granian._granian import WorkerSignal as S; s = S(); s.set(); s.set()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", script], timeout=3, check=True)
+
+
+def test_granian_still_shares_its_port_with_anybody() -> None:
+    """If this fails, ``claim_port`` may go."""
+    net: Any = importlib.import_module("granian.net")
+    port = free_port()
+    both = [net.SocketSpec("127.0.0.1", port, 128).build() for _ in range(2)]
+    assert len(both) == 2
 
 
 def test_idle_connections_do_not_delay_the_stop(start_gateway: Start) -> None:
