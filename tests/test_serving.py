@@ -447,7 +447,8 @@ def test_forty_kills_at_any_moment(start_gateway: Start) -> None:
 
 def test_nothing_outlives_a_killed_gateway(start_gateway: Start) -> None:
     process = start_gateway("--workers", "2")
-    assert sorted(living(process.folder).values()) == ["python"] * 3 + ["sh", "valkey-server"]
+    family = ["python"] * 3 + ["sh", "valkey-server"]
+    assert eventually(lambda: sorted(living(process.folder).values()) == family)
     process.kill()
     assert nothing_lives(process.folder, 1)
 
@@ -455,6 +456,7 @@ def test_nothing_outlives_a_killed_gateway(start_gateway: Start) -> None:
 def test_a_worker_that_hangs_keeps_nobody_else_from_ending(start_gateway: Start) -> None:
     """It holds copies of pipes that its parent had: those alone would not end for the others."""
     process = start_gateway("--workers", "3")
+    assert eventually(lambda: len(workers_of(process)) == 3)
     workers = workers_of(process)
     hung = max(workers, key=lambda worker: worker.pid)  # forked last, it has most of them
     hung.suspend()
