@@ -68,10 +68,10 @@ Glossary:
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
 import copy
-import ctypes
 import enum
 import errno
 import fcntl
@@ -83,9 +83,12 @@ import io
 import ipaddress
 import json
 import logging
+import logging.config
+import logging.handlers
 import math
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import secrets
@@ -108,6 +111,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
+from multiprocessing import util as after_fork
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -208,6 +212,8 @@ _CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 """A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
 _MEMORY_MAX: Final = Path("/sys/fs/cgroup/memory.max")
 """A container's share of memory in bytes (Linux, cgroup v2)."""
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+"""Where the limits of containers lie (Linux)."""
 LOG: Final = logging.getLogger("gateway")
 """Our log. No number, code, token or key is ever given to it."""
 
@@ -649,7 +655,8 @@ def load_settings(
     values: Json = {}
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
-            values = tomllib.loads(Path(path).read_text("utf-8"))
+            text = Path(os.path.expanduser(path)).read_text("utf-8-sig")  # a BOM is skipped
+            values = tomllib.loads(text)
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
     given: list[tuple[str, str, str | None]] = [(f"{n} in {path}", n, None) for n in values]
@@ -664,6 +671,9 @@ def load_settings(
             raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
         if told is not None:
             values[name] = _from_text(source, told, kinds[name], name in SMS_LISTS)
+    for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
+        if isinstance(values[name], str):
+            values[name] = os.path.expanduser(values[name])
     return Settings(**values)
 
 
@@ -874,6 +884,9 @@ def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
     """Read a secret file, or make it: whole or not at all, and never over another.
 
+    A file system without modes (vfat, drvfs, many shares) shows each file as open to all: that is
+    warned of, and else refused.
+
     Returns:
         Its content, and whether it was made just now.
 
@@ -881,32 +894,60 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         StartError: It cannot be read or made, or others may read it.
     """
     try:
-        if not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            made = make()
-            try:
-                write_private_file(draft, made)
-                os.link(draft, path)  # unlike a rename, a link never replaces
-                return made, True
-            except FileExistsError:
-                pass  # another start was faster: theirs counts
-            finally:
-                draft.unlink(missing_ok=True)
+        made = not path.exists() and _make_private_file(path, make())
         if path.stat().st_mode & 0o077:
-            raise StartError(f"others can read {path}: chmod 600 it, or replace it")
-        return path.read_bytes(), False
+            if _keeps_modes(path.parent):
+                raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+            LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
+        return path.read_bytes(), made
     except OSError as error:
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
+
+
+def _make_private_file(path: Path, content: bytes) -> bool:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_private_file(draft, content)
+        try:
+            os.link(draft, path)  # unlike a rename, a link never replaces
+        except FileExistsError:
+            raise
+        except OSError as error:
+            LOG.warning("%s has no hard links (%s): made without", path.parent, error.strerror)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # nor does this
+            draft.replace(path)  # a crash before it leaves an empty file
+        return True
+    except FileExistsError:
+        return False  # another start was faster: theirs counts
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _keeps_modes(folder: Path) -> bool:
+    probe = folder / f".mode.{secrets.token_hex(8)}"
+    with contextlib.suppress(OSError):  # where nothing can be made, what is there counts
+        write_private_file(probe, b"")
+        open_to_others = probe.stat().st_mode & 0o077
+        probe.unlink()
+        return not open_to_others
+    return True
 
 
 def write_private_file(path: Path, content: bytes) -> None:
     """Write a new file that nobody else can read, and that survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with open(descriptor, "wb") as file:
+        with contextlib.suppress(OSError):  # some file systems heed a mode here, some nowhere
+            os.fchmod(descriptor, 0o600)
         file.write(content)
         file.flush()
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            LOG.warning("%s is not sure to survive a power cut: no fsync there", path.parent)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
@@ -4288,42 +4329,135 @@ STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 """What ends a gateway."""
 DISK_LEFT_MIN_BYTES: Final = 4_000_000
 """With less room than this for it the embedded store takes no writes: those of a second."""
+WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTCP:LISTEN"
+"""The command that names the processes that listen on ports."""
+LOG_LINES_MAX: Final = 10_000
+"""How many lines of the log wait for stderr; more are dropped."""
+LOG_FLUSH_S: Final = 1.0
+"""How long a process that ends waits for stderr to take what it has logged."""
+TASKS_SPARE: Final = 50
+"""How many processes and threads we need for each worker, at most, beside its ``threads``."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
 
-class _Log(logging.StreamHandler[TextIO]):
-    """The log. What nobody reads in time is not written, so that no request waits for it.
+class QueuedLog(logging.handlers.QueueHandler):
+    """The log: lines go through a bounded queue to a thread, which writes them to stderr.
 
-    A line of more than 4 kB may wait: a pipe with room promises no more.
+    So nobody who logs waits for stderr, which may block: a terminal in Ctrl-S, a pipe that nobody
+    reads. A full queue drops lines; how many is said once it is empty.
+
+    The thread starts with the first line, because a worker that was just forked has none. It
+    writes to the descriptor, because a lock of ``sys.stderr`` that it held while a worker is forked
+    would be locked in there for ever. (A ``QueueListener`` would wait without limit to be stopped.)
+
+    Args:
+        file: The descriptor to write to; -1: that of stderr.
     """
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, if there is room for it."""
-        if self.stream and _has_room(self.stream):
-            super().emit(record)
+    def __init__(self, file: int = -1) -> None:
+        self._lines = queue.SimpleQueue[bytes]()
+        super().__init__(self._lines)
+        if file < 0 and sys.__stderr__:  # a service may have none
+            file = sys.__stderr__.fileno()
+        self._file, self._dropped, self._writer = file, 0, threading.Thread()
+        after_fork.Finalize(None, self.flush, exitpriority=0)  # workers end without ``atexit``
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        """The line itself: a record may hold on to a request."""
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+
+    def enqueue(self, line: Any) -> None:
+        """Put a line into the queue, if there is room."""
+        if self._lines.qsize() >= LOG_LINES_MAX:
+            self._dropped += 1
+            return
+        self._lines.put(line)
+        if not self._writer.is_alive():
+            self._writer = threading.Thread(target=self._write, daemon=True)
+            self._writer.start()
+
+    def _write(self) -> None:
+        told = self._dropped
+        while line := self._lines.get():
+            while line:
+                try:
+                    line = line[os.write(self._file, line) :]
+                except BlockingIOError:  # somebody made it so
+                    time.sleep(0.1)
+                except OSError:  # nobody will read any more
+                    break
+            if self._lines.empty() and (lost := self._dropped - told):
+                told += lost
+                text = f"{lost} lines of the log were dropped: nobody read stderr"
+                self.handle(logging.LogRecord("gateway", logging.WARNING, "", 0, text, (), None))
+
+    def flush(self) -> None:
+        """Have all written, within ``LOG_FLUSH_S``: for the end of a process."""
+        if self._writer.is_alive():
+            self._lines.put(b"")
+            self._writer.join(LOG_FLUSH_S)
 
 
 LOGGING: Final[Json] = {
+    "version": 1,
+    "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"()": _Log, "formatter": "line"}},
+    "handlers": {"stderr": {"()": QueuedLog, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
 """The log goes to stderr; what commands print for others goes to stdout."""
 
 
-def die_with_parent(parent: int, how: signal.Signals) -> None:
-    """Have the kernel send us ``how`` when the thread that started us ends (Linux).
+def end_with_parent(parent: int) -> None:
+    """End this worker once the gateway that started it is gone, even by kill -9.
 
-    Elsewhere, a worker watches the pipe that multiprocessing keeps to its parent.
+    The pipe that multiprocessing keeps to the parent tells it at once. But each worker inherits
+    the pipes of those before it, so that one that hangs would keep them: within 0.1 s they also see
+    that the kernel has given them another parent.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
-    elif watched := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (watched.join(), os._exit(1)), daemon=True).start()
-    if os.getppid() != parent:  # it died before we were heard
-        os._exit(1)
+    pipe: Any = multiprocessing.parent_process()
+    while os.getppid() == parent and pipe.is_alive():
+        pipe.join(0.1)
+    os._exit(1)
+
+
+_FORKS: Final = threading.RLock()
+"""Held while a process is started: a worker forked meanwhile would keep pipes of the other open."""
+os.register_at_fork(
+    before=_FORKS.acquire, after_in_parent=_FORKS.release, after_in_child=_FORKS.release
+)
+
+
+def start_bound(
+    command: list[str], pass_fds: tuple[int, ...] = (), **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a program that gets SIGTERM once we are gone, even by kill -9.
+
+    A shell forks a watcher and then becomes the program (``$$`` is the id of both), so that there
+    is no moment without a watcher. It reads a pipe that ends when we do, or close ``stdin``. The
+    two are a session of their own: Ctrl-C in a terminal does not reach them, and while the watcher
+    lives the kernel gives the program's id, which is that of the session, to nobody else.
+
+    Args:
+        command: The program and its arguments.
+        pass_fds: Descriptors for it; like ``options`` those of ``subprocess.Popen``.
+
+    Raises:
+        OSError: No process may be started now.
+    """
+    pipe = min({3, 4, 5, 6, 7, 8, 9}.difference(pass_fds))  # a shell names no others
+    watcher = f"(read _ <&{pipe}; kill -TERM $$) >/dev/null 2>&1 &"
+    script = f'exec {pipe}<&0; {watcher} exec "$@" {pipe}<&- </dev/null'
+    with _FORKS:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", *command], bufsize=0, stdin=subprocess.PIPE,
+            pass_fds=pass_fds, start_new_session=True, **options,
+        )  # fmt: skip
+    # A worker that is forked later must not hold our end of the pipe, too.
+    after_fork.register_after_fork(process, lambda copy: copy.stdin and copy.stdin.close())
+    return process
 
 
 def valkey_binary() -> Path:
@@ -4341,9 +4475,8 @@ def valkey_binary() -> Path:
 class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
-    A thread starts it, starts it again when it dies, and lives as long as we do: the server
-    is told to die with the thread that started it. A lock file, held by us and by the
-    server, keeps a second one out: two would mix up their data in silence.
+    A thread starts it, and starts it again when it dies; it ends when we do. A lock file, held
+    by us and by the server, keeps a second one out: two would mix up their data in silence.
 
     Args:
         max_bytes: With more in it than this, it refuses to write; 0 is no limit.
@@ -4397,8 +4530,8 @@ class EmbeddedStore:
         while not self._stopping.wait(delay_s):
             started = time.monotonic()
             try:
-                self._process = self._start()
-                status = str(self._process.wait())
+                with self._start() as self._process:  # its end closes the watcher's pipe
+                    status = str(self._process.wait())
             except OSError as error:  # no process or file may be opened now
                 status = str(error.strerror)
             if not self._stopping.is_set():
@@ -4431,32 +4564,16 @@ class EmbeddedStore:
         self._client.config_set("min-replicas-to-write", int(self._full))
 
     def _start(self) -> subprocess.Popen[bytes]:
-        parent, command = os.getpid(), [str(self._binary)]
         options = {
             "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
             "save": "", "maxmemory": self._max_bytes, "maxmemory-policy": "noeviction",
         }  # fmt: skip
-        command += [part for n, value in options.items() for part in ("--" + n, str(value))]
-
-        def in_child() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            os.setsid()  # Ctrl-C in a terminal is for us; the store is stopped last
-            if sys.platform == "linux":
-                # Let in at once for each command, it would push a worker off its CPU each time.
-                with contextlib.suppress(OSError):
-                    if os.sched_getscheduler(0) == os.SCHED_OTHER:
-                        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-                die_with_parent(parent, signal.SIGTERM)
-
-        process = subprocess.Popen(
-            command, cwd=self.folder, umask=0o077, pass_fds=(self._lock,),
-            preexec_fn=in_child, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        named = [part for n, value in options.items() for part in ("--" + n, str(value))]
+        return start_bound(  # without our environment, in which there may be secrets
+            [str(self._binary), *named], env={}, cwd=self.folder, umask=0o077,
+            pass_fds=(self._lock,), stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        if sys.platform != "linux":  # a shell reads a pipe that ends with us
-            watch = ["/bin/sh", "-c", f"cat; kill -TERM {process.pid}"]
-            self._watcher = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        return process
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STORE_START_S
@@ -4518,7 +4635,7 @@ def application() -> GatewayApp:
     return create_app(settings, url)
 
 
-def worker_app(settings: Settings, parent: int, places: str, pem: bytes, token: str) -> GatewayApp:
+def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
     Keys are the parent's: were they files again, a worker that is replaced might find, or make,
@@ -4526,52 +4643,23 @@ def worker_app(settings: Settings, parent: int, places: str, pem: bytes, token: 
 
     Args:
         settings: With the master secret and the store in them.
-        places: A file in which each worker locks the number of the CPU that it is on; "" where
-            there is none.
+        parent: The process id of the gateway that started us.
+        pem: The signing key.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our parent's, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
-    if os.access(places, os.W_OK):
-        threading.Thread(target=stay_together, args=(places,), daemon=True).start()
-    die_with_parent(parent, signal.SIGKILL)
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     return create_app(settings, pem=pem, token=token)
-
-
-def stay_together(places: str) -> None:
-    """Keep the threads of this process on one CPU, for ever, and no other worker's (Linux).
-
-    One thread at a time runs Python, and each that is let in elsewhere finds none of what the
-    one before had in that CPU's caches: a request would cost half as much again, or more. This
-    thread may run on any. Once a second the kernel wakes it up where nobody is busy, if it
-    sees such a place, and so shows the others where to go when their CPU is held by somebody.
-
-    Args:
-        places: Of ``worker_app``. Who finds all CPUs taken goes wherever the kernel likes.
-    """
-    me, here = threading.get_native_id(), ctypes.CDLL(None).sched_getcpu
-    file, mine = os.open(places, os.O_RDWR), set[int]()
-    while True:
-        for cpu in [here()] if mine else [here(), *os.sched_getaffinity(0)]:
-            with contextlib.suppress(OSError):  # another worker's
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, cpu)
-                for left in mine - {cpu}:
-                    fcntl.lockf(file, fcntl.LOCK_UN, 1, left)
-                mine = {cpu}
-                break
-        with contextlib.suppress(OSError):  # no more files may be opened now
-            for task in {int(path.name) for path in Path("/proc/self/task").glob("*")} - {me}:
-                with contextlib.suppress(OSError):  # it has ended, or we may not
-                    os.sched_setaffinity(task, mine or os.sched_getaffinity(0))
-        time.sleep(1)
 
 
 def _stop_once() -> None:
     """Pass one SIGTERM on to Granian, once it serves; Ctrl-C is for our parent alone.
 
     In Granian 2.8.7 a worker hangs, with the interpreter's lock, when it is told to stop
-    twice (Ctrl-C reaches it too), or before it serves.
+    twice (Ctrl-C reaches it too), or before it serves: ``WorkerSignal.set`` waits until somebody
+    takes what it sends. ``tests/test_serving.py`` tells when this may go.
     """
     signal.sigwait({signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)
@@ -4584,7 +4672,8 @@ def _stop_once() -> None:
 def claim_port(settings: Settings) -> socket.socket:
     """Hold the port, so that nobody but our workers can listen on it too.
 
-    Workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
+    Granian's workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
+    ``tests/test_serving.py`` tells when this may go.
 
     Raises:
         StartError: Somebody listens there, or the address is not ours.
@@ -4607,29 +4696,57 @@ def claim_port(settings: Settings) -> socket.socket:
                 raise StartError(f"cannot listen on {where}: {error.strerror}") from None
         time.sleep(0.02)
     else:
-        other = _who_listens(settings.port)
-        raise StartError(f"{where} is in use by {other}: stop it, or choose another port")
+        raise StartError(f"{where} is in use ({WHO_LISTENS} says by whom): choose another port")
     return holder
 
 
-def _who_listens(port: int) -> str:
-    """Name the process that listens on a TCP port, as far as we may know it (Linux)."""
-    listening = set()
-    for table in Path("/proc/net").glob("tcp*"):
-        for row in (line.split() for line in table.read_text().splitlines()[1:]):
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                listening.add(f"socket:[{row[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile, or is not ours
-            opened = map(os.path.realpath, (process / "fd").iterdir())
-            if any(file.rpartition("/")[2] in listening for file in opened):
-                command = (process / "cmdline").read_bytes()
-                parent = process.with_name((process / "stat").read_text().split()[3])
-                if (parent / "cmdline").read_bytes() == command:  # a worker: name its gateway
-                    process = parent
-                # not the command line, which may hold secrets
-                return f"process {process.name} ({(process / 'comm').read_text().strip()})"
-    return "another program"
+def _limit(kind: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid to ask
+        if (limit := resource.getrlimit(kind)[0]) >= 0:
+            return limit
+    return sys.maxsize
+
+
+def _tasks_of(user: int) -> int:
+    count = 0
+    for tasks in Path("/proc").glob("[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            count += len(os.listdir(tasks)) * (tasks.stat().st_uid == user)
+    return count
+
+
+def _tasks_left() -> int:
+    left, user = _limit(resource.RLIMIT_NPROC), os.getuid()
+    if left < sys.maxsize:
+        left = left - _tasks_of(user) if user else sys.maxsize  # root is not held to it
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, place = line.split(":", 2)
+            folder = _CGROUPS / kind / place[1:]  # kind is "" in version 2
+            for group in (folder, *folder.parents) if kind in ("", "pids") else ():
+                with contextlib.suppress(OSError, ValueError):  # none, or "max"
+                    most, now = (int((group / f"pids.{n}").read_text()) for n in ("max", "current"))
+                    left = min(left, most - now)
+    return left
+
+
+def fit_threads(settings: Settings) -> Settings:
+    """Take fewer threads where RLIMIT_NPROC or a container's pids.max allows no more (Linux).
+
+    Threads start when they are needed, and so would meet the limit under load.
+
+    Raises:
+        StartError: There would be none.
+    """
+    left = _tasks_left()
+    room = left // settings.workers - TASKS_SPARE
+    if room >= settings.threads:
+        return settings
+    limits = f"only {left} more threads are allowed here (ulimit -u; pids.max of a container)"
+    if room < 1:
+        raise StartError(f"{limits}, too few for {settings.workers} workers: raise that")
+    LOG.warning("%s: threads is %d in place of %d", limits, room, settings.threads)
+    return replace(settings, threads=room)
 
 
 def serve(settings: Settings) -> int:
@@ -4640,7 +4757,8 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
-    say = partial(print, file=sys.stderr, flush=True)
+    logging.config.dictConfig(LOGGING)
+    settings = fit_threads(settings)
     holder, store = claim_port(settings), None
     try:
         sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
@@ -4654,7 +4772,7 @@ def serve(settings: Settings) -> int:
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, token)
         for warning in warnings:
-            say(f"  WARNING: {warning}")
+            LOG.warning(warning)
         settings = replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key), token)
     except KeyboardInterrupt:
@@ -4665,8 +4783,7 @@ def serve(settings: Settings) -> int:
         if store:
             store.stop()
         holder.close()
-    with contextlib.suppress(OSError):  # the terminal is gone
-        say("stopped")
+    LOG.info("stopped")
     return 0
 
 
@@ -4676,8 +4793,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     from granian.log import LogLevels
 
     # Granian has asked for as many files as we may open. The store and providers need some, too.
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    spare = files - 2 * settings.threads - 128 if files > 0 else _CONNECTIONS_MAX
+    spare = _limit(resource.RLIMIT_NOFILE) - 2 * settings.threads - 128
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
@@ -4690,9 +4806,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     ended: Any = (lambda *_: None) if ignored else server.signal_handler_interrupt
     server.signal_handler_reload = ended  # type: ignore[method-assign]
-    # A file that has no name, and so stays when old ones are swept out of /tmp.
-    places = f"/proc/{os.getpid()}/fd/{os.memfd_create('cpus')}" if sys.platform == "linux" else ""
-    load = partial(worker_app, settings, os.getpid(), places, pem, token)
+    load = partial(worker_app, settings, os.getpid(), pem, token)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
@@ -4840,5 +4954,9 @@ def main(argv: list[str]) -> int:
         return 130
 
 
+if sys.flags.optimize > 1:  # -OO drops the docstrings, which /errors and --help show
+    for node in ast.parse(Path(__file__).read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            globals()[node.name].__doc__ = ast.get_docstring(node)
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ import logging
 import os
 import random
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -593,10 +591,7 @@ def _own_gateway() -> Iterator[gateway.Settings]:
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", url.rpartition(":")[2]]
         command += ["--workers", "1", "--data-dir", f"{folder}/data", "--keys-dir", keys_dir]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-        die_with_us = partial(gateway.die_with_parent, os.getpid(), signal.SIGTERM)
-        server = subprocess.Popen(
-            command, env=environ, stdout=subprocess.DEVNULL, preexec_fn=die_with_us
-        )
+        server = gateway.start_bound(command, env=environ, stdout=subprocess.DEVNULL)
         stack.callback(server.wait)
         stack.callback(server.terminate)
         deadline = time.monotonic() + 20

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+import support
 import urllib3
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -110,7 +111,7 @@ class Server:
 
     def _in_child(self, parent: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a limit of files stands in for a full disk
-        gateway.die_with_parent(parent, signal.SIGKILL)
+        support.die_with_parent(parent, signal.SIGKILL)
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, (self.folder / "log").read_text()[-500:]
@@ -337,7 +338,7 @@ class Dynalite:
                 "200",
             ],
             stdout=subprocess.DEVNULL,
-            preexec_fn=lambda: gateway.die_with_parent(parent, signal.SIGKILL),
+            preexec_fn=lambda: support.die_with_parent(parent, signal.SIGKILL),
         )
         http = urllib3.PoolManager(retries=False, timeout=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -28,6 +29,13 @@ AT_ONCE: Final = [0]
 """``resend_gaps_s`` of most tests: a session may ask again without waiting."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
+
+
+def die_with_parent(parent: int, how: signal.Signals) -> None:
+    """Have the kernel send us ``how`` when the thread that started us ends (``preexec_fn``)."""
+    ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before we were heard
+        os._exit(1)
 
 
 class Clock:

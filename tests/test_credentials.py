@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import os
@@ -11,7 +12,9 @@ import resource
 import secrets
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -294,6 +297,81 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def refusing(number: int) -> Callable[..., None]:
+    """A system call that a file system does not have."""
+
+    def call(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ExFAT, SMB, gcsfuse, Android: no start was possible, and the message named no links."""
+    path = tmp_path / "secret"
+    monkeypatch.setattr(os, "link", refusing(number))
+    assert gateway.keep_private_file(path, lambda: b"one") == (b"one", True)
+    assert gateway.keep_private_file(path, lambda: b"two") == (b"one", False)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
+    assert "hard links" in caplog.text
+
+
+def test_without_hard_links_another_start_may_be_faster_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret"
+
+    def link(*_: Any) -> None:
+        gateway.write_private_file(path, b"theirs")
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    assert gateway.keep_private_file(path, lambda: b"ours") == (b"theirs", False)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(number))
+    assert gateway.keep_private_file(tmp_path / "secret", lambda: b"one") == (b"one", True)
+    assert "fsync" in caplog.text
+
+
+def test_a_file_that_cannot_reach_the_disk_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
+    with pytest.raises(StartError, match="secret"):
+        gateway.keep_private_file(tmp_path / "secret", lambda: b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chmod", ["ignored", "refused"])
+def test_a_file_system_without_modes(
+    chmod: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Drvfs of WSL: the first start made the keys, and every later one was refused."""
+    path, real = tmp_path / "secret", Path.stat
+
+    def all_open(self: Path, **options: Any) -> os.stat_result:
+        found = real(self, **options)
+        return os.stat_result((found.st_mode | 0o777, *found[1:]))
+
+    monkeypatch.setattr(Path, "stat", all_open)
+    if chmod == "refused":
+        monkeypatch.setattr(os, "fchmod", refusing(errno.EPERM))
+    for content in ((b"one", True), (b"one", False), (b"one", False)):
+        caplog.clear()
+        assert gateway.keep_private_file(path, lambda: b"one") == content
+        assert "keeps no modes" in caplog.text
+    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o601, 0o644, 0o666])

@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 
 import browser
 import pytest
+import support
 from servers import wait_for
-
-import gateway
 
 browser.require()
 
@@ -55,7 +54,7 @@ def jupyterlab(clone: Path, tmp_path: Path) -> Iterator[str]:
             cwd=clone,
             env={**os.environ, **{name: str(tmp_path / name) for name in homes}},
             stderr=log,
-            preexec_fn=lambda: gateway.die_with_parent(parent, signal.SIGTERM),
+            preexec_fn=lambda: support.die_with_parent(parent, signal.SIGTERM),
         )
     try:
         written = wait_for(lambda: [*tmp_path.glob("*/jpserver-*.json")], "its start", 60)

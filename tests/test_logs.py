@@ -470,7 +470,7 @@ def abuse(process: GatewayProcess, known: Secrets, code_of: Callable[[lab.Client
         http.request("GET", process.url + path, headers={"Authorization": f"Hawk {token}"})
     http.request("POST", process.url + "/register", body=iter([NUMBER.encode()]))
     for worker in process.family()[1:]:
-        if "valkey" not in worker.name():
+        if "python" in worker.name():
             worker.kill()
     process.wait_until_ready()
     http.clear()

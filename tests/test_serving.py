@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import importlib
 import json
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -74,7 +77,7 @@ def store_of(process: GatewayProcess) -> psutil.Process:
 
 def workers_of(process: GatewayProcess) -> list[psutil.Process]:
     """The worker processes of a gateway."""
-    return [p for p in process.family()[1:] if "valkey" not in p.name()]
+    return [p for p in process.family()[1:] if "python" in p.name()]
 
 
 def verified(process: GatewayProcess, msisdn: str = NUMBER) -> lab.Client:
@@ -210,7 +213,7 @@ def test_ipv6(start_gateway: Start, tmp_path: Path) -> None:
     second = start_gateway(
         "--host", "::1", "--data-dir", str(tmp_path / "b"), port=port, wait=False
     )
-    assert str(process.process.pid) in refusal(second)
+    assert f"::1 port {port} is in use" in refusal(second)
 
 
 # -- Stop ---------------------------------------------------------------------
@@ -231,7 +234,7 @@ def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> 
     with SmsApi(after(0.7)) as api:
         process = start_gateway(*api.option(), "--workers", "2")
         family = process.family()
-        assert len(family) == 4
+        assert len(family) == 5  # with the store's watcher
         client = process.client()
         client.register()
         with ThreadPoolExecutor(1) as pool:
@@ -245,8 +248,8 @@ def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> 
             assert asked.result().body == {"mtSender": "Gateway"}
         assert process.process.wait(10) == 0
         assert 0.3 < time.monotonic() - started < 8
-        assert not any(member.is_running() for member in family[1:])
         assert nothing_lives(process.folder, 0.5)
+        assert psutil.wait_procs(family[1:], 2)[1] == []
         assert "Traceback" not in process.output
 
         # what was answered was also kept
@@ -268,12 +271,27 @@ def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
     port = free_port()
     for _ in range(2):
         process = start_gateway("--workers", "4", port=port)
-        assert eventually(partial(has_members, process, 6))
+        assert eventually(partial(has_members, process, 7))
         started = time.monotonic()
         press_ctrl_c(process, signal.SIGTERM)
         assert process.process.wait(20) == 0
         assert time.monotonic() - started < 5
         assert nothing_lives(process.folder, 0.5)
+
+
+def test_a_worker_of_granian_still_hangs_when_it_is_told_to_stop_twice() -> None:
+    """If this fails, ``_stop_once`` may go."""
+    script = "from granian._granian import WorkerSignal as S; s = S(); s.set(); s.set()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", script], timeout=3, check=True)
+
+
+def test_granian_still_shares_its_port_with_anybody() -> None:
+    """If this fails, ``claim_port`` may go."""
+    net: Any = importlib.import_module("granian.net")
+    port = free_port()
+    both = [net.SocketSpec("127.0.0.1", port, 128).build() for _ in range(2)]
+    assert len(both) == 2
 
 
 def test_idle_connections_do_not_delay_the_stop(start_gateway: Start) -> None:
@@ -434,9 +452,61 @@ def test_forty_kills_at_any_moment(start_gateway: Start) -> None:
 
 def test_nothing_outlives_a_killed_gateway(start_gateway: Start) -> None:
     process = start_gateway("--workers", "2")
-    assert len(living(process.folder)) == 4
+    family = ["python"] * 3 + ["sh", "valkey-server"]
+    assert eventually(lambda: sorted(living(process.folder).values()) == family)
     process.kill()
-    assert nothing_lives(process.folder, 2)
+    assert nothing_lives(process.folder, 1)
+
+
+def test_a_worker_that_hangs_keeps_nobody_else_from_ending(start_gateway: Start) -> None:
+    """It holds copies of pipes that its parent had: those alone would not end for the others."""
+    process = start_gateway("--workers", "3")
+    assert eventually(lambda: len(workers_of(process)) == 3)
+    workers = workers_of(process)
+    hung = max(workers, key=lambda worker: worker.pid)  # forked last, it has most of them
+    hung.suspend()
+    try:
+        process.kill()
+        assert eventually(lambda: set(living(process.folder)) == {hung.pid}, 2)
+    finally:
+        hung.resume()
+    assert nothing_lives(process.folder, 1)
+
+
+def test_the_watcher_of_a_store_ends_with_it(start_gateway: Start) -> None:
+    """Else each crash would leave one: workers are forked with our end of its pipe."""
+    process = start_gateway("--workers", "2")
+    for _ in range(2):
+        watchers = [p for p in process.family() if p.name() == "sh"]
+        assert len(watchers) == 1
+        workers_of(process)[0].kill()  # the next is forked while the pipe is open
+        assert eventually(lambda: len(workers_of(process)) == 2, 10)
+        store_of(process).kill()
+        assert psutil.wait_procs(watchers, 2)[1] == []
+        process.wait_until_ready()
+        time.sleep(5.6)  # a second worker that dies sooner would be a crash loop to Granian
+    assert process.stop(timeout_s=5) == 0  # and no worker has kept a lock of another thread
+
+
+def test_the_environment_of_the_store_is_empty(start_gateway: Start) -> None:
+    """There may be secrets in ours."""
+    process = start_gateway(env={"GATEWAY_MASTER_SECRET": "0" * 64})
+    for member in process.family():
+        if "python" not in member.name():
+            assert member.environ().keys() <= {"PWD", "OLDPWD", "_", "SHLVL"}, member.name()
+
+
+@pytest.mark.parametrize("passed", [3, 4])
+def test_a_program_keeps_the_descriptors_that_it_is_passed(passed: int, tmp_path: Path) -> None:
+    """The pipe that a watcher reads must not take their places."""
+    script = f"""
+import fcntl, os, gateway
+os.dup2(os.open("{tmp_path}/f", os.O_CREAT | os.O_RDWR), {passed}, inheritable=True)
+command = ["/bin/sh", "-c", "echo here >&{passed}"]
+gateway.start_bound(command, pass_fds=({passed},)).wait()
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert (tmp_path / "f").read_text() == "here\n"
 
 
 def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
@@ -459,110 +529,6 @@ def test_a_killed_worker_is_replaced(start_gateway: Start) -> None:
     assert store_of(process).pid == store
     assert process.stop() == 0
     assert nothing_lives(process.folder)
-
-
-def cpus_of(worker: psutil.Process) -> list[set[int]]:
-    """Where each thread of a worker may run."""
-    found = []
-    for task in Path(f"/proc/{worker.pid}/task").iterdir():
-        with contextlib.suppress(ProcessLookupError):
-            found.append(os.sched_getaffinity(int(task.name)))
-    return found
-
-
-def cpu_of(worker: psutil.Process) -> int | None:
-    """The one CPU on which all threads of a worker stay, but the one that looks around."""
-    everywhere, cpus = os.sched_getaffinity(0), cpus_of(worker)
-    held = [cpu for cpu in cpus if cpu != everywhere]
-    places = set().union(*held)
-    return places.pop() if len(places) == 1 and len(held) == len(cpus) - 1 else None
-
-
-SEVERAL_CPUS = pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2,
-    reason="needs Linux, which lets a thread choose its CPU, and two of them",
-)
-
-
-@SEVERAL_CPUS
-def test_the_threads_of_a_worker_stay_on_a_cpu_of_its_own(start_gateway: Start) -> None:
-    cpus = os.sched_getaffinity(0)
-    process = start_gateway("--workers", str(len(cpus)))
-    client = verified(process)  # so that threads have begun to work
-
-    def places() -> list[int | None]:
-        return sorted(map(cpu_of, workers_of(process)), key=str)
-
-    def replaced(victim: psutil.Process) -> bool:
-        return victim not in workers_of(process) and places() == each_its_own
-
-    each_its_own = sorted(cpus, key=str)
-    assert eventually(lambda: places() == each_its_own), list(map(cpus_of, workers_of(process)))
-    for _ in cpus:  # who comes next takes the place that is free
-        victim = min(workers_of(process), key=lambda worker: worker.pid)
-        victim.kill()
-        assert eventually(partial(replaced, victim), 10)
-    assert eventually(lambda: can_sign(again(client, process)))  # connections may break until then
-    for free in (process.family()[0], store_of(process)):
-        assert set(free.cpu_affinity()) == cpus
-    assert process.stop() == 0
-
-
-@SEVERAL_CPUS
-def test_a_worker_that_finds_every_cpu_taken_runs_on_all(start_gateway: Start) -> None:
-    cpus = os.sched_getaffinity(0)
-    process = start_gateway("--workers", str(len(cpus) + 1))
-    workers = workers_of(process)
-    assert eventually(lambda: len([w for w in workers if cpu_of(w) is not None]) == len(cpus))
-    time.sleep(1.5)  # and so it stays
-    (other,) = (worker for worker in workers if cpu_of(worker) is None)
-    assert cpus_of(other) == [cpus] * len(cpus_of(other))
-
-
-@SEVERAL_CPUS
-def test_a_worker_leaves_a_cpu_that_somebody_else_holds(start_gateway: Start) -> None:
-    process = start_gateway("--workers", "1")
-    (worker,) = workers_of(process)
-    assert eventually(lambda: cpu_of(worker) is not None)
-    cpu, busy = cpu_of(worker), psutil.cpu_percent(0.5, percpu=True)
-    assert cpu is not None
-    if min(busy[other] for other in os.sched_getaffinity(0) - {cpu}) > 50:
-        pytest.skip("there is no free CPU to go to")
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        os.sched_setaffinity(other.pid, {cpu})
-        try:
-            assert eventually(lambda: cpu_of(worker) not in (None, cpu), 20)
-        finally:
-            other.kill()
-
-    def places() -> list[list[str]]:
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        return [lock[6:] for lock in locks if lock[1] == "POSIX" and lock[4] == str(worker.pid)]
-
-    # the one that it left is free for others
-    assert eventually(lambda: places() == [[str(cpu_of(worker))] * 2])
-
-
-@SEVERAL_CPUS
-def test_a_worker_that_may_open_no_file_looks_around_again_later(start_gateway: Start) -> None:
-    process = start_gateway("--workers", "1")
-    (worker,) = workers_of(process)
-    assert eventually(lambda: cpu_of(worker) is not None)
-    limit = psutil.RLIMIT_NOFILE
-    before = worker.rlimit(limit)
-    worker.rlimit(limit, (3, before[1]))
-    time.sleep(1.5)  # it has looked once
-    worker.rlimit(limit, before)
-    for task in Path(f"/proc/{worker.pid}/task").iterdir():
-        os.sched_setaffinity(int(task.name), os.sched_getaffinity(0))
-    assert eventually(lambda: cpu_of(worker) is not None)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="how the kernel is to schedule it")
-def test_the_store_lets_workers_finish(start_gateway: Start) -> None:
-    process = start_gateway()
-    assert os.sched_getscheduler(store_of(process).pid) == os.SCHED_BATCH
-    assert {os.sched_getscheduler(w.pid) for w in workers_of(process)} == {os.SCHED_OTHER}
 
 
 def test_a_replaced_worker_has_the_keys_of_the_others(start_gateway: Start) -> None:
@@ -620,21 +586,158 @@ def test_a_console_that_nobody_reads_holds_up_nobody(tmp_path: Path) -> None:
     assert len(outbox.messages(NUMBER[1:])) == 200
 
 
-def test_a_log_that_nobody_reads_holds_up_nobody(capfd: pytest.CaptureFixture[str]) -> None:
-    """One line for each request that failed, while the store was away: seconds, and all hung."""
+@pytest.fixture
+def narrow_pipe() -> Iterator[tuple[int, int]]:
+    """A pipe that takes 4096 bytes: for reading, for writing."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    make = gateway.LOGGING["handlers"]["stderr"]["()"]
-    with os.fdopen(reader) as log, os.fdopen(writer, "w") as stderr:
-        handler = make(stderr)
-        for n in range(200):
-            handler.emit(logging.LogRecord("gateway", 30, "", 0, "line %s", (n,), None))
-        lines = os.read(log.fileno(), 65536).decode().splitlines()
-        assert lines[0] == "line 0"
-        assert len(lines) < 200
-        handler.emit(logging.LogRecord("gateway", 30, "", 0, "again", (), None))
-        assert os.read(log.fileno(), 100) == b"again\n"
-    assert capfd.readouterr().err == ""
+    yield reader, writer
+    for file in (reader, writer):
+        with contextlib.suppress(OSError):  # the test has closed it
+            os.close(file)
+
+
+def log_line(text: str, *args: Any) -> logging.LogRecord:
+    """What a logger hands to its handlers."""
+    return logging.LogRecord("gateway", logging.WARNING, "", 0, text, args, None)
+
+
+def read_until(file: int, end: bytes) -> bytes:
+    """Read from a pipe until its text ends so; 5 seconds at most."""
+    text, deadline = b"", time.monotonic() + 5
+    while not text.endswith(end) and time.monotonic() < deadline:
+        if select.select([file], [], [], 0.1)[0]:
+            text += os.read(file, 65536)
+    return text
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(
+    narrow_pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line for each request that failed, while the store was away: seconds, and all hung."""
+    reader, writer = narrow_pipe
+    monkeypatch.setattr(gateway, "LOG_LINES_MAX", 100)
+    handler = gateway.QueuedLog(writer)
+    started = time.monotonic()
+    for n in range(1000):
+        handler.handle(log_line("line %s of a thousand, none of which is read", n))
+    assert time.monotonic() - started < 1
+    lines = read_until(reader, b"nobody read stderr\n").decode().splitlines()
+    assert lines[:100] == [f"line {n} of a thousand, none of which is read" for n in range(100)]
+    assert lines[-1] == f"{1001 - len(lines)} lines of the log were dropped: nobody read stderr"
+    handler.handle(log_line("again"))
+    assert read_until(reader, b"again\n") == b"again\n"
+
+
+def test_a_pipe_that_was_set_not_to_block_loses_nothing(narrow_pipe: tuple[int, int]) -> None:
+    reader, writer = narrow_pipe
+    os.set_blocking(writer, False)
+    handler = gateway.QueuedLog(writer)
+    for n in range(1000):
+        handler.handle(log_line("line %s", n))
+    time.sleep(0.1)  # it is full
+    assert len(read_until(reader, b"line 999\n").splitlines()) == 1000
+
+
+def test_a_log_whose_reader_is_gone_goes_on(narrow_pipe: tuple[int, int]) -> None:
+    reader, writer = narrow_pipe
+    handler = gateway.QueuedLog(writer)
+    os.close(reader)
+    handler.handle(log_line("nobody"))
+    handler.flush()
+    handler.handle(log_line("is there"))
+    assert handler._writer.is_alive()
+    handler.flush()
+
+
+def test_a_line_that_waits_holds_on_to_nothing(narrow_pipe: tuple[int, int]) -> None:
+    """A record holds its arguments, and the locals of all that stood on the stack."""
+
+    class Request:
+        pass
+
+    request = Request()
+    gone, handler = weakref.ref(request), gateway.QueuedLog(narrow_pipe[1])
+    for _ in range(5):
+        handler.handle(log_line("%s" + "x" * 2000, request))
+    del request
+    assert gone() is None
+
+
+def test_the_end_does_not_wait_for_a_log_that_nobody_reads(narrow_pipe: tuple[int, int]) -> None:
+    handler = gateway.QueuedLog(narrow_pipe[1])
+    handler.handle(log_line("x" * 9000))
+    started = time.monotonic()
+    handler.flush()
+    assert gateway.LOG_FLUSH_S <= time.monotonic() - started < gateway.LOG_FLUSH_S + 1
+
+
+FORKED_LOG = """
+import logging.config, multiprocessing, gateway
+
+def work():
+    logging.config.dictConfig(gateway.LOGGING)  # as Granian does in each worker
+    for n in range(2000):
+        gateway.LOG.warning("worker %s", n)
+
+logging.config.dictConfig(gateway.LOGGING)
+gateway.LOG.warning("before")  # so that there is a thread, which no fork inherits
+for method in ("fork", "spawn") if __name__ == "__main__" else ():
+    child = multiprocessing.get_context(method).Process(target=work)
+    child.start()
+    child.join(20)
+    gateway.LOG.warning("%s %s", method, child.exitcode)
+"""
+
+
+def test_what_workers_log_last_is_written(tmp_path: Path) -> None:
+    """They have threads of their own, and end without ``atexit``."""
+    script = tmp_path / "script.py"
+    script.write_text(FORKED_LOG)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    told = [line.partition("gateway: ")[2] for line in ended.stderr.splitlines()]
+    workers = [f"worker {n}" for n in range(2000)]
+    assert told == ["before", *workers, "fork 0", "before", *workers, "spawn 0"]
+
+
+@pytest.mark.parametrize("stderr", ["full", "closed"])
+def test_requests_and_the_stop_wait_for_no_stderr(
+    stderr: str, narrow_pipe: tuple[int, int], tmp_path: Path
+) -> None:
+    """As a whole: a terminal in Ctrl-S, while a line is logged for each request."""
+    port, store = free_port(), gateway.EmbeddedStore(str(tmp_path / "store"))
+    options = ["--port", str(port), "--storage-url", store.url, "--workers", "2"]
+    options += ["--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
+    redirect = {"full": f"2>&{narrow_pipe[1]}", "closed": "2>&-"}[stderr]
+    shell = ["/bin/bash", "-c", f'exec "$@" {redirect}', "sh", sys.executable]
+    process = subprocess.Popen(
+        [*shell, str(ROOT / "gateway.py"), *options], cwd=tmp_path, pass_fds=narrow_pipe[1:]
+    )
+    try:
+        client = lab.Client(f"http://127.0.0.1:{port}")
+        try:
+            assert eventually(lambda: is_up(client), 20)
+        finally:
+            store.stop()
+        started = time.monotonic()
+        assert {client.register().status for _ in range(200)} == {503}
+        assert time.monotonic() - started < 10
+        process.terminate()
+        assert process.wait(8) == 0
+    finally:
+        process.kill()
+        process.wait()
+    client.http.clear()
+    assert nothing_lives(tmp_path / "data")
+
+
+def is_up(client: lab.Client) -> bool:
+    """Tell whether a gateway answers."""
+    with contextlib.suppress(urllib3.exceptions.HTTPError):
+        return bool(client.call("GET", "/__heartbeat__").status == 200)
+    return False
 
 
 @pytest.fixture
@@ -681,6 +784,82 @@ def test_connections_leave_files_for_the_store(start_gateway: Start) -> None:
         for _ in range(20):
             assert set(threads.map(register, early)) == {200}
     assert "storage" not in process.output
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Set how many processes and threads the machine allows, and how many there are."""
+
+    def allow(cgroup: str = "max", current: int = 0, user: int = -1, used: int = 0) -> None:
+        for folder in (tmp_path, tmp_path / "pids"):  # version 2, and 1
+            folder.mkdir(exist_ok=True)
+            (folder / "pids.max").write_text(cgroup + "\n")
+            (folder / "pids.current").write_text(f"{current}\n")
+        monkeypatch.setattr(gateway, "_CGROUPS", tmp_path)
+        monkeypatch.setattr(gateway, "_tasks_of", lambda _: used)
+        monkeypatch.setattr(os, "getuid", lambda: 1000)
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (user, user))
+
+    return allow
+
+
+@pytest.mark.parametrize(
+    ("limits", "threads"),
+    [
+        ({}, 64),
+        ({"cgroup": "1000", "current": 100}, 64),
+        ({"cgroup": "226", "current": 5}, 60),  # 2 x (60 + 50), and one that is of no use
+        ({"user": 226, "used": 5}, 60),
+        ({"user": 1000, "used": 5, "cgroup": "220"}, 60),
+        ({"cgroup": "102"}, 1),
+    ],
+)
+def test_a_start_takes_as_many_threads_as_it_may(
+    limits: dict[str, Any], threads: int, tasks: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """They start when they are needed: the limit was met under load."""
+    tasks(**limits)
+    assert gateway.fit_threads(gateway.Settings(workers=2)).threads == threads
+    assert ("pids.max" in caplog.text) == (threads < 64)
+
+
+@pytest.mark.parametrize("limits", [{"cgroup": "101"}, {"user": 100, "used": 99}, {"cgroup": "0"}])
+def test_a_start_that_may_have_too_few_threads_is_refused(
+    limits: dict[str, Any], tasks: Callable[..., None]
+) -> None:
+    tasks(**limits)
+    with pytest.raises(gateway.StartError, match=r"only -?\d+ more .* too few for 2 workers"):
+        gateway.fit_threads(gateway.Settings(workers=2))
+
+
+def test_limits_that_may_not_be_asked_for_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_: int) -> Any:
+        raise PermissionError(errno.EPERM, "prlimit")
+
+    monkeypatch.setattr(resource, "getrlimit", forbidden)
+    monkeypatch.setattr(gateway, "_CGROUPS", Path("/nowhere"))
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert gateway.fit_threads(gateway.Settings()).threads == gateway.Settings().threads
+
+
+def test_tasks_are_counted_by_user() -> None:
+    assert gateway._tasks_of(os.getuid()) >= psutil.Process().num_threads()
+    assert gateway._tasks_of(987654) == 0
+
+
+def test_python_without_docstrings(start_gateway: Start) -> None:
+    """PYTHONOPTIMIZE=2: the texts of /errors and --help are docstrings."""
+    process = start_gateway(env={"PYTHONOPTIMIZE": "2"})
+    assert can_sign(verified(process))
+    with urllib3.PoolManager(retries=False, timeout=10) as http:
+        page = http.request("GET", process.url + "/errors").data.decode()
+    assert "The verification code is not the one that was sent" in page
+    assert "None" not in page
+    assert process.stop() == 0
+    command = [sys.executable, "-OO", str(ROOT / "gateway.py"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "Run the server until SIGTERM" in told
 
 
 def test_a_store_of_another_master_secret_is_refused(
@@ -829,7 +1008,8 @@ def test_a_store_that_hangs_does_not_keep_the_gateway_from_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = gateway.EmbeddedStore(str(tmp_path / "data"))
-    [server] = living(tmp_path)
+    assert store._process
+    server = store._process.pid
     monkeypatch.setattr(gateway, "STORE_START_S", 0.5)  # its patience
     os.kill(server, signal.SIGSTOP)  # as on a disk that hangs
     stopping = threading.Thread(target=store.stop)
@@ -911,10 +1091,12 @@ def occupied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Occupied]:
 
 @pytest.mark.parametrize("what", ["port", "port of localhost", "data", "link to the data"])
 def test_a_second_gateway_is_refused_and_told_by_whom(what: str, occupied: Occupied) -> None:
-    said = occupied.said[what]
-    assert str(occupied.first.process.pid) in said
-    wanted = occupied.first.port if "port" in what else occupied.first.folder / "data"
-    assert str(wanted) in said
+    """The port's message names the command that tells; the data's the process itself."""
+    said, first = occupied.said[what], occupied.first
+    wanted = (
+        (first.port, "ss -ltnp") if "port" in what else (first.folder / "data", first.process.pid)
+    )
+    assert [str(word) in said for word in wanted] == [True, True]
 
 
 @pytest.mark.parametrize("what", ["port", "data"])
@@ -924,7 +1106,7 @@ def test_the_refusal_shows_no_secret_of_the_other(what: str, occupied: Occupied)
 
 
 def test_the_first_gateway_is_unharmed(occupied: Occupied) -> None:
-    assert len(occupied.first.family()) == 4
+    assert len(occupied.first.family()) == 5
     assert can_sign(again(occupied.client, occupied.first))
     assert not (occupied.first.folder / "b").exists()  # the refused began nothing
 
@@ -946,7 +1128,8 @@ def test_of_two_that_start_at_once_one_wins(
     assert eventually(one_refused, 10)
     [loser] = [process for process in both if process.process.poll() is not None]
     [winner] = [process for process in both if process is not loser]
-    assert str(winner.process.pid) in refusal(loser)
+    said = refusal(loser)
+    assert (str(port) if same == "port" else str(winner.process.pid)) in said
     winner.wait_until_ready()
     assert verified(winner)
     assert winner.stop() == 0
@@ -976,12 +1159,11 @@ def test_of_many_that_claim_a_port_in_the_same_instant_one_wins(round: int) -> N
     assert sorted(claim.wait(20) for claim in claims) == [0, 1, 1, 1]
 
 
-def test_another_program_on_the_port_is_named(start_gateway: Start) -> None:
+def test_a_port_of_another_program_is_refused_and_says_how_to_find_it(start_gateway: Start) -> None:
     with contextlib.closing(lab.free_port()) as taken:
         taken.listen()
         process = start_gateway(port=taken.getsockname()[1], wait=False)
-        said = refusal(process)
-        assert str(os.getpid()) in said
+        assert "ss -ltnp" in refusal(process)
     assert not (process.folder / "data").exists()  # nothing was begun
 
 

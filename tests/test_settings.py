@@ -219,6 +219,31 @@ def test_option_config_wins_over_the_environment(toml: Callable[[str], str]) -> 
     assert gateway.load_settings({}, environ, toml("port = 5001")).port == 5001
 
 
+@pytest.mark.parametrize("source", ["option", "environment", "file"])
+def test_the_home_directory_is_expanded(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder named "~" was made, with the keys in it; whoever removes it may lose their home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"data_dir": "~/data", "keys_dir": "~/keys"}
+    (tmp_path / "file.toml").write_text("".join(f'{k} = "{v}"\n' for k, v in values.items()))
+    loaded = gateway.load_settings(
+        values if source == "option" else {},
+        {f"GATEWAY_{k.upper()}": v for k, v in values.items()} if source == "environment" else {},
+        "~/file.toml" if source == "file" else "",
+    )
+    assert (loaded.data_dir, loaded.keys_dir) == (f"{tmp_path}/data", f"{tmp_path}/keys")
+    loaded = gateway.load_settings({"data_dir": "a~b", "mt_sender": "~"}, {})
+    assert (loaded.data_dir, loaded.mt_sender) == ("a~b", "~")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    """Windows' editors write one."""
+    path = tmp_path / "file.toml"
+    path.write_bytes(b"\xef\xbb\xbfport = 5001\r\n")
+    assert gateway.load_settings({}, {"GATEWAY_CONFIG": str(path)}).port == 5001
+
+
 def test_other_variables_are_none_of_ours() -> None:
     environ = {"PORT": "1", "XGATEWAY_PORT": "2", "GATEWAYPORT": "3", "PATH": "/bin"}
     assert gateway.load_settings({}, environ) == Settings()

@@ -1,16 +1,13 @@
 """The least that Bottle can do on the same server, and an SMS provider that takes everything.
 
-``python tests/bench/bare.py PORT THREADS PLACES PROVIDER_URL``: what the benchmark compares the
-gateway with; ``PLACES`` is the file that ``gateway.stay_together`` needs. ``/sign`` and ``/post``
-do one thing more than ``/``, and so tell what that costs in a server.
+``python tests/bench/bare.py PORT THREADS PROVIDER_URL``: what the benchmark compares the gateway
+with. ``/sign`` and ``/post`` do one thing more than ``/``, and so tell what that costs in a server.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -20,10 +17,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from granian import Granian
 from granian.constants import HTTPModes, Interfaces
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import gateway
 
 SIGNING_KEY = rsa.generate_private_key(65537, 2048)
 HTTP = urllib3.PoolManager(maxsize=64)
@@ -42,10 +35,8 @@ def post(url: str) -> Any:
     return HTTP.request("POST", url, body=FORM, headers=HEADERS, retries=False).json()
 
 
-def the_app(places: str, provider_url: str) -> bottle.Bottle:
+def the_app(provider_url: str) -> bottle.Bottle:
     """For Granian's workers, which are processes of their own, and run like the gateway's."""
-    if sys.platform == "linux":
-        threading.Thread(target=gateway.stay_together, args=(places,), daemon=True).start()
     app, answer = bottle.Bottle(), {"name": "bare", "description": "A Bottle route, nothing else."}
 
     def sms() -> dict[str, Any]:
@@ -70,4 +61,4 @@ if __name__ == "__main__":
         websockets=False,
         workers=1,
         blocking_threads=int(sys.argv[2]),
-    ).serve(target_loader=partial(the_app, *sys.argv[3:]), wrap_loader=False)
+    ).serve(target_loader=partial(the_app, sys.argv[3]), wrap_loader=False)

@@ -384,10 +384,8 @@ class Bare:
     def __init__(self, folder: Path, threads: int, provider_url: str = "") -> None:
         with contextlib.closing(lab.free_port()) as holder:
             self.port = holder.getsockname()[1]
-        places = folder / f"bare-{self.port}.places"
-        places.touch()
         command = [sys.executable, str(HERE / "bare.py"), str(self.port), str(threads)]
-        command += [str(places), provider_url]
+        command += [provider_url]
         log_path = folder / f"bare-{self.port}.log"
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
