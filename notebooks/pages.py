@@ -16,7 +16,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from http import HTTPStatus
 from itertools import groupby, pairwise
@@ -71,7 +70,7 @@ def targets() -> dict[str, str]:
     """Where a word in code type leads to: names to the source, settings and routes to the API."""
     found = {name: f"gateway.html#L{line}" for name, line in definitions().items()}
     found |= {name: f"gateway.html#L{line}" for name, line in _methods()}
-    found |= {f.name: f"api.html#{f.name}" for f in fields(gateway.Settings)}
+    found |= {name: f"api.html#{name}" for name in gateway.declared(gateway.Settings)}
     found |= {route.path: f"api.html#{route.handler}" for route in gateway.ROUTES}
     found |= {"gateway.py": "gateway.html", "lab.py": "lab.html"}
     del found["T"], found["Json"], found["/"]
@@ -213,12 +212,10 @@ def settings() -> Iterator[str]:
     """Every setting with its default, its sentence and its bounds."""
     yield '<h2 id="all-settings">Settings</h2><dl>'
     defaults = gateway.Settings()
-    for f in fields(gateway.Settings):
-        default = "cores" if f.name == "workers" else json.dumps(getattr(defaults, f.name))
-        low, high = f.metadata["low"], f.metadata["high"]
-        bounds = f", from {low} to {high}" if high else ""
-        yield f'<dt id="{f.name}"><b>{f.name}</b> = <code>{html.escape(default)}</code>'
-        yield f"<dd>{html.escape(f.metadata['about'])}{bounds}"
+    for name, field in gateway.declared(gateway.Settings).items():
+        default = "cores" if name == "workers" else json.dumps(getattr(defaults, name))
+        yield f'<dt id="{name}"><b>{name}</b> = <code>{html.escape(default)}</code>'
+        yield f"<dd>{html.escape(field['description'])} ({html.escape(gateway.allowed(field))})"
     yield "</dl>"
 
 

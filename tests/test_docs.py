@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -82,7 +81,7 @@ def test_the_reference_is_complete(site: dict[str, Page]) -> None:
     api = site["api.html"]
     assert {route.handler for route in gateway.ROUTES} <= api.ids
     assert {error.__name__ for error in gateway.error_classes()} <= api.ids
-    assert {f.name for f in fields(gateway.Settings)} <= api.ids
+    assert gateway.declared(gateway.Settings).keys() <= api.ids
     assert {f"section-{n}" for n in range(1, 16)} <= api.ids
     for name in pages.definitions():
         assert f"<code>{name}</code>" in api.text, name

@@ -374,7 +374,7 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({"kind": "http", "endpoint": "http://{to}.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example:port/"}, "templates"),
         ({"kind": "http", **URL, "body": "{number}"}, "templates"),
-        ({"kind": "http", **URL, "headers": {"A": 5}}, "templates"),
+        ({"kind": "http", **URL, "headers": {"A": 5}}, "headers"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
         ({"kind": "http", **URL, "success": "("}, "regular expression"),
         ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
@@ -394,7 +394,7 @@ def test_half_configured_is_refused(entry: gateway.Json, named: str) -> None:
 
 
 def test_more_providers_than_bits() -> None:
-    with pytest.raises(gateway.SettingsError, match="at most 16"):
+    with pytest.raises(gateway.SettingsError, match="1 to 16"):
         sender_of(*[{"kind": "outbox"}] * 17)
 
 

@@ -99,7 +99,7 @@ def test_a_body_may_have_fields_of_our_names(
 # -- Without a signature --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", gateway.INBOUND)
+@pytest.mark.parametrize("kind", gateway.SMS_LISTS["sms_inbound"])
 def test_without_a_secret_only_on_loopback(make_client: MakeClient, kind: str) -> None:
     assert gateway.Settings(sms_inbound=[{"kind": kind}]).inbound
     with pytest.raises(gateway.SettingsError, match="sms_inbound"):
