@@ -736,12 +736,6 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
-_KINDS: Final[Mapping[type, str]] = {
-    str: "a text", int: "a whole number", float: "a number", bool: "true or false",
-    list: "a JSON list", dict: "a JSON object",
-}  # fmt: skip
-
-
 def load_settings(
     options: Mapping[str, str], environ: Mapping[str, str], config: str = ""
 ) -> Settings:
@@ -2428,27 +2422,18 @@ class SmsProvider:
     """Something that sends SMS, made from its entry in ``sms_providers``.
 
     Attributes:
-        needs, takes: The fields that its entry must and may have, and their defaults; all
-            may have ``priority``, ``connect_timeout_s`` and ``timeout_s`` (the whole send).
+        entry: Its fields, as section 3 declares them for its kind, with their defaults.
+        needs: The names of those that must be given.
         paid: Whether its messages may cost money.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    takes: ClassVar[Json] = {}
     paid: ClassVar[bool] = True
 
     def __init__(self, entry: Json, settings: Settings) -> None:
-        known = {"kind": "", "priority": 0, "connect_timeout_s": 2.0, "timeout_s": 5.0}
-        known |= dict.fromkeys(self.needs, "") | self.takes
-        self.kind, self.settings, self.entry = entry["kind"], settings, {**known, **entry}
-        for name, value in self.entry.items():
-            if name not in known:
-                raise self.bad(f"has no field {name}")
-            kinds = (type(known[name]), int if type(known[name]) is float else type(known[name]))
-            if type(value) not in kinds or (name in self.needs and not value):
-                raise self.bad(f"needs {name}: {_KINDS[kinds[0]]}")
-            if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
-                raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
+        self.kind, self.settings = entry["kind"], settings
+        declaration = SMS_LISTS["sms_providers"][self.kind]
+        self.entry: Json = msgspec.to_builtins(msgspec.convert(entry, declaration))
+        self.needs = [f.name for f in structs.fields(declaration) if f.required]
         half = max(1, settings.threads // 2)  # as many sends as there may be at once
         self._sending = ThreadPoolExecutor(half, f"sms {self.kind}")
 
@@ -2598,8 +2583,6 @@ class HttpSms(SmsProvider):
     ``success`` finds something in. The other kinds are this one, with templates of their own.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("endpoint",)
-    takes: ClassVar[Json] = {"method": "POST", "headers": {}, "body": "", "success": ""}
     template: ClassVar[Json] = {}
     receipt_query: ClassVar[str] = ""
 
@@ -2730,8 +2713,6 @@ class NexmoSms(HttpSms):
     Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
     """
 
-    needs = ("api_key", "api_secret")
-    takes: ClassVar[Json] = {"endpoint": "https://rest.nexmo.com/sms/json", "receipts": False}
     template: ClassVar[Json] = {
         "headers": FORM,
         "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
@@ -2757,11 +2738,6 @@ class TwilioSms(HttpSms):
     Source: Twilio, "Message resource": 201 with a sid; 4xx with a code.
     """
 
-    needs = ("account_sid", "auth_token")
-    takes: ClassVar[Json] = {
-        "endpoint": "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json",
-        "receipts": False,
-    }
     template: ClassVar[Json] = {
         "headers": {**FORM, "Authorization": "Basic {basic}"},
         "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
@@ -2781,8 +2757,6 @@ class KannelSms(HttpSms):
     Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers".
     """
 
-    needs = ("endpoint", "username", "password")
-    takes: ClassVar[Json] = {"receipts": False}
     template: ClassVar[Json] = {
         "headers": {
             "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
@@ -2808,9 +2782,6 @@ class SnsSms(SmsProvider):
 
     Source: SNS API reference, "Publish"; SMS attributes in the developer guide.
     """
-
-    needs = ("region",)
-    takes: ClassVar[Json] = {"endpoint": "", "type": "Transactional"}
 
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
@@ -2877,13 +2848,8 @@ class SmsSender:
         self.settings = settings
         self.providers: list[SmsProvider] = []
         for entry in settings.sms_providers:
-            if entry["kind"] not in PROVIDERS:
-                kinds = ", ".join(PROVIDERS)
-                raise SettingsError(f"sms_providers: {entry['kind']!r} is none of {kinds}")
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
-        if not 1 <= len(self.providers) <= 16:
-            raise SettingsError("sms_providers must name at least one provider, at most 16")
         self.resting: dict[int, float] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers

@@ -393,6 +393,10 @@ def test_half_configured_is_refused(entry: gateway.Json, named: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_each_declared_kind_has_its_provider() -> None:
+    assert list(gateway.PROVIDERS) == list(gateway.SMS_LISTS["sms_providers"])
+
+
 def test_more_providers_than_bits() -> None:
     with pytest.raises(gateway.SettingsError, match="1 to 16"):
         sender_of(*[{"kind": "outbox"}] * 17)
