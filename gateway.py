@@ -420,35 +420,35 @@ def _fresh(value: Any) -> Any:
     return msgspec.field(default_factory=partial(copy.deepcopy, value))
 
 
-Text = Annotated[str, Meta(pattern=_LINE, title="a text without control characters")]
-Secret = Annotated[str, Meta(min_length=1, title="a text", extra_json_schema={"writeOnly": True})]
-Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
-Endpoint = Annotated[
+_Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
+_Secret = Annotated[str, Meta(min_length=1, title="a text", extra_json_schema={"writeOnly": True})]
+_Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
+_Endpoint = Annotated[
     str,
     Meta(pattern=r"(?i)\Ahttps?://", title="a URL that begins with http:// or https://"),
     _about("where it is asked; a template", writeOnly=True, format="uri"),
 ]
-Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
-ByNetwork = Annotated[
-    dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], Text],
+_Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
+_ByNetwork = Annotated[
+    dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
     _about("the same by MCC or MCC+MNC", title='{"<MCC or MCC+MNC>": "<number or name>"}'),
 ]
-Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
+_Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
 """What a browser says in the header Origin, if it says where it is; or any."""
-Origins = Annotated[
-    list[Origin], Meta(title='a list of origins like "https://app.example", or "*"')
+_Origins = Annotated[
+    list[_Origin], Meta(title='a list of origins like "https://app.example", or "*"')
 ]
-StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS)]
-TableUrl = Annotated[str, Meta(pattern=_LINE + _TABLE, title="dynamodb://TABLE?region=…")]
-Hex64 = Annotated[str, Meta(pattern=r"(?i)\A([0-9a-f]{64})?\Z", title="64 hex digits")]
+_StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS)]
+_TableUrl = Annotated[str, Meta(pattern=_LINE + _TABLE, title="dynamodb://TABLE?region=…")]
+_Hex64 = Annotated[str, Meta(pattern=r"(?i)\A([0-9a-f]{64})?\Z", title="64 hex digits")]
 
 
 class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """What every entry of ``sms_providers`` may have; each kind adds its own."""
 
     priority: Annotated[int, _about("the highest is tried first")] = 0
-    connect_timeout_s: Annotated[Seconds, _about("seconds from the name to TLS")] = 2.0
-    timeout_s: Annotated[Seconds, _about("seconds for the whole send")] = 5.0
+    connect_timeout_s: Annotated[_Seconds, _about("seconds from the name to TLS")] = 2.0
+    timeout_s: Annotated[_Seconds, _about("seconds for the whole send")] = 5.0
 
 
 class OutboxEntry(Provider, frozen=True, tag="outbox"):
@@ -458,28 +458,28 @@ class OutboxEntry(Provider, frozen=True, tag="outbox"):
 class NexmoEntry(Provider, frozen=True, tag="nexmo"):
     """Vonage SMS API."""
 
-    api_key: Annotated[Secret, _about("of the account")]
-    api_secret: Annotated[Secret, _about("of the account")]
-    endpoint: Endpoint = "https://rest.nexmo.com/sms/json"
-    receipts: Receipts = False
+    api_key: Annotated[_Secret, _about("of the account")]
+    api_secret: Annotated[_Secret, _about("of the account")]
+    endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
+    receipts: _Receipts = False
 
 
 class TwilioEntry(Provider, frozen=True, tag="twilio"):
     """Twilio's Programmable Messaging."""
 
-    account_sid: Annotated[Secret, _about("of the account: AC…")]
-    auth_token: Annotated[Secret, _about("of the account")]
-    endpoint: Endpoint = "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json"
-    receipts: Receipts = False
+    account_sid: Annotated[_Secret, _about("of the account: AC…")]
+    auth_token: Annotated[_Secret, _about("of the account")]
+    endpoint: _Endpoint = "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json"
+    receipts: _Receipts = False
 
 
 class KannelEntry(Provider, frozen=True, tag="kannel"):
     """A Kannel of one's own: its smsbox."""
 
-    endpoint: Endpoint
-    username: Annotated[Secret, _about("of a sendsms-user")]
-    password: Annotated[Secret, _about("of a sendsms-user")]
-    receipts: Receipts = False
+    endpoint: _Endpoint
+    username: Annotated[_Secret, _about("of a sendsms-user")]
+    password: Annotated[_Secret, _about("of a sendsms-user")]
+    receipts: _Receipts = False
 
 
 class SnsEntry(Provider, frozen=True, tag="sns"):
@@ -495,7 +495,7 @@ class SnsEntry(Provider, frozen=True, tag="sns"):
 class HttpEntry(Provider, frozen=True, tag="http"):
     """Any other, by one request that is made from templates."""
 
-    endpoint: Endpoint
+    endpoint: _Endpoint
     method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
     headers: Annotated[dict[str, str], _about("templates by name", writeOnly=True)] = {}
     body: Annotated[str, _about("a template, in the Content-Type of headers", writeOnly=True)] = ""
@@ -513,13 +513,13 @@ class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 class NexmoWebhook(Webhook, frozen=True, tag="nexmo"):
     """Vonage signs by HMAC-SHA256, once that is switched on there."""
 
-    signature_secret: Annotated[Secret, _about("the account's signature secret")] = ""
+    signature_secret: Annotated[_Secret, _about("the account's signature secret")] = ""
 
 
 class TwilioWebhook(Webhook, frozen=True, tag="twilio"):
     """Twilio signs the URL under public_url."""
 
-    signature_secret: Annotated[Secret, _about("the account's auth token")] = ""
+    signature_secret: Annotated[_Secret, _about("the account's auth token")] = ""
 
 
 class KannelWebhook(Webhook, frozen=True, tag="kannel"):
@@ -539,6 +539,9 @@ SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
     for name, base in (("sms_providers", Provider), ("sms_inbound", Webhook))
 }
 """The two settings that are lists of objects with a kind, and what each kind may have."""
+
+
+_fields: Final = lru_cache(structs.fields)  # which evaluates all annotations
 
 
 @lru_cache
@@ -599,25 +602,25 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         SettingsError: A value is impossible; the text names it and what is allowed.
     """
 
-    host: Annotated[Text, _about("address to listen on")] = "127.0.0.1"
+    host: Annotated[_Text, _about("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _about("port to listen on", 1, 65535)] = 5000
     workers: Annotated[int, _about("server processes; default: cores", 1, 512)] = _cpus()
     threads: Annotated[int, _about("threads in each process", 1, 512)] = 64
     public_url: Annotated[
-        Text, _about("what clients call us: https://id.example; empty = host, port", format="uri")
+        _Text, _about("what clients call us: https://id.example; empty = host, port", format="uri")
     ] = ""
-    storage_url: Annotated[StorageUrl, _about("Redis or Valkey; empty = our own", format="uri")] = (
-        ""
-    )
+    storage_url: Annotated[
+        _StorageUrl, _about("Redis or Valkey; empty = embedded", format="uri")
+    ] = ""
     certificate_store: Annotated[
-        TableUrl, _about("dynamodb://TABLE?region=… for verified users; empty = the same store")
+        _TableUrl, _about("dynamodb://TABLE?region=… for verified users; empty = the same store")
     ] = ""
-    data_dir: Annotated[Text, _about("where the embedded server and the outbox live")] = "data"
-    keys_dir: Annotated[Text, _about("where the master secret and the key pair live")] = "keys"
+    data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
+    keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
     master_secret: Annotated[
-        Hex64, _about("empty = keys_dir/master.secret; else openssl rand -hex 32", writeOnly=True)
+        _Hex64, _about("empty = keys_dir/master.secret; else openssl rand -hex 32", writeOnly=True)
     ] = ""
-    allowed_origins: Annotated[Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
+    allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
     request_max_bytes: Annotated[int, _about("largest request body", 1024, 1048576)] = 10240
     short_code_digits: Annotated[int, _about("digits of a code that people type", 6, 10)] = 6
     long_code_bytes: Annotated[int, _about("random bytes in a long code", 8, 32)] = 16
@@ -627,7 +630,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     verified_ttl_s: Annotated[
         int, _about("seconds it lives from then on; 0 = until /unregister", 0, 3650 * DAY_S)
     ] = 365 * DAY_S
-    certificate_max_s: Annotated[int, _about("seconds that one may live", 1, 365 * DAY_S)] = DAY_S
+    certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
     hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -642,7 +645,9 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         _about("open webhooks; null = nexmo and beepsend on loopback, else none", writeOnly=True),
     ] = None
     sms_send_tries: Annotated[int, _about("providers tried for one message, in 12 s", 1, 10)] = 3
-    sms_cool_down_s: Annotated[int, _about("seconds a failed provider is last", 1, HOUR_S)] = 30
+    sms_cool_down_s: Annotated[
+        int, _about("seconds a failed or slow provider is tried after the others", 1, HOUR_S)
+    ] = 30
     sms_host_line: Annotated[
         str,
         Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off"),
@@ -651,14 +656,14 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     language_by_country: Annotated[
         bool, _about("without a usable Accept-Language: the number's country chooses, not English")
     ] = False
-    mt_sender: Annotated[Text, _about("what messages are sent from")] = "Gateway"
-    mt_sender_map: ByNetwork = {}
-    mo_verifier: Annotated[Text, _about("number that devices text to; empty = no MO flow")] = ""
-    mo_verifier_map: ByNetwork = {}
+    mt_sender: Annotated[_Text, _about("what messages are sent from")] = "Gateway"
+    mt_sender_map: _ByNetwork = {}
+    mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
+    mo_verifier_map: _ByNetwork = {}
     display_version: Annotated[bool, _about("whether our version is shown")] = True
 
     def __post_init__(self) -> None:
-        for field in structs.fields(self):
+        for field in _fields(Settings):
             try:
                 msgspec.convert(getattr(self, field.name), field.type)
             except msgspec.ValidationError:
