@@ -6,6 +6,7 @@
 #     "cryptography==50.0.2",
 #     "granian==2.8.7",
 #     "hiredis==3.5.0",
+#     "msgspec==0.22.0",
 #     "phonenumberslite==9.0.42",
 #     "pycurl==7.49.0",
 #     "pyjwt==2.15.1",
@@ -108,16 +109,17 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from multiprocessing import util as after_fork
 from pathlib import Path
-from typing import Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import bottle
 import jwt
+import msgspec
 import phonenumbers
 import pycurl
 import redis
@@ -129,6 +131,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from msgspec import Meta, Struct, structs
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.crc import key_slot
@@ -180,6 +183,8 @@ HOUR_S: Final = 3600
 """Window of ``sends_per_hour``, and how long the outbox keeps a message."""
 DAY_S: Final = 86400
 """How long the id of an inbound message is remembered."""
+SEND_BUDGET_S: Final = 12.0
+"""How long one message may take with all providers that are tried for it."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
@@ -360,14 +365,6 @@ def error_classes() -> list[type[GatewayError]]:
 # =============================================================================
 
 
-def _setting(default: Any, about: str, low: int = 0, high: int = 0, secret: bool = False) -> Any:
-    kind = list if default is None else type(default)
-    metadata = {"about": about, "low": low, "high": high, "kind": kind}
-    return field(
-        default_factory=partial(copy.deepcopy, default), metadata=metadata, repr=not secret
-    )
-
-
 def _cpus() -> int:
     """The CPUs that we may use; in a container these may be fewer than there are."""
     cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -402,188 +399,355 @@ def _is_wildcard(host: str) -> bool:
     return address.is_unspecified if address else bool(re.fullmatch("(0x|[0.])*", host))
 
 
-def _is_origin(url: str) -> bool:
-    with contextlib.suppress(ValueError):
-        origin = r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:[0-9]+)?"
-        return bool(re.fullmatch(origin, url, re.A)) and urlsplit(url).port != 0
-    return False
+def origin_of(url: str) -> str:
+    """A URL of scheme, host and port as browsers write it, or "" if it is none.
+
+    Clients compare our name with their ``new URL(url).host``, so it is spelled likewise: in
+    lower case, without the scheme's own port, an IPv6 address in its shortest form. A host in
+    other letters than a-z is none: browsers and Python disagree about the punycode of some.
+
+    Source: WHATWG URL Standard, "Host parsing", "Origin".
+
+    >>> origin_of("HTTPS://ID.Example:443/")
+    'https://id.example'
+    """
+    pattern = r"(https?)://([\w.-]+|\[[0-9a-f:]+\])(?::0*([0-9]{1,5}))?/?"
+    if not (found := re.fullmatch(pattern, url, re.A | re.I)):
+        return ""
+    scheme, host = found[1].lower(), found[2].lower()
+    own = {"http": 80, "https": 443}[scheme]
+    port, address = int(found[3] or own), _address(host.strip("[]"))
+    # To a browser a host whose last label is a number is an IPv4 address.
+    numeric = host[0] == "[" or re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", host)
+    if not 0 < port < 65536 or (numeric and not address):
+        return ""
+    host = f"[{address}]" if host[0] == "[" else host
+    return f"{scheme}://{host}" + f":{port}" * (port != own)
 
 
-_ORIGIN: Final = r"\*|[a-z][a-z0-9+.-]*://[^/\s]+"
-"""What a browser says in the header Origin, if it says where it is; or any."""
-
-
-def _are_origins(value: list[Any]) -> bool:
-    return all(type(text) is str and re.fullmatch(_ORIGIN, text) for text in value)
-
-
-def _are_gaps(value: list[Any]) -> bool:
-    return bool(value) and all(type(gap) is int and 0 <= gap <= DAY_S for gap in value)
-
-
-_LISTS: Final[Mapping[str, tuple[Callable[[list[Any]], bool], str]]] = {
-    "allowed_origins": (_are_origins, 'a list of origins like "https://app.example", or of "*"'),
-    "resend_gaps_s": (_are_gaps, f"a list of whole numbers from 0 to {DAY_S}, like [30, 60]"),
-}
-"""What a setting that is a plain list may hold."""
-SMS_LISTS: Final = ("sms_providers", "sms_inbound")
-"""The two settings that are lists of objects with a kind, and that may hold secrets."""
-SIGNED: Final = ("nexmo", "twilio")
-"""The inbound kinds whose providers sign their calls."""
-INBOUND: Final = (*SIGNED, "kannel", "beepsend", "http")
-"""What ``kind`` may be in ``sms_inbound``."""
-
-
-def _usable_webhook(entry: Json) -> bool:
-    texts = all(type(text) is str and text for text in entry.values())
-    known = {"kind", "path_secret", *["signature_secret"] * (entry["kind"] in SIGNED)}
-    one_segment = texts and "/" not in entry.get("path_secret", "")
-    return one_segment and entry.keys() <= known and entry["kind"] in INBOUND
-
-
-def _shown_field(name: str, value: Any) -> Any:
-    """A field of an entry: of an endpoint the host, because all the rest may hold a secret."""
-    host = re.match(r"https?://[^/@?#\s]+(?=[/?#]|$)", str(value)) if name == "endpoint" else None
-    return host[0] + "/…" if host else value if name in ("kind", "priority") else "…"
-
-
+_LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
+"""How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
 STORAGE_URLS: Final = (
     "redis[s]://[user:password@]host:port, unix:///path, redis[s]+cluster://host:port,host:port, "
     "redis[s]+sentinel://host:port,host:port/SERVICE"
 )
 """What storage_url may look like; options stand behind a "?", as redis-py takes them."""
+_STORAGE: Final = r"(\Z|unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+sentinel://.+/[^/?])"
+_TABLE: Final = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|\Z))+)?)?\Z"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a deployment can choose: default, sentence, bounds.
+def _about(
+    what: str, low: int | None = None, high: int | None = None, pattern: str | None = None,
+    title: str | None = None, **schema: Any,
+) -> Meta:  # fmt: skip
+    """A field's sentence and bounds; ``title``: what is allowed, where a pattern does not say it.
+
+    ``writeOnly`` is JSON Schema's word for a secret: nothing shows its value, or only the host if
+    its ``format`` is "uri". Such a URL that is no secret is shown without login and options.
+    """
+    bounds: Any = {"ge": low, "le": high} if high is not None else {"pattern": pattern}
+    return Meta(description=what, title=title, extra_json_schema=schema, **bounds)
+
+
+def _fresh(value: Any) -> Any:
+    """A default that is copied, so that nobody changes that of others."""
+    return msgspec.field(default_factory=partial(copy.deepcopy, value))
+
+
+_Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
+_Secret = Annotated[str, Meta(min_length=1, title="a text", extra_json_schema={"writeOnly": True})]
+_Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
+_Endpoint = Annotated[
+    str,
+    Meta(pattern=r"(?i)\Ahttps?://", title="a URL that begins with http:// or https://"),
+    _about("where it is asked; a template", writeOnly=True, format="uri"),
+]
+_Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
+_ByNetwork = Annotated[
+    dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
+    _about("the same by MCC or MCC+MNC", title='{"<MCC or MCC+MNC>": "<number or name>"}'),
+]
+_Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
+"""What a browser says in the header Origin, if it says where it is; or any."""
+_Origins = Annotated[
+    list[_Origin], Meta(title='a list of origins like "https://app.example", or "*"')
+]
+_StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS)]
+_TableUrl = Annotated[str, Meta(pattern=_LINE + _TABLE, title="dynamodb://TABLE?region=…")]
+_Hex64 = Annotated[str, Meta(pattern=r"(?i)\A([0-9a-f]{64})?\Z", title="64 hex digits")]
+
+
+class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What every entry of ``sms_providers`` may have; each kind adds its own."""
+
+    priority: Annotated[int, _about("the highest is tried first")] = 0
+    connect_timeout_s: Annotated[_Seconds, _about("seconds from the name to TLS")] = 2.0
+    timeout_s: Annotated[_Seconds, _about("seconds for the whole send")] = 5.0
+
+
+class OutboxEntry(Provider, frozen=True, tag="outbox"):
+    """A desk, a classroom: messages are shown, and cost nothing."""
+
+
+class NexmoEntry(Provider, frozen=True, tag="nexmo"):
+    """Vonage SMS API."""
+
+    api_key: Annotated[_Secret, _about("of the account")]
+    api_secret: Annotated[_Secret, _about("of the account")]
+    endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
+    receipts: _Receipts = False
+
+
+class TwilioEntry(Provider, frozen=True, tag="twilio"):
+    """Twilio's Programmable Messaging."""
+
+    account_sid: Annotated[_Secret, _about("of the account: AC…")]
+    auth_token: Annotated[_Secret, _about("of the account")]
+    endpoint: _Endpoint = "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json"
+    receipts: _Receipts = False
+
+
+class KannelEntry(Provider, frozen=True, tag="kannel"):
+    """A Kannel of one's own: its smsbox."""
+
+    endpoint: _Endpoint
+    username: Annotated[_Secret, _about("of a sendsms-user")]
+    password: Annotated[_Secret, _about("of a sendsms-user")]
+    receipts: _Receipts = False
+
+
+class SnsEntry(Provider, frozen=True, tag="sns"):
+    """Amazon SNS; its keys are where boto3 looks for them."""
+
+    region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
+    endpoint: Annotated[str, _about("another than the region's", writeOnly=True, format="uri")] = ""
+    type: Annotated[str, Meta(min_length=1), _about("Transactional or Promotional")] = (
+        "Transactional"
+    )
+
+
+class HttpEntry(Provider, frozen=True, tag="http"):
+    """Any other, by one request that is made from templates."""
+
+    endpoint: _Endpoint
+    method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
+    headers: Annotated[dict[str, str], _about("templates by name", writeOnly=True)] = {}
+    body: Annotated[str, _about("a template, in the Content-Type of headers", writeOnly=True)] = ""
+    success: Annotated[str, _about("regular expression: what the answer has if taken")] = ""
+
+
+class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What every entry of ``sms_inbound`` may have."""
+
+    path_secret: Annotated[
+        str, _about("ends its URL", pattern=r"\A[^/]+\Z", title="a text without /", writeOnly=True)
+    ] = ""
+
+
+class NexmoWebhook(Webhook, frozen=True, tag="nexmo"):
+    """Vonage signs by HMAC-SHA256, once that is switched on there."""
+
+    signature_secret: Annotated[_Secret, _about("the account's signature secret")] = ""
+
+
+class TwilioWebhook(Webhook, frozen=True, tag="twilio"):
+    """Twilio signs the URL under public_url."""
+
+    signature_secret: Annotated[_Secret, _about("the account's auth token")] = ""
+
+
+class KannelWebhook(Webhook, frozen=True, tag="kannel"):
+    """Kannel's get-url."""
+
+
+class BeepsendWebhook(Webhook, frozen=True, tag="beepsend"):
+    """BeepSend."""
+
+
+class HttpWebhook(Webhook, frozen=True, tag="http"):
+    """Any other: from, text, id, mcc and mnc."""
+
+
+SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
+    name: {str(entry.__struct_config__.tag): entry for entry in base.__subclasses__()}
+    for name, base in (("sms_providers", Provider), ("sms_inbound", Webhook))
+}
+"""The two settings that are lists of objects with a kind, and what each kind may have."""
+
+
+_fields: Final = lru_cache(structs.fields)  # which evaluates all annotations
+
+
+@lru_cache
+def declared(declaration: type[Struct]) -> Mapping[str, Json]:
+    """The fields of a declaration, each as JSON Schema, with its sentence as ``description``."""
+    schema: Json = msgspec.json.schema(declaration)["$defs"][declaration.__name__]["properties"]
+    return schema
+
+
+def allowed(field: Json) -> str:
+    """What a field of ``declared`` may be: its title, its choices, or its type and bounds."""
+    kinds = {"integer": "whole numbers", "boolean": "true, false", "object": "texts by name"}
+    words = field.get("title") or ", ".join(field.get("enum", ())) or kinds.get(field["type"])
+    bounds = f" from {field['minimum']} to {field['maximum']}" if "minimum" in field else ""
+    return (words or "a text") + bounds
+
+
+def without_secrets(value: Any, field: Json) -> Any:
+    """The value of a field of ``declared`` as it may be shown."""
+    secret, url = field.get("writeOnly") and value, str(value) * (field.get("format") == "uri")
+    if secret:
+        host = re.match(r"https?://[^/@?#\s]+(?=[/?#]|$)", url)
+        return host[0] + "/…" if host else "…"
+    url = re.sub(r"(?s)\?.*", "?…", re.sub(r"(?s)^(\w+:(//)?)?.*@", r"\1…@", url))
+    return url or value
+
+
+def _shown_entry(name: str, entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return "…"
+    declaration = SMS_LISTS[name].get(str(entry.get("kind")))
+    fields = declared(declaration) if declaration else {"kind": {}}
+    return {n: without_secrets(v, fields.get(n, {"writeOnly": True})) for n, v in entry.items()}
+
+
+def _check_entry(name: str, place: str, entry: Json) -> None:
+    kinds, shown = SMS_LISTS[name], _shown_entry(name, entry)
+    if not (declaration := kinds.get(str(entry.get("kind")))):
+        raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
+    try:
+        msgspec.convert(entry, declaration)
+    except msgspec.ValidationError as error:  # it ends with the place, and quotes no value
+        fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
+        if field in fields:
+            raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
+        raise _refused(place, shown, f"{', '.join(fields)}. {error}") from None
+
+
+def _refused(place: str, value: Any, right: str) -> SettingsError:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return SettingsError(f"{place} is {text}; allowed: {right}")
+
+
+class Settings(Struct, frozen=True, kw_only=True, dict=True):
+    """Everything that a deployment can choose: type, sentence, bounds, default.
 
     Raises:
         SettingsError: A value is impossible; the text names it and what is allowed.
     """
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(5000, "port to listen on", 1, 65535)
-    workers: int = _setting(_cpus(), "server processes; default: cores, one on each", 1, 512)
-    threads: int = _setting(64, "threads in each process", 1, 512)
-    public_url: str = _setting(
-        "", "what clients call us: scheme, host, port; empty = host and port"
-    )
-    storage_url: str = _setting(
-        "", "Redis or Valkey; empty = embedded, else " + STORAGE_URLS, secret=True
-    )
-    certificate_store: str = _setting(
-        "", "dynamodb://TABLE?region=… for verified users; empty = the same store"
-    )
-    store_max_bytes: int = _setting(
-        _memory_bytes() // 2,
-        "largest size of the embedded store; default: half of our memory; full = 503",
-        10_000_000, 2**50,
-    )  # fmt: skip
-    data_dir: str = _setting("data", "where the embedded server and the outbox live")
-    keys_dir: str = _setting("keys", "where the master secret and the key pair live")
-    master_secret: str = _setting("", "64 hex digits; empty = keys_dir/master.secret", secret=True)
-    allowed_origins: list[str] = _setting(["*"], "CORS: origins, or * for any")
-    request_max_bytes: int = _setting(10240, "largest request body", 1024, 1048576)
-    short_code_digits: int = _setting(6, "digits of a code that people type", 6, 10)
-    long_code_bytes: int = _setting(16, "random bytes in a long code", 8, 32)
-    code_tries: int = _setting(3, "wrong codes after which a code is dead", 1, 10)
-    code_ttl_s: int = _setting(600, "seconds a code lives", 1, DAY_S)
-    session_ttl_s: int = _setting(DAY_S, "seconds a session has to be verified", 1, 365 * DAY_S)
-    verified_ttl_s: int = _setting(
-        365 * DAY_S, "seconds it lives from then on; 0 = until /unregister", 0, 3650 * DAY_S
-    )
-    certificate_max_s: int = _setting(DAY_S, "longest life of a certificate", 1, 365 * DAY_S)
-    hawk_skew_s: int = _setting(60, "seconds a client's clock may be off", 1, HOUR_S)
-    sends_per_session: int = _setting(5, "messages a session may ask for", 1, 255)
-    resend_gaps_s: list[int] = _setting(
-        [30, 60, 120, 300], "seconds between a session's messages; the last for all further ones"
-    )
-    sends_per_hour: int = _setting(100, "messages the gateway may send in an hour", 1, 10**6)
-    sms_providers: list[Json] = _setting(
-        [{"kind": "outbox"}], "SMS providers, tried by falling priority", secret=True
-    )
-    sms_inbound: list[Json] | None = _setting(
-        None, "open SMS webhooks; null = nexmo and beepsend at a desk, else none", secret=True
-    )
-    sms_send_tries: int = _setting(3, "providers tried for one message, in 12 s in all", 1, 10)
-    sms_cool_down_s: int = _setting(
-        30, "seconds a failed or slow provider is tried after the others", 1, HOUR_S
-    )
-    sms_host_line: str = _setting(
-        "auto", "@host #code as last line, for browsers: on, off; auto = on for https"
-    )
-    language_by_country: bool = _setting(
-        False, "without a usable Accept-Language: the number's country chooses, not English"
-    )
-    mt_sender: str = _setting("Gateway", "what messages are sent from")
-    mt_sender_map: dict[str, str] = _setting({}, "the same by MCC or MCC+MNC")
-    mo_verifier: str = _setting("", "number that devices text to; empty = no MO flow")
-    mo_verifier_map: dict[str, str] = _setting({}, "the same by MCC or MCC+MNC")
-    display_version: bool = _setting(True, "whether our version is shown")
+    host: Annotated[_Text, _about("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, _about("port to listen on", 1, 65535)] = 5000
+    workers: Annotated[int, _about("server processes; default: cores", 1, 512)] = _cpus()
+    threads: Annotated[int, _about("threads in each process", 1, 512)] = 64
+    public_url: Annotated[
+        _Text, _about("what clients call us: https://id.example; empty = host, port", format="uri")
+    ] = ""
+    storage_url: Annotated[
+        _StorageUrl, _about("Redis or Valkey; empty = embedded", format="uri")
+    ] = ""
+    certificate_store: Annotated[
+        _TableUrl, _about("dynamodb://TABLE?region=… for verified users; empty = the same store")
+    ] = ""
+    store_max_bytes: Annotated[
+        int, _about("largest size of the embedded store; full = 503", 10_000_000, 2**50)
+    ] = _memory_bytes() // 2
+    data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
+    keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
+    master_secret: Annotated[
+        _Hex64, _about("empty = keys_dir/master.secret; else openssl rand -hex 32", writeOnly=True)
+    ] = ""
+    allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
+    request_max_bytes: Annotated[int, _about("largest request body", 1024, 1048576)] = 10240
+    short_code_digits: Annotated[int, _about("digits of a code that people type", 6, 10)] = 6
+    long_code_bytes: Annotated[int, _about("random bytes in a long code", 8, 32)] = 16
+    code_tries: Annotated[int, _about("wrong codes after which a code is dead", 1, 10)] = 3
+    code_ttl_s: Annotated[int, _about("seconds a code lives", 1, DAY_S)] = 600
+    session_ttl_s: Annotated[int, _about("seconds to be verified in", 1, 365 * DAY_S)] = DAY_S
+    verified_ttl_s: Annotated[
+        int, _about("seconds it lives from then on; 0 = until /unregister", 0, 3650 * DAY_S)
+    ] = 365 * DAY_S
+    certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
+    hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
+    sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
+    resend_gaps_s: Annotated[
+        list[Annotated[int, Meta(ge=0, le=DAY_S)]],
+        Meta(min_length=1, title=f"a list of whole numbers from 0 to {DAY_S}, like [30, 60]"),
+        _about("seconds between a session's messages; the last for all further ones"),
+    ] = _fresh([30, 60, 120, 300])
+    sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
+    sms_providers: Annotated[
+        list[Json],
+        Meta(min_length=1, max_length=16, title='a list of 1 to 16 objects with a "kind"'),
+        _about("SMS providers, tried by falling priority", writeOnly=True),
+    ] = _fresh([{"kind": "outbox"}])
+    sms_inbound: Annotated[
+        list[Json] | None,
+        Meta(title='a list of objects with a "kind"'),
+        _about("open webhooks; null = nexmo and beepsend at a desk, else none", writeOnly=True),
+    ] = None
+    sms_send_tries: Annotated[int, _about("providers tried for one message, in 12 s", 1, 10)] = 3
+    sms_cool_down_s: Annotated[
+        int, _about("seconds a failed or slow provider is tried after the others", 1, HOUR_S)
+    ] = 30
+    sms_host_line: Annotated[
+        str,
+        Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off"),
+        _about("@host #code as last line, for browsers: on, off; auto = on for https"),
+    ] = "auto"
+    language_by_country: Annotated[
+        bool, _about("without a usable Accept-Language: the number's country chooses, not English")
+    ] = False
+    mt_sender: Annotated[_Text, _about("what messages are sent from")] = "Gateway"
+    mt_sender_map: _ByNetwork = {}
+    mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
+    mo_verifier_map: _ByNetwork = {}
+    display_version: Annotated[bool, _about("whether our version is shown")] = True
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            self._check(f.name, getattr(self, f.name), **f.metadata)
-        if self.public_url:
-            if not _is_origin(self.public_url.removesuffix("/")):
-                raise self._bad("public_url", "scheme, host and port: https://id.example")
-            object.__setattr__(self, "public_url", self.public_url.removesuffix("/"))
-        elif _is_wildcard(self.host):
-            raise self._bad("host", "a wildcard only together with public_url")
-        schemes = r"(unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+sentinel://.+/[^/?])"
-        if self.storage_url and not re.match(schemes, self.storage_url):
-            raise self._bad("storage_url", STORAGE_URLS)
-        table = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|$))+)?)?"
-        if not re.fullmatch(table, self.certificate_store, re.A):
-            allowed = "dynamodb://TABLE?region=…&endpoint_url=…, with 3 or more letters in TABLE"
-            raise self._bad("certificate_store", allowed)
-        if not re.fullmatch("([0-9a-fA-F]{64})?", self.master_secret):
-            raise self._bad("master_secret", "64 hex digits: openssl rand -hex 32")
-        if self.sms_host_line not in ("auto", "on", "off"):
-            raise self._bad("sms_host_line", "auto, on, off")
-        outbox = any(entry["kind"] == "outbox" for entry in self.sms_providers)
-        if outbox and not self.on_loopback:
-            real = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
-            raise self._bad("sms_providers", real)
-        if not self.at_a_desk and any(len(entry) < 2 for entry in self.inbound):  # the kind alone
-            allowed = "entries with a path_secret or signature_secret, where messages are real"
-            raise self._bad("sms_inbound", allowed)
+        for field in _fields(Settings):
+            try:
+                msgspec.convert(getattr(self, field.name), field.type)
+            except msgspec.ValidationError:
+                raise self._bad(field.name, allowed(declared(Settings)[field.name])) from None
+        for name in SMS_LISTS:
+            for n, entry in enumerate(getattr(self, name) or ()):
+                _check_entry(name, f"{name}[{n}]", entry)
+        structs.force_setattr(self, "public_url", origin_of(self.public_url) or self.public_url)
+        for name, right, words in self._rules():
+            if not right:
+                raise self._bad(name, words)
 
-    def _check(self, name: str, value: Any, about: str, low: int, high: int, kind: Any) -> None:
-        if type(value) is not kind and not (name == "sms_inbound" and value is None):
-            raise self._bad(name, _KINDS[kind])
-        if kind is int and not low <= value <= high:
-            raise self._bad(name, f"whole numbers from {low} to {high}")
-        if name in SMS_LISTS:
-            if not all(isinstance(e, dict) and type(e.get("kind")) is str for e in value or ()):
-                raise self._bad(name, 'a list of objects that each have a "kind"')
-            twice = len({entry["kind"] for entry in value or ()}) < len(value or ())
-            if name == "sms_inbound" and (twice or not all(map(_usable_webhook, value or ()))):
-                raise self._bad(
-                    name,
-                    f"one of each kind {', '.join(INBOUND)}, with a path_secret (no /) or, for "
-                    f"{' and '.join(SIGNED)}, a signature_secret",
-                )
-        elif kind is list and not _LISTS[name][0](value):
-            raise self._bad(name, _LISTS[name][1])
-        if kind is str and re.search(r"[\x00-\x1f\x7f]", value):
-            raise self._bad(name, "a text without control characters")
-        if name == "host" and not (re.fullmatch(r"[\w.-]*", value, re.A) or _address(value)):
-            raise self._bad(name, "a name or an address, without a port")
-        for key, text in value.items() if kind is dict else ():
-            usable = type(text) is str and text.isprintable()
-            if not usable or not re.fullmatch("[0-9]{3}([0-9]{2,3})?", key):
-                raise self._bad(name, '{"<MCC or MCC+MNC>": "<number or name>"}')
+    def _rules(self) -> Iterator[tuple[str, object, str]]:
+        """What no field can say alone: which one, whether it is right, what would be."""
+        named = re.fullmatch(r"[\w.-]*", self.host, re.A) or _address(self.host)
+        yield "host", named, "a name or an address, without a port"
+        known = self.public_url or not _is_wildcard(self.host)
+        yield "host", known, "a wildcard only together with public_url"
+        words = "scheme, host and port: https://id.example; in other letters as punycode: xn--…"
+        yield "public_url", not self.public_url or origin_of(self.public_url), words
+        yield "host", self.base_url, "a name or an address that can stand in a URL"
+        kinds = [entry["kind"] for entry in self.inbound]
+        yield "sms_inbound", len({*kinds}) == len(kinds), "one entry of each kind"
+        real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
+        words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
+        yield "sms_providers", self.on_loopback or real, words
+        secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
+        words = "entries with a path_secret or signature_secret, where messages are real"
+        yield "sms_inbound", self.at_a_desk or secret, words
 
-    def _bad(self, name: str, allowed: str) -> SettingsError:
-        return SettingsError(f"{name} is {self.shown(name)}; allowed: {allowed}")
+    def __repr__(self) -> str:
+        values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
+        return f"Settings({', '.join(values)})"
+
+    def _bad(self, name: str, right: str) -> SettingsError:
+        return SettingsError(f"{name} is {self.shown(name)}; allowed: {right}")
 
     @cached_property
     def base_url(self) -> str:
         """The URL that clients call us by, without a slash at its end."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return self.public_url or f"http://{host}:{self.port}"
+        return self.public_url or origin_of(f"http://{host}:{self.port}")
 
     @property
     def issuer(self) -> str:
@@ -621,21 +785,11 @@ class Settings:
     def shown(self, name: str) -> str:
         """The value of one setting as JSON, with what is secret in it hidden."""
         value = getattr(self, name)
-        if name.endswith("_url"):
-            value = re.sub(r"(?s)^(\w+:(//)?)?.*@", r"\1…@", str(value))
-            value = re.sub(r"(?s)\?.*", "?…", value)
-        elif name in SMS_LISTS and isinstance(value, list):
-            entries = [entry for entry in value if isinstance(entry, dict)]
-            value = [{k: _shown_field(k, v) for k, v in entry.items()} for entry in entries]
-        elif name in ("master_secret", *SMS_LISTS) and value:
-            value = "…"
+        if name in SMS_LISTS and isinstance(value, list):
+            value = [_shown_entry(name, entry) for entry in value]
+        else:
+            value = without_secrets(value, declared(Settings)[name])
         return json.dumps(value, ensure_ascii=False, default=str)
-
-
-_KINDS: Final[Mapping[type, str]] = {
-    str: "a text", int: "a whole number", float: "a number", bool: "true or false",
-    list: "a JSON list", dict: "a JSON object",
-}  # fmt: skip
 
 
 def load_settings(
@@ -651,8 +805,7 @@ def load_settings(
     Raises:
         SettingsError: An unknown name, an impossible value, an unreadable file.
     """
-    kinds: dict[str, type] = {f.name: f.metadata["kind"] for f in fields(Settings)}
-    values: Json = {}
+    defaults, values = Settings(), Json()
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
             text = Path(os.path.expanduser(path)).read_text("utf-8-sig")  # a BOM is skipped
@@ -667,25 +820,17 @@ def load_settings(
             given.append((variable, name, text))
     given += [("--" + name.replace("_", "-"), name, text) for name, text in options.items()]
     for source, name, told in given:
-        if name not in kinds:
+        if name not in Settings.__struct_fields__:
             raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
         if told is not None:
-            values[name] = _from_text(source, told, kinds[name], name in SMS_LISTS)
+            values[name] = told
+            if not isinstance(getattr(defaults, name), str):
+                with contextlib.suppress(ValueError, RecursionError):  # refused as the text it is
+                    values[name] = json.loads(told)
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     return Settings(**values)
-
-
-def _from_text(source: str, text: str, kind: type, secret: bool) -> Any:
-    value: Any = text
-    if kind is not str:
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-        if type(value) is not kind and not (kind is list and value is None):
-            shown = "something else" if secret else text
-            raise SettingsError(f"{source} is {shown}; allowed: {_KINDS[kind]}")
-    return value
 
 
 # =============================================================================
@@ -2515,27 +2660,18 @@ class SmsProvider:
     """Something that sends SMS, made from its entry in ``sms_providers``.
 
     Attributes:
-        needs, takes: The fields that its entry must and may have, and their defaults; all
-            may have ``priority``, ``connect_timeout_s`` and ``timeout_s`` (the whole send).
+        entry: Its fields, as section 3 declares them for its kind, with their defaults.
+        needs: The names of those that must be given.
         paid: Whether its messages may cost money.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
-    takes: ClassVar[Json] = {}
     paid: ClassVar[bool] = True
 
     def __init__(self, entry: Json, settings: Settings) -> None:
-        known = {"kind": "", "priority": 0, "connect_timeout_s": 2.0, "timeout_s": 5.0}
-        known |= dict.fromkeys(self.needs, "") | self.takes
-        self.kind, self.settings, self.entry = entry["kind"], settings, {**known, **entry}
-        for name, value in self.entry.items():
-            if name not in known:
-                raise self.bad(f"has no field {name}")
-            kinds = (type(known[name]), int if type(known[name]) is float else type(known[name]))
-            if type(value) not in kinds or (name in self.needs and not value):
-                raise self.bad(f"needs {name}: {_KINDS[kinds[0]]}")
-            if name.endswith("_s") and not 0 < value <= SEND_BUDGET_S:
-                raise self.bad(f"needs {name}: seconds, more than 0 and at most {SEND_BUDGET_S}")
+        self.kind, self.settings = entry["kind"], settings
+        declaration = SMS_LISTS["sms_providers"][self.kind]
+        self.entry: Json = msgspec.to_builtins(msgspec.convert(entry, declaration))
+        self.needs = [f.name for f in structs.fields(declaration) if f.required]
 
     def bad(self, what: str) -> SettingsError:
         """The error that refuses the entry; it quotes none of its values."""
@@ -2554,8 +2690,6 @@ class SmsProvider:
         """Drop what is kept here about a number."""
 
 
-SEND_BUDGET_S: Final = 12.0
-"""How long one message may take with all providers that are tried for it."""
 ANSWER_MAX_BYTES: Final = 65536
 """The largest answer of a provider that is read."""
 
@@ -2652,8 +2786,6 @@ class HttpSms(SmsProvider):
     Source: libcurl, "curl_easy_setopt options".
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("endpoint",)
-    takes: ClassVar[Json] = {"method": "POST", "headers": {}, "body": "", "success": ""}
     template: ClassVar[Json] = {}
     receipt_query: ClassVar[str] = ""
 
@@ -2823,8 +2955,6 @@ class NexmoSms(HttpSms):
     Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
     """
 
-    needs = ("api_key", "api_secret")
-    takes: ClassVar[Json] = {"endpoint": "https://rest.nexmo.com/sms/json", "receipts": False}
     template: ClassVar[Json] = {
         "headers": FORM,
         "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
@@ -2850,11 +2980,6 @@ class TwilioSms(HttpSms):
     Source: Twilio, "Message resource": 201 with a sid; 4xx with a code.
     """
 
-    needs = ("account_sid", "auth_token")
-    takes: ClassVar[Json] = {
-        "endpoint": "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json",
-        "receipts": False,
-    }
     template: ClassVar[Json] = {
         "headers": {**FORM, "Authorization": "Basic {basic}"},
         "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
@@ -2874,8 +2999,6 @@ class KannelSms(HttpSms):
     Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers".
     """
 
-    needs = ("endpoint", "username", "password")
-    takes: ClassVar[Json] = {"receipts": False}
     template: ClassVar[Json] = {
         "headers": {
             "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
@@ -2901,8 +3024,6 @@ class SnsSms(SmsProvider):
 
     Source: SNS API reference, "Publish"; SMS attributes in the developer guide.
     """
-
-    takes: ClassVar[Json] = {"region": "", "endpoint": "", "type": "Transactional"}
 
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
@@ -2973,13 +3094,8 @@ class SmsSender:
         self.settings = settings
         self.providers: list[SmsProvider] = []
         for entry in settings.sms_providers:
-            if entry["kind"] not in PROVIDERS:
-                kinds = ", ".join(PROVIDERS)
-                raise SettingsError(f"sms_providers: {entry['kind']!r} is none of {kinds}")
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
-        if not 1 <= len(self.providers) <= 16:
-            raise SettingsError("sms_providers must name at least one provider, at most 16")
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
@@ -4009,7 +4125,7 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
-def _fields(text: str) -> Json:
+def _query_fields(text: str) -> Json:
     """The fields of a query or form.
 
     Raises:
@@ -4214,11 +4330,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def webhook(self, secret: str) -> tuple[str, Json]:
         """The provider that calls us, and what it says, once its secret and signature are right."""
-        query, form = _fields(bottle.request.query_string), Json()
+        query, form = _query_fields(bottle.request.query_string), Json()
         if bottle.request.method == "POST":
             body, content_type = self.body(), bottle.request.content_type
             if media_type(content_type) == FORM["Content-Type"]:
-                form = _fields(body.decode("utf-8", "replace"))
+                form = _query_fields(body.decode("utf-8", "replace"))
             else:
                 with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
                     form = json_object(body, content_type)
@@ -4310,7 +4426,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         near &= not any(name.startswith(FORWARDED) for name in environ)
         # A page of another site can have a browser here ask, but not without saying so.
         near &= self.header("SEC_FETCH_SITE") != "cross-site"
-        query = _fields(bottle.request.query_string) if outbox and near else {}
+        query = _query_fields(bottle.request.query_string) if outbox and near else {}
         if outbox is None or not _same(self.token, query.get("token", "")):
             raise bottle.HTTPError(404, "Not found: '/outbox'")
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
@@ -4746,7 +4862,7 @@ def fit_threads(settings: Settings) -> Settings:
     if room < 1:
         raise StartError(f"{limits}, too few for {settings.workers} workers: raise that")
     LOG.warning("%s: threads is %d in place of %d", limits, room, settings.threads)
-    return replace(settings, threads=room)
+    return structs.replace(settings, threads=room)
 
 
 def serve(settings: Settings) -> int:
@@ -4773,7 +4889,7 @@ def serve(settings: Settings) -> int:
         _announce(settings, data, sms, new_master or new_key, token)
         for warning in warnings:
             LOG.warning(warning)
-        settings = replace(settings, storage_url=url, master_secret=master.hex())
+        settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key), token)
     except KeyboardInterrupt:
         pass
@@ -4840,16 +4956,16 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
 
 def show_settings(settings: Settings, as_toml: bool) -> int:
     """Print every setting with the value in force, as a table or as a TOML file."""
-    for f in fields(settings):
-        about, value = f.metadata["about"], settings.shown(f.name)
+    defaults = Settings()
+    for name, field in declared(Settings).items():
+        value, shown = getattr(settings, name), settings.shown(name)
         if as_toml:
-            default, real = cast(Callable[[], Any], f.default_factory)(), getattr(settings, f.name)
-            hidden = json.loads(value) != real  # as a value "…" would do harm
-            mark = "# " if hidden or real == default else ""
-            shown = _toml(json.loads(value)) if value != "null" else "…"
-            print(f"# {about}\n{mark}{f.name} = {shown}\n")
+            hidden = json.loads(shown) != value  # as a value "…" would do harm
+            mark = "# " if hidden or value == getattr(defaults, name) else ""
+            value = _toml(json.loads(shown)) if shown != "null" else "…"
+            print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
-            print(f"{f.name:20} {value:28} {about}")
+            print(f"{name:20} {shown:28} {field['description']}")
     return 0
 
 
@@ -4922,9 +5038,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     group = parser.add_argument_group("settings")
-    for f in fields(Settings):
-        option = "--" + f.name.replace("_", "-")
-        group.add_argument(option, metavar="VALUE", help=f.metadata["about"])
+    for name, field in declared(Settings).items():
+        told = f"{field['description']} ({allowed(field)})"
+        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=told)
     return parser
 
 
@@ -4937,7 +5053,7 @@ def main(argv: list[str]) -> int:
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
-    options = {f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None}
+    options = {name: given[name] for name in declared(Settings) if given[name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"]]

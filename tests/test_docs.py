@@ -126,7 +126,7 @@ def test_the_reference_is_complete(site: dict[str, Page]) -> None:
     errors = {error.__name__ for error in gateway.error_classes()}
     assert errors <= site["integrate/errors.html"].ids
     assert "safe to repeat" in site["integrate/errors.html"].text
-    assert set(gateway.Settings.__annotations__) <= site["operate/settings.html"].ids
+    assert gateway.declared(gateway.Settings).keys() <= site["operate/settings.html"].ids
     for name in conf.definitions():
         if "." not in name:
             assert re.search(rf">{name}(</span>)?</code>", site["read/names.html"].text), name

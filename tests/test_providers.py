@@ -585,10 +585,10 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({"kind": "http", "endpoint": "http://{to}.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example\\@hunter2/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example:port/"}, "endpoint"),
-        ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "templates"),
+        ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "method"),
         ({"kind": "http", **URL, "headers": {"A: b\r\nC": "d"}}, "templates"),
         ({"kind": "http", **URL, "body": "{number}"}, "templates"),
-        ({"kind": "http", **URL, "headers": {"A": 5}}, "templates"),
+        ({"kind": "http", **URL, "headers": {"A": 5}}, "headers"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
         ({"kind": "http", **URL, "success": "("}, "regular expression"),
         ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
@@ -611,8 +611,12 @@ def test_half_configured_is_refused(
     assert "hunter2" not in str(caught.value)
 
 
+def test_each_declared_kind_has_its_provider() -> None:
+    assert list(gateway.PROVIDERS) == list(gateway.SMS_LISTS["sms_providers"])
+
+
 def test_more_providers_than_bits() -> None:
-    with pytest.raises(gateway.SettingsError, match="at most 16"):
+    with pytest.raises(gateway.SettingsError, match="1 to 16"):
         sender_of(*[{"kind": "outbox"}] * 17)
 
 

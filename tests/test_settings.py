@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
+import pickle
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lab
+import msgspec
 import psutil
 import pytest
 from support import GatewayProcess
@@ -55,6 +59,7 @@ CONTRACT: dict[str, Any] = {
 """CONTRACT sections 6 and 7. ``sms_inbound`` depends on the place and on the providers,
 ``store_max_bytes`` on the machine; ``limits`` comes with its own issue."""
 
+README = (lab.ROOT / "README.md").read_text("utf-8")
 ABROAD: dict[str, Any] = {
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
     "sms_inbound": [],
@@ -115,12 +120,22 @@ def test_default(name: str) -> None:
 
 
 def test_every_setting_has_a_sentence() -> None:
-    for f in dataclasses.fields(Settings):
-        assert len(f.metadata["about"].split()) >= 3, f.name
+    for name, field in gateway.declared(Settings).items():
+        assert len(field["description"].split()) >= 3, name
+
+
+@pytest.mark.parametrize("name", gateway.SMS_LISTS)
+def test_every_field_of_an_entry_has_a_sentence(name: str) -> None:
+    for kind, declaration in gateway.SMS_LISTS[name].items():
+        fields = dict(gateway.declared(declaration))
+        assert fields.pop("kind") == {"enum": [kind]}
+        for field, schema in fields.items():
+            assert len(schema["description"].split()) >= 3, field
+            assert gateway.allowed(schema), field
 
 
 def test_settings_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError, match="immutable"):
         Settings().port = 1  # type: ignore[misc]
 
 
@@ -162,7 +177,7 @@ def test_open_webhooks_depend_on_the_place(values: dict[str, Any], expected: lis
     ("values", "base", "issuer"),
     [
         ({}, "http://127.0.0.1:5000", "127.0.0.1:5000"),
-        ({"port": 80}, "http://127.0.0.1:80", "127.0.0.1:80"),
+        ({"port": 80}, "http://127.0.0.1", "127.0.0.1"),
         ({"host": "::1"}, "http://[::1]:5000", "[::1]:5000"),
         ({"public_url": "http://localhost:8123"}, "http://localhost:8123", "localhost:8123"),
         ({"public_url": "http://localhost/"}, "http://localhost", "localhost"),
@@ -172,6 +187,92 @@ def test_open_webhooks_depend_on_the_place(values: dict[str, Any], expected: lis
 )
 def test_what_clients_call_us(values: dict[str, Any], base: str, issuer: str) -> None:
     assert (Settings(**values).base_url, Settings(**values).issuer) == (base, issuer)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://ID.Example", "https://id.example"),
+        ("HTTPS://id.example", "https://id.example"),
+        ("https://id.example:443", "https://id.example"),
+        ("https://id.example:0443/", "https://id.example"),
+        ("http://id.example:80", "http://id.example"),
+        ("http://id.example:443", "http://id.example:443"),
+        ("https://id.example:80", "https://id.example:80"),
+        ("http://LocalHost:5000/", "http://localhost:5000"),
+        ("http://[0:0::0001]:81", "http://[::1]:81"),
+        ("http://[2001:DB8::A]", "http://[2001:db8::a]"),
+        ("https://xn--bcher-kva.example", "https://xn--bcher-kva.example"),
+        ("https://a_b.example", "https://a_b.example"),
+        ("https://id.example.", "https://id.example."),
+        ("https://7.example", "https://7.example"),
+        ("https://0xg.0xg", "https://0xg.0xg"),
+        ("https://127.0.0.1:65535", "https://127.0.0.1:65535"),
+    ],
+)
+def test_our_name_is_spelled_as_browsers_spell_it(url: str, expected: str) -> None:
+    """A client compares a certificate's issuer with its ``new URL(url).host``.
+
+    What is expected here is what Node 20 says ``new URL(url).origin`` is.
+    """
+    assert gateway.origin_of(url) == expected
+    settings = Settings(public_url=url, **ABROAD)
+    assert (settings.public_url, settings.base_url) == (expected, expected)
+    assert settings.issuer == expected.partition("//")[2]
+
+
+@pytest.mark.skipif(
+    not shutil.which("node"), reason="Node is not installed: apt-get install nodejs"
+)
+def test_node_agrees_about_our_name() -> None:
+    """Of hosts that are put together at random, it reads each that we take, and likewise."""
+    rng = random.Random(54)
+    hosts = ["Id.Example", "a-b", "x.", "_", "1.2.3.4", "1.2.3", "08.1.1.1", "0x7f.1", "a.0x1",
+             "a.1b", "[::0001]", "[1:0::0:2]", "[2001:DB8:0:0:1:0:0:1]", "[::12345]", "999.1.1.1",
+             "a.1.", "XN--bcher-kva.example", "\u212a.example", "b\u00fccher.example"]  # fmt: skip
+    ports = ["", ":80", ":443", ":00", ":0080", ":65535", ":65536", ":8o"]
+    schemes = ["http", "https", "HTTP", "Https", "ftp"]
+    urls = [
+        f"{rng.choice(schemes)}://{host}{rng.choice(ports)}{rng.choice(['', '/'])}"
+        for host in hosts
+        for _ in range(20)
+    ]
+    script = "u => { try { return new URL(u).origin } catch { return '' } }"
+    script = f"JSON.stringify(JSON.parse(process.argv[1]).map({script}))"
+    argv = ["node", "-p", script, json.dumps(urls)]
+    told = json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
+    taken = [
+        (url, ours, node)
+        for url, node in zip(urls, told, strict=True)
+        if (ours := gateway.origin_of(url))
+    ]
+    assert len(taken) > 50
+    assert [row for row in taken if row[1] != row[2]] == []
+
+
+def test_a_name_in_other_letters_is_refused_with_a_way_out() -> None:
+    """Browsers and Python's IDNA (of 2003) disagree about the punycode of some."""
+    for url in ("https://bücher.example", "https://ID.ЕXAMPLE", "http://ß.example"):
+        with pytest.raises(SettingsError, match="punycode: xn--") as refused:
+            Settings(public_url=url, **ABROAD)
+        assert url in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.1", "http://0x7f.1", "http://1.2.3.4.5", "http://a.1.", "http://[::1%251]",
+            "http://[1:2:3]", "http://h:0", "http://h:65536", "http://h:"],
+)  # fmt: skip
+def test_what_is_no_host_to_a_browser_or_not_as_it_would_write_it(url: str) -> None:
+    assert gateway.origin_of(url) == ""
+    with pytest.raises(SettingsError, match=r"public_url.*allowed"):
+        Settings(public_url=url, **ABROAD)
+
+
+def test_the_name_by_host_and_port_is_spelled_likewise() -> None:
+    assert Settings(host="LocalHost", port=80).issuer == "localhost"
+    assert Settings(host="0:0::1").issuer == "[::1]:5000"
+    with pytest.raises(SettingsError, match="host"):
+        Settings(host="127.1")  # to a browser 127.0.0.1
 
 
 # -- Who wins -----------------------------------------------------------------
@@ -364,7 +465,7 @@ def test_zero_means_for_ever_where_the_contract_says_so() -> None:
     [
         ("port", "http"),
         ("port", ""),
-        ("port", "5e3"),
+        ("port", "5.5"),
         ("port", "0x1388"),
         ("port", "1_000"),
         ("port", "NaN"),
@@ -698,6 +799,71 @@ def test_values_that_could_never_work(make_app: Callable[..., Any], values: dict
         make_app(**values)
 
 
+NEXMO_ENTRY = {"kind": "nexmo", "api_key": "hunter2", "api_secret": "hunter2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "told"),
+    [
+        ("sms_providers", {"kind": "vonage"}, '[1].kind is "vonage"; allowed: outbox, nexmo'),
+        ("sms_providers", {}, "sms_providers[1].kind is null; allowed: outbox, nexmo, twilio,"),
+        ("sms_providers", {**NEXMO_ENTRY, "timeout_s": 13}, "sms_providers[1].timeout_s is 13;"),
+        ("sms_providers", {**NEXMO_ENTRY, "api_secret": 5}, 'sms_providers[1].api_secret is "…";'),
+        ("sms_providers", {**NEXMO_ENTRY, "receipts": "x"}, 'receipts is "x"; allowed: true,'),
+        ("sms_providers", {"kind": "kannel", "username": "hunter2"}, "required field `endpoint`"),
+        ("sms_providers", {**NEXMO_ENTRY, "secret": "hunter2"}, "unknown field `secret`"),
+        ("sms_providers", {"kind": "http", "endpoint": "https://h/hunter2", "headers": {"a": 5}},
+         'sms_providers[1].headers is "…"; allowed: texts by name'),
+        ("sms_inbound", {"kind": "http", "path_secret": "hunter2/"}, 'secret is "…"; allowed: a'),
+        ("sms_inbound", {"kind": "sns"}, 'sms_inbound[1].kind is "sns"; allowed: nexmo, twilio,'),
+    ],
+)  # fmt: skip
+def test_a_refused_entry_is_named_by_its_place(
+    run: Callable[..., Ended], toml: Callable[[str], str], name: str, entry: gateway.Json, told: str
+) -> None:
+    """With the field, its value unless that may be secret, and what is allowed; by each command."""
+    first = {"kind": "outbox"} if name == "sms_providers" else {"kind": "kannel"}
+    ended = run("settings", "--" + name.replace("_", "-"), json.dumps([first, entry]))
+    assert (ended.status, ended.out) == (2, "")
+    assert told in ended.err
+    assert "hunter2" not in ended.err
+
+
+def test_what_is_no_secret_in_an_entry_is_shown() -> None:
+    entry = {**NEXMO_ENTRY, "receipts": False, "timeout_s": 2, "priority": 5}
+    shown = json.loads(Settings(sms_providers=[entry]).shown("sms_providers"))
+    assert shown == [{**entry, "api_key": "…", "api_secret": "…"}]
+
+
+def test_settings_go_to_other_processes_and_stay_checked() -> None:
+    settings = Settings(port=5001, sms_providers=[NEXMO_ENTRY], public_url="http://LOCALHOST:80")
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    changed = msgspec.structs.replace(settings, port=5002)
+    assert (changed.port, changed.issuer) == (5002, "localhost")
+    with pytest.raises(SettingsError, match="port is 0"):
+        msgspec.structs.replace(settings, port=0)
+    with pytest.raises(TypeError, match="prot"):
+        Settings(prot=1)  # type: ignore[call-arg]
+
+
+def test_readme_has_the_entries_as_they_are_declared() -> None:
+    """A line for each kind: what it needs, what it may have. It fails with the right lines."""
+    common = gateway.declared(gateway.Provider).keys()
+    readme = re.sub(r" \([^|]*?\)|;? ?keys where[^|]*(?= )", "", README)
+    for kind, declaration in gateway.SMS_LISTS["sms_providers"].items():
+        fields = [f for f in msgspec.structs.fields(declaration) if f.name not in common]
+        needs = ", ".join(f"`{f.name}`" for f in fields if f.required)
+        may = ", ".join(f"`{f.name}`" for f in fields if not f.required)
+        row = re.sub(" +", " ", f"| `{kind}` | {needs} | {may} |")
+        assert row in readme, row
+    assert all(f"`{name}` ({default:g}, " in README for name, default in
+               (("connect_timeout_s", 2), ("timeout_s", 5)))  # fmt: skip
+    for kind, declaration in gateway.SMS_LISTS["sms_inbound"].items():
+        [row] = re.findall(rf"^\| .*`{kind}`.* \| (.*) \|$", readme.partition("told from")[2], re.M)
+        secrets = gateway.declared(declaration).keys() - {"kind"}
+        assert secrets == set(re.findall(r"`(\w+_secret)`", row)), kind
+
+
 # -- Secrets ------------------------------------------------------------------
 
 NEXMO = 'kind = "nexmo", api_key = "k"'
@@ -920,7 +1086,7 @@ def test_toml_with_its_marks_removed_loads_back(
     run: Callable[..., Ended], toml: Callable[[str], str]
 ) -> None:
     """Somebody who makes every line active gets the gateway that was described."""
-    names = {f.name for f in dataclasses.fields(Settings)} - {"sms_inbound"}
+    names = gateway.declared(Settings).keys() - {"sms_inbound"}
     lines = [line.removeprefix("# ") for line in run("settings", "--toml").out.splitlines()]
     text = "\n".join(line for line in lines if line.split(" = ")[0] in names)
     assert gateway.load_settings({}, {}, toml(text)) == Settings()
@@ -969,7 +1135,7 @@ def test_toml_without_its_secrets_loads_back(
     assert ended.status == 0
     loaded = gateway.load_settings({}, {}, toml(ended.out))
     assert loaded.port == 5001
-    assert "…" not in str(dataclasses.asdict(loaded))
+    assert "…" not in str(msgspec.structs.asdict(loaded))
 
 
 # -- Exit status --------------------------------------------------------------

@@ -584,7 +584,7 @@ def test_unusable_provider_settings_are_refused(providers: Any, named: str) -> N
     ("value", "named"),
     [
         (json.dumps([{**LOGIN, "password": SECRET}]), "password"),
-        (json.dumps([LOGIN])[:-1], "sms-providers"),  # no JSON
+        (json.dumps([LOGIN])[:-1], "sms_providers"),  # no JSON
     ],
 )
 def test_the_start_refuses_them_with_exit_status_2(

@@ -96,7 +96,7 @@ OUTBOX: list[Any] = [{"kind": "outbox"}]
 PAID: list[Any] = ABROAD["sms_providers"]
 
 
-@pytest.mark.parametrize("kind", gateway.INBOUND)
+@pytest.mark.parametrize("kind", gateway.SMS_LISTS["sms_inbound"])
 @pytest.mark.parametrize(
     ("place", "at_a_desk"),
     [
@@ -139,7 +139,7 @@ def test_a_paid_provider_closes_the_webhooks_that_were_open(
         client.register()
         assert client.credentials
         query = urlencode({"msisdn": NUMBER[1:], "text": client.credentials.hawk_id})
-        for kind in gateway.INBOUND:
+        for kind in gateway.SMS_LISTS["sms_inbound"]:
             answer = client.raw(method, f"/sms/momt/?provider={kind}&{query}")
             assert (answer.status, answer.errno) == (400, 107)
         assert provider.received == []
@@ -317,7 +317,7 @@ def test_two_messages_by_twilio_are_two(make_client: MakeClient) -> None:
         assert len(client.outbox()) == sent
 
 
-@pytest.mark.parametrize("kind", gateway.INBOUND)
+@pytest.mark.parametrize("kind", gateway.SMS_LISTS["sms_inbound"])
 def test_an_unsigned_call_without_an_id_is_never_taken_for_a_replay(
     make_client: MakeClient, kind: str
 ) -> None:
