@@ -749,7 +749,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.public_url or origin_of(f"http://{host}:{self.port}")
 
-    @property
+    @cached_property
     def issuer(self) -> str:
         """Who signs our certificates: the host, with the port if the URL has one."""
         return urlsplit(self.base_url).netloc
@@ -768,7 +768,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         """
         return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
 
-    @property
+    @cached_property
     def line_host(self) -> str:
         """The host in the last line of short messages, or "" for none."""
         url = urlsplit(self.base_url)
@@ -844,6 +844,7 @@ class Network(NamedTuple):
     mcc: str = ""
     mnc: str = ""
 
+    @lru_cache  # noqa: B019 - a few hundred are in use, and each is in many records
     def pack(self) -> bytes:
         """3 bytes: the MCC, and the MNC such that ``07`` and ``007`` differ."""
         mnc = int(self.mnc) + (1 if len(self.mnc) == 2 else 101) if self.mnc else 0
@@ -851,7 +852,7 @@ class Network(NamedTuple):
         return (mcc * 1101 + mnc).to_bytes(3, "big")
 
     @staticmethod
-    @lru_cache  # in every record, and there are a few hundred
+    @lru_cache
     def unpack(packed: bytes) -> Network:
         """The inverse of ``pack``."""
         mcc, mnc = divmod(int.from_bytes(packed, "big"), 1101)
@@ -961,15 +962,6 @@ def hkdf(ikm: bytes, info: bytes, length: int = 32, salt: bytes | None = None) -
     return HKDF(hashes.SHA256(), length=length, salt=salt, info=info).derive(ikm)
 
 
-def _hmac(key: bytes, text: bytes) -> bytes:
-    """HMAC-SHA256 (RFC 2104), 32 bytes.
-
-    Not by ``hmac.digest``, which lets other threads run meanwhile: among many, being let in
-    again costs ten times the work.
-    """
-    return hmac.new(key, text, "sha256").digest()
-
-
 class Credentials(NamedTuple):
     """What both sides derive from a session token: its public name, its secret key."""
 
@@ -1012,7 +1004,9 @@ class Secrets(NamedTuple):
         It holds no brace: the key of a nonce names the id of its record in braces, and so
         Redis Cluster keeps both in one slot (cluster specification, "hash tags").
         """
-        digest = _hmac(self.storage_id, bytes.fromhex(hawk_id))[:16]
+        # Here as everywhere not hmac.digest: it releases the GIL, and to get that back under load
+        # costs more than the hash.
+        digest = hmac.new(self.storage_id, bytes.fromhex(hawk_id), "sha256").digest()[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
 
 
@@ -1022,7 +1016,7 @@ def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
     The store does not hold the Hawk id. So nobody who reads the store, even with our secrets,
     can sign in a user's name.
     """
-    mask = _hmac(secret, bytes.fromhex(hawk_id))
+    mask = hmac.new(secret, bytes.fromhex(hawk_id), "sha256").digest()
     return (int.from_bytes(key, "big") ^ int.from_bytes(mask, "big")).to_bytes(32, "big")
 
 
@@ -1187,10 +1181,6 @@ _HAWK_FIELD: Final = re.compile(
 )
 
 
-def _is_whole_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
 def media_type(content_type: str) -> str:
     """A Content-Type without its parameters, in lower case."""
     return content_type.split(";")[0].strip().lower()
@@ -1224,7 +1214,7 @@ def time_mac(key: HawkKey, ts: int) -> str:
 
 
 def _hmac64(key: HawkKey, text: str) -> str:
-    return base64.b64encode(_hmac(key.hex().encode(), text.encode())).decode()
+    return base64.b64encode(hmac.new(key.hex().encode(), text.encode(), "sha256").digest()).decode()
 
 
 def hawk_target(method: str, url: str) -> HawkRequest:
@@ -1282,7 +1272,7 @@ def long_code(n_bytes: int, random_bytes: RandomBytes) -> str:
 
 def code_digest(secret: bytes, storage_id: StorageId, code: str) -> bytes:
     """What is stored in place of a code: 8 bytes, useless without the secret."""
-    return _hmac(secret, storage_id + code.encode())[:8]
+    return hmac.new(secret, storage_id + code.encode(), "sha256").digest()[:8]
 
 
 Catalogues = Mapping[str, NullTranslations]
@@ -1422,7 +1412,7 @@ def open_msisdn(secret: bytes, hawk_id: HawkId, sealed: bytes) -> Msisdn:
 
 def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
     # HMAC is a key derivation itself; HKDF would add a second step, for more than one key.
-    return AESSIV(_hmac(secret, bytes.fromhex(hawk_id)))
+    return AESSIV(hmac.new(secret, bytes.fromhex(hawk_id), "sha256").digest())
 
 
 # =============================================================================
@@ -1612,7 +1602,7 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
     """``<uuid>@<issuer>``: the same for a number on this server, computable by it alone."""
-    digest = _hmac(secret, msisdn.encode())
+    digest = hmac.new(secret, msisdn.encode(), "sha256").digest()
     return f"{uuid.UUID(bytes=digest[:16], version=4)}@{issuer}"
 
 
@@ -3088,7 +3078,11 @@ class Sent(NamedTuple):
 
 
 class SmsSender:
-    """The providers of a gateway: by falling priority, those that failed of late at the end."""
+    """The providers of a gateway: by falling priority, those that failed of late at the end.
+
+    Attributes:
+        outbox: Where codes can be seen, if it is in force.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -3096,16 +3090,12 @@ class SmsSender:
         for entry in settings.sms_providers:
             self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
         self.providers.sort(key=lambda provider: -provider.entry["priority"])
+        self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
-
-    @property
-    def outbox(self) -> OutboxSms | None:
-        """The outbox, where codes can be seen, if it is in force."""
-        return next((p for p in self.providers if isinstance(p, OutboxSms)), None)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
@@ -3293,7 +3283,7 @@ def check_inbound(
     elif key:
         signed = sorted((name, value) for name, value in params.items() if name != "sig")
         text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-        digest = _hmac(key.encode(), text.encode("utf-8", "replace"))
+        digest = hmac.new(key.encode(), text.encode("utf-8", "replace"), "sha256").digest()
         right = _same(digest.hex(), str(params.get("sig")).lower())
         # Older than the ids of messages that we remember: it may be a replay.
         stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
@@ -3537,7 +3527,7 @@ class Gateway:
             BadSignature: A malformed header, or a wrong MAC.
         """
         header = parse_hawk_header(authorization)
-        if not (all(header[:4]) and _is_whole_number(header.ts) and len(header.ts) < 12):
+        if not (all(header[:4]) and re.fullmatch("[0-9]{1,11}", header.ts)):
             raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
         hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
@@ -3761,9 +3751,11 @@ class Gateway:
             user, wrong = return_code(user, digest, long, settings, now_s)
             return user, wrong or self._number(session, user)
 
-        answer: Json = {"msisdn": self.step(session, decide)}
+        number = self.step(session, decide)
         # ANSWER
-        return answer | (self._certificate(session, client_key, duration_s) if client_key else {})
+        if client_key is None:
+            return {"msisdn": number}
+        return {"msisdn": number, **self._certificate(session, number, client_key, duration_s)}
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
         """Sign a certificate for the client's key, once its number is verified."""
@@ -3781,7 +3773,12 @@ class Gateway:
         # RECORD: only the nonce, which also shows that the session is still there. We sign
         # while the store works, and keep it to ourselves if the store disagrees.
         made: list[Json] = []
-        self.step(session, decide, lambda: made.append(self._certificate(session, key, duration_s)))
+
+        def sign() -> None:
+            number = self._number(session, session.user)
+            made.append(self._certificate(session, number, key, duration_s))
+
+        self.step(session, decide, sign)
         # ANSWER
         return made[-1]
 
@@ -3824,26 +3821,24 @@ class Gateway:
         if user.by_outbox and not self.sms.outbox:
             raise Expired("the outbox that showed this code is gone: ask for another")
 
-    def _new_code(self, long: bool) -> str:
-        if long:
-            return long_code(self.settings.long_code_bytes, self.random_bytes)
-        return short_code(self.settings.short_code_digits, self.random_bytes)
-
     def _send(self, session: Session, asks: Callable[[User], Ask], language: str) -> str:
         """RESERVE, SEND and ARM a message (see the class); gives the number that it is sent from.
 
         Args:
             asks: What is asked for, by the user as it is; raises what the rules forbid.
         """
-        payments = Payments(self.storage, self.settings, self.clock, self.random_bytes)
-        with self.sms.slot(), payments:
+        facts = (self.storage, self.settings, self.clock, self.random_bytes)
+        with self.sms.slot(), Payments(*facts) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
             if reserved is None:  # answered like the first, as far as it is known
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
             sender = self._sender(ask.network, ask.msisdn)
-            code = self._new_code(ask.long)
+            if ask.long:
+                code = long_code(self.settings.long_code_bytes, self.random_bytes)
+            else:
+                code = short_code(self.settings.short_code_digits, self.random_bytes)
             text = code if ask.long else self._short_text(code, ask.msisdn, language)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
@@ -3892,8 +3887,15 @@ class Gateway:
     def _arm(self, session: Session, reservation: Reservation, code: str, sent: Sent) -> None:
         reserved = cast(User, reservation.user)
         digest = code_digest(self.secrets.code, session.storage_id, code)
-        facts = (reservation.ask, digest, sent, self.settings, int(self.clock()))
-        user = persist(partial(self._settle, session, reserved, lambda user: arm(user, *facts)))
+        now_s = int(self.clock())
+        armed = partial(
+            arm, ask=reservation.ask, digest=digest, sent=sent, settings=self.settings, now_s=now_s
+        )
+        settle = partial(self._settle, session, reserved, armed)
+        try:
+            user = settle()
+        except Unavailable:
+            user = persist(settle)
         for message_id in filter(None, sent.ids):
             with contextlib.suppress(Unavailable):
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
@@ -3939,9 +3941,10 @@ class Gateway:
             raise InvalidParameter("duration must be whole seconds, at least 1")
         return longest if value is None else min(value, longest)
 
-    def _certificate(self, session: Session, client_key: Json, duration_s: int) -> Json:
+    def _certificate(
+        self, session: Session, number: Msisdn, client_key: Json, duration_s: int
+    ) -> Json:
         user, issuer, now_ms = session.user, self.settings.issuer, int(self.clock() * 1000)
-        number = self._number(session, user)
         email = principal_for(self.secrets.principal, number, issuer)
         who = (self.key, issuer, email, client_key, number)
         return {"cert": issue_certificate(*who, user.verified_s, now_ms, duration_s)}
@@ -4034,7 +4037,9 @@ class Answer(NamedTuple):
 
 
 def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
-    """An answer in JSON."""
+    """An answer in JSON; of nothing, 204 without a body."""
+    if value is None:
+        return Answer(204)
     return Answer(status, json.dumps(value).encode(), "application/json", headers)
 
 
@@ -4070,7 +4075,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
     """
     length, stream = environ.get("CONTENT_LENGTH") or "", environ["wsgi.input"]
     chunked = "HTTP_TRANSFER_ENCODING" in environ
-    if chunked or not _is_whole_number(length):
+    if chunked or not re.fullmatch("[0-9]+", length):
         if length or chunked or (environ.get("wsgi.input_terminated") and stream.read(1)):
             raise LengthRequired("a body needs a Content-Length in bytes, and no chunks")
         return b""
@@ -4134,7 +4139,7 @@ def _query_fields(text: str) -> Json:
     try:
         return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=WEBHOOK_FIELDS_MAX))
     except ValueError:
-        raise InvalidParameter(f"a webhook has at most {WEBHOOK_FIELDS_MAX} parameters") from None
+        raise InvalidParameter(f"at most {WEBHOOK_FIELDS_MAX} parameters are read") from None
 
 
 NOTHING: Final = Answer(200, b"", "text/plain")
@@ -4212,36 +4217,30 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             hawk: The request must be signed; then the handler gets its session, and the
                 answer is signed too.
         """
-        sessions: list[Session] = []
-
-        def signed() -> Any:
-            who = self.gateway.authenticate(self.header("AUTHORIZATION"), self.hawk_request())
-            sessions.append(who)
-            return self.gateway.perform(who, bottle.request.content_type, self.body, handler)
-
-        answer = self.answer(signed if hawk else partial(handler, **args))
-        for session in sessions:
-            told = session.header, session.request, answer.content_type, answer.body
-            seal = server_authorization(session.hawk_key, *told)
-            answer = answer._replace(headers={**answer.headers, "Server-Authorization": seal})
-        return self.write(answer)
-
-    def answer(self, call: Callable[[], Any]) -> Answer:
-        """Call a handler: an answer from its value, or from the error that it raised."""
+        session = None
         try:
-            value = call()
+            if hawk:
+                request = self.header("AUTHORIZATION"), self.hawk_request()
+                session = self.gateway.authenticate(*request)
+                content_type = bottle.request.content_type
+                value = self.gateway.perform(session, content_type, self.body, handler)
+            else:
+                value = handler(**args)
+            answer = value if isinstance(value, Answer) else json_answer(value)
         except GatewayError as error:
-            return error_answer(error, self.settings.base_url)
+            answer = error_answer(error, self.settings.base_url)
         except bottle.HTTPResponse:
             raise
         except Exception as error:
             # The text of a foreign exception may quote a code or a number: leave it out.
             where = "".join(traceback.format_tb(error.__traceback__))
             LOG.error("unforeseen %s\n%s", type(error).__name__, where)
-            return error_answer(UNFORESEEN, self.settings.base_url)
-        if isinstance(value, Answer):
-            return value
-        return Answer(204) if value is None else json_answer(value)
+            answer = error_answer(UNFORESEEN, self.settings.base_url)
+        if session:
+            told = session.header, session.request, answer.content_type, answer.body
+            seal = server_authorization(session.hawk_key, *told)
+            answer = answer._replace(headers={**answer.headers, "Server-Authorization": seal})
+        return self.write(answer)
 
     def write(self, answer: Answer) -> bytes:
         """Give an answer, and the headers that every one has, to Bottle's response."""
@@ -4426,7 +4425,10 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         near &= not any(name.startswith(FORWARDED) for name in environ)
         # A page of another site can have a browser here ask, but not without saying so.
         near &= self.header("SEC_FETCH_SITE") != "cross-site"
-        query = _query_fields(bottle.request.query_string) if outbox and near else {}
+        query: Json = {}
+        if outbox and near:
+            with contextlib.suppress(InvalidParameter):
+                query = _query_fields(bottle.request.query_string)
         if outbox is None or not _same(self.token, query.get("token", "")):
             raise bottle.HTTPError(404, "Not found: '/outbox'")
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
