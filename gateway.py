@@ -1509,8 +1509,11 @@ def public_key_json(key: PublicKey) -> Json:
     return {"algorithm": "DS", "y": f"{y:x}", "p": f"{g.p:x}", "q": f"{g.q:x}", "g": f"{g.g:x}"}
 
 
-def canonical_key(value: object) -> Json:
+def canonical_key(value: object, dear: bool = True) -> Json:
     """Check a public key in BrowserID's form (an object, or its JSON as a string).
+
+    Args:
+        dear: Check all of it; else of a DS key only the sizes, as the rest may take 30 ms.
 
     Returns:
         It as a certificate states it: no leading zeros, lower case, and nothing else in it.
@@ -1522,7 +1525,8 @@ def canonical_key(value: object) -> Json:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, dict) and (kind := value.get("algorithm")) in ("RS", "DS"):
-        names, base, plausible = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, _is_dsa)
+        is_dsa = partial(_is_dsa, dear)
+        names, base, plausible = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, is_dsa)
         found: Json = {name: value.get(name) for name in names}
         numbers = (isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in found.values())
         if all(numbers) and plausible(*(int(text, base) for text in found.values())):
@@ -1542,16 +1546,16 @@ def _is_rsa(n: int, e: int) -> bool:
     return size in (1024, 2048) and odd and 3 <= e < 2**32 and math.gcd(n, SMALL_FACTORS) == 1
 
 
-def _is_dsa(y: int, p: int, q: int, g: int) -> bool:
+def _is_dsa(dear: bool, y: int, p: int, q: int, g: int) -> bool:
     # FIPS 186-4, A.2.2: g and y lie in the subgroup of order q; p and q look prime.
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
-    return right_size and 1 < y < p and _is_dsa_group(p, q, g) and pow(y, q, p) == 1
-
-
-@lru_cache(256)  # a check takes 20 ms, and the clients of 2014 share one group of each size
-def _is_dsa_group(p: int, q: int, g: int) -> bool:
-    if (p - 1) % q or not 1 < g < p or pow(g, q, p) != 1:
+    if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
         return False
+    return not dear or (all(pow(x, q, p) == 1 for x in (g, y)) and _look_prime(p, q))
+
+
+@lru_cache(256)  # takes 20 ms, and the clients of 2014 share one p and q of each size
+def _look_prime(p: int, q: int) -> bool:
     return all(pow(2, m - 1, m) == 1 for m in (p, q))
 
 
@@ -2542,10 +2546,10 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     gaps_s = settings.resend_gaps_s
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
     # No message left if no number is bound any more, or whoever was sending it died.
-    if 0 <= passed_s < gap_s and user.sealed and not user.sending:
-        raise TooManyCodes(
-            "resend_gaps_s: this session asked for a message just now", gap_s - passed_s
-        )
+    early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
+    if early and user.sealed and not user.sending:
+        wait_s = min(gap_s - passed_s, gap_s)
+        raise TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
     return user.sends
 
 
@@ -3386,8 +3390,8 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
     if user.sealed not in (b"", ask.sealed):  # a number is always sealed to the same bytes
         raise InvalidParameter("msisdn is another number than this session's: register anew")
     sending = is_being_sent(user, now_s)
-    armed_s = user.code_expires_s - settings.code_ttl_s
-    young = 0 <= now_s - armed_s < settings.resend_gaps_s[0] and not user.sending
+    age_s = now_s - user.code_expires_s + settings.code_ttl_s
+    young = -settings.hawk_skew_s <= age_s < settings.resend_gaps_s[0] and not user.sending
     same = (user.asked_long, user.by_phone) == (ask.long, ask.by_phone) and user.again >= ask.again
     if user.sealed and same and (sending or (young and code_waits(user, settings, now_s))):
         return None
@@ -3565,7 +3569,9 @@ class Gateway:
         """
         self._check_time(session)
         try:
-            self._check_payload(session, content_type, body())
+            content = body()
+            self._check_time(session)  # a body may be held back until its nonce is forgotten
+            self._check_payload(session, content_type, content)
             return act(session)
         finally:
             if not session.spent and not session.unsure:
@@ -3740,13 +3746,17 @@ class Gateway:
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
-        client_key = canonical_key(params["publicKey"]) if "publicKey" in params else None
         duration_s = self._duration_s(params)
+        client_key = (
+            canonical_key(params["publicKey"], dear=False) if "publicKey" in params else None
+        )
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
         # ACT, RECORD
         def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
             self._expect_code(user)
+            if client_key and hmac.compare_digest(digest, user.code_digest):
+                canonical_key(client_key)  # not for who only guesses
             long, now_s = len(code) == lengths[1], int(self.clock())
             user, wrong = return_code(user, digest, long, settings, now_s)
             return user, wrong or self._number(session, user)
@@ -3769,7 +3779,8 @@ class Gateway:
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
         require(params, "publicKey")
         decide(session.user)
-        key, duration_s = canonical_key(params["publicKey"]), self._duration_s(params)
+        duration_s = self._duration_s(params)
+        key = canonical_key(params["publicKey"])
         # RECORD: only the nonce, which also shows that the session is still there. We sign
         # while the store works, and keep it to ourselves if the store disagrees.
         made: list[Json] = []
@@ -3901,7 +3912,8 @@ class Gateway:
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         if user is None:
             raise UnknownSession("this session has just been unregistered")
-        if user.sending or user.code_digest not in (digest, b""):
+        lost = user.sending or user.sends < reserved.sends  # to another message, in a fail-over
+        if lost or user.code_digest not in (digest, b""):
             raise Unavailable("another message took the place of this one: use that, or try again")
 
     def _settle(

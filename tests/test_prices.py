@@ -7,6 +7,7 @@ taken, and a wrong guess in between kept the roll-back from happening.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import random
@@ -497,6 +498,37 @@ def test_an_older_code_is_judged_while_a_newer_one_is_being_sent(
         assert asked.result().status == 200
     new = vonage.texts()[NUMBER][1].split()[-1]
     assert client.call("/sms/verify_code", {"code": new}).status == 200
+
+
+# -- A body that is held back -----------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/sms/mt/verify", "/certificate/sign"])
+def test_a_request_is_fresh_when_its_body_has_come(
+    make_client: Callable[..., WsgiClient], path: str
+) -> None:
+    """Whoever saw a request could send its head again, and its body when its nonce is forgotten."""
+    clock = Clock()
+    client = make_client(clock=clock, hawk_skew_s=1).verified()
+    body = json.dumps({"msisdn": NUMBER, "publicKey": KEY}).encode()
+    target = gateway.hawk_target("POST", f"http://{client.host}{path}")
+    assert client.credentials
+    sent = gateway.build_authorization(
+        client.credentials, target, int(clock()), "seen", "application/json", body
+    )
+
+    class Late(io.BytesIO):
+        """Comes when nobody could sign like that any more."""
+
+        def read(self, *args: Any) -> bytes:
+            clock.now_s += 10
+            return super().read(*args)
+
+    environ: dict[str, Any] = {"HTTP_AUTHORIZATION": sent, "wsgi.input": Late(body)}
+    answer = client.raw("POST", path, body, environ)
+    assert (answer.status, answer.errno) == (401, 109)
+    assert "stale" in answer.json["message"]
+    assert len(client.outbox()) == 1
 
 
 # -- What the version before wrote ---------------------------------------------
