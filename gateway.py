@@ -445,7 +445,7 @@ _HIDDEN: Final = Meta(extra_json_schema={"writeOnly": True})
 """JSON Schema's word for a secret: nothing shows its value, or only the host of a URL."""
 _URI: Final = Meta(extra_json_schema={"format": "uri"})
 """A URL, which is shown without login and options if it is no secret."""
-ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?\Z"
+_ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?\Z"
 """What an endpoint may be: no login, and no template before the path."""
 
 _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
@@ -454,7 +454,7 @@ _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
 _Switch = Annotated[str, Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off")]
 _Url = Annotated[str, Meta(title="a URL that begins with http:// or https://"), _HIDDEN, _URI]
-_Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=ENDPOINT)]
+_Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
 _Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _ByNetwork = Annotated[
     dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
