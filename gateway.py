@@ -394,11 +394,6 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return None
 
 
-def _is_wildcard(host: str) -> bool:
-    address = _address(host)  # and the old ways to write 0.0.0.0
-    return address.is_unspecified if address else bool(re.fullmatch("(0x|[0.])*", host))
-
-
 def origin_of(url: str) -> str:
     """A URL of scheme, host and port as browsers write it, or "" if it is none.
 
@@ -436,17 +431,9 @@ _STORAGE: Final = r"(\Z|unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+senti
 _TABLE: Final = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|\Z))+)?)?\Z"
 
 
-def _about(
-    what: str, low: int | None = None, high: int | None = None, pattern: str | None = None,
-    title: str | None = None, **schema: Any,
-) -> Meta:  # fmt: skip
-    """A field's sentence and bounds; ``title``: what is allowed, where a pattern does not say it.
-
-    ``writeOnly`` is JSON Schema's word for a secret: nothing shows its value, or only the host if
-    its ``format`` is "uri". Such a URL that is no secret is shown without login and options.
-    """
-    bounds: Any = {"ge": low, "le": high} if high is not None else {"pattern": pattern}
-    return Meta(description=what, title=title, extra_json_schema=schema, **bounds)
+def _about(what: str, low: int | None = None, high: int | None = None, **more: Any) -> Meta:
+    """A field's sentence and bounds; ``title``: what is allowed, where these do not say it."""
+    return Meta(description=what, ge=low, le=high, **more)
 
 
 def _fresh(value: Any) -> Any:
@@ -454,14 +441,20 @@ def _fresh(value: Any) -> Any:
     return msgspec.field(default_factory=partial(copy.deepcopy, value))
 
 
+_HIDDEN: Final = Meta(extra_json_schema={"writeOnly": True})
+"""JSON Schema's word for a secret: nothing shows its value, or only the host of a URL."""
+_URI: Final = Meta(extra_json_schema={"format": "uri"})
+"""A URL, which is shown without login and options if it is no secret."""
+_ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?\Z"
+"""What an endpoint may be: no login, and no template before the path."""
+
 _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
-_Secret = Annotated[str, Meta(min_length=1, title="a text", extra_json_schema={"writeOnly": True})]
+_Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
+_PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
-_Endpoint = Annotated[
-    str,
-    Meta(pattern=r"(?i)\Ahttps?://", title="a URL that begins with http:// or https://"),
-    _about("where it is asked; a template", writeOnly=True, format="uri"),
-]
+_Switch = Annotated[str, Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off")]
+_Url = Annotated[str, Meta(title="a URL that begins with http:// or https://"), _HIDDEN, _URI]
+_Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
 _Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _ByNetwork = Annotated[
     dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
@@ -469,12 +462,17 @@ _ByNetwork = Annotated[
 ]
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
 """What a browser says in the header Origin, if it says where it is; or any."""
-_Origins = Annotated[
-    list[_Origin], Meta(title='a list of origins like "https://app.example", or "*"')
-]
-_StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS)]
-_TableUrl = Annotated[str, Meta(pattern=_LINE + _TABLE, title="dynamodb://TABLE?region=…")]
-_Hex64 = Annotated[str, Meta(pattern=r"(?i)\A([0-9a-f]{64})?\Z", title="64 hex digits")]
+_Origins = Annotated[list[_Origin], Meta(title='a list like ["https://app.example"], or ["*"]')]
+_Gap = Annotated[int, Meta(ge=0, le=DAY_S)]
+_Gaps = Annotated[list[_Gap], Meta(min_length=1, title=f"a list of numbers from 0 to {DAY_S}")]
+_Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
+_Bytes = Annotated[int, Meta(ge=10_000_000, le=2**50)]
+_StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS), _URI]
+_Table = Annotated[str, Meta(pattern=_LINE + _TABLE, title="dynamodb://TABLE?region=…")]
+_Hex64 = Annotated[str, Meta(pattern=r"(?i)\A([0-9a-f]{64})?\Z", title="64 hex digits"), _HIDDEN]
+_1_TO_16: Final = Meta(min_length=1, max_length=16, title='a list of 1 to 16 objects with a "kind"')
+_Entries = Annotated[list[Json], _1_TO_16, _HIDDEN]
+_Webhooks = Annotated[list[Json] | None, Meta(title='a list of objects with a "kind"'), _HIDDEN]
 
 
 class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -520,10 +518,8 @@ class SnsEntry(Provider, frozen=True, tag="sns"):
     """Amazon SNS; its keys are where boto3 looks for them."""
 
     region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
-    endpoint: Annotated[str, _about("another than the region's", writeOnly=True, format="uri")] = ""
-    type: Annotated[str, Meta(min_length=1), _about("Transactional or Promotional")] = (
-        "Transactional"
-    )
+    endpoint: Annotated[_Url, _about("another than the region's")] = ""
+    type: Annotated[str, _about("Transactional or Promotional")] = "Transactional"
 
 
 class HttpEntry(Provider, frozen=True, tag="http"):
@@ -531,17 +527,15 @@ class HttpEntry(Provider, frozen=True, tag="http"):
 
     endpoint: _Endpoint
     method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
-    headers: Annotated[dict[str, str], _about("templates by name", writeOnly=True)] = {}
-    body: Annotated[str, _about("a template, in the Content-Type of headers", writeOnly=True)] = ""
+    headers: Annotated[dict[str, str], _HIDDEN, _about("templates by name")] = {}
+    body: Annotated[str, _HIDDEN, _about("a template, in the Content-Type of headers")] = ""
     success: Annotated[str, _about("regular expression: what the answer has if taken")] = ""
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """What every entry of ``sms_inbound`` may have."""
 
-    path_secret: Annotated[
-        str, _about("ends its URL", pattern=r"\A[^/]+\Z", title="a text without /", writeOnly=True)
-    ] = ""
+    path_secret: Annotated[_PathSecret, _about("ends its URL")] = ""
 
 
 class NexmoWebhook(Webhook, frozen=True, tag="nexmo"):
@@ -581,16 +575,15 @@ _fields: Final = lru_cache(structs.fields)  # which evaluates all annotations
 @lru_cache
 def declared(declaration: type[Struct]) -> Mapping[str, Json]:
     """The fields of a declaration, each as JSON Schema, with its sentence as ``description``."""
-    schema: Json = msgspec.json.schema(declaration)["$defs"][declaration.__name__]["properties"]
-    return schema
+    return dict(msgspec.json.schema(declaration)["$defs"][declaration.__name__]["properties"])
 
 
 def allowed(field: Json) -> str:
-    """What a field of ``declared`` may be: its title, its choices, or its type and bounds."""
+    """What a field of ``declared`` may be: its title, or its type and bounds."""
     kinds = {"integer": "whole numbers", "boolean": "true, false", "object": "texts by name"}
-    words = field.get("title") or ", ".join(field.get("enum", ())) or kinds.get(field["type"])
+    words = field.get("title") or kinds.get(field["type"], "a text")
     bounds = f" from {field['minimum']} to {field['maximum']}" if "minimum" in field else ""
-    return (words or "a text") + bounds
+    return str(words) + bounds
 
 
 def without_secrets(value: Any, field: Json) -> Any:
@@ -640,23 +633,13 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     port: Annotated[int, _about("port to listen on", 1, 65535)] = 5000
     workers: Annotated[int, _about("server processes; default: cores", 1, 512)] = _cpus()
     threads: Annotated[int, _about("threads in each process", 1, 512)] = 64
-    public_url: Annotated[
-        _Text, _about("what clients call us: https://id.example; empty = host, port", format="uri")
-    ] = ""
-    storage_url: Annotated[
-        _StorageUrl, _about("Redis or Valkey; empty = embedded", format="uri")
-    ] = ""
-    certificate_store: Annotated[
-        _TableUrl, _about("dynamodb://TABLE?region=… for verified users; empty = the same store")
-    ] = ""
-    store_max_bytes: Annotated[
-        int, _about("largest size of the embedded store; full = 503", 10_000_000, 2**50)
-    ] = _memory_bytes() // 2
+    public_url: Annotated[_Text, _URI, _about("what clients call us; empty = host, port")] = ""
+    storage_url: Annotated[_StorageUrl, _about("Redis or Valkey; empty = embedded")] = ""
+    certificate_store: Annotated[_Table, _about("dynamodb://… for users; empty = same store")] = ""
+    store_max_bytes: Annotated[_Bytes, _about("embedded store; full = 503")] = _memory_bytes() // 2
     data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
     keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
-    master_secret: Annotated[
-        _Hex64, _about("empty = keys_dir/master.secret; else openssl rand -hex 32", writeOnly=True)
-    ] = ""
+    master_secret: Annotated[_Hex64, _about("openssl rand -hex 32; empty = in keys_dir")] = ""
     allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
     request_max_bytes: Annotated[int, _about("largest request body", 1024, 1048576)] = 10240
     short_code_digits: Annotated[int, _about("digits of a code that people type", 6, 10)] = 6
@@ -664,40 +647,18 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     code_tries: Annotated[int, _about("wrong codes after which a code is dead", 1, 10)] = 3
     code_ttl_s: Annotated[int, _about("seconds a code lives", 1, DAY_S)] = 600
     session_ttl_s: Annotated[int, _about("seconds to be verified in", 1, 365 * DAY_S)] = DAY_S
-    verified_ttl_s: Annotated[
-        int, _about("seconds it lives from then on; 0 = until /unregister", 0, 3650 * DAY_S)
-    ] = 365 * DAY_S
+    verified_ttl_s: Annotated[_Ttl, _about("seconds if verified; 0 = for ever")] = 365 * DAY_S
     certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
     hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
-    resend_gaps_s: Annotated[
-        list[Annotated[int, Meta(ge=0, le=DAY_S)]],
-        Meta(min_length=1, title=f"a list of whole numbers from 0 to {DAY_S}, like [30, 60]"),
-        _about("seconds between a session's messages; the last for all further ones"),
-    ] = _fresh([30, 60, 120, 300])
+    resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
-    sms_providers: Annotated[
-        list[Json],
-        Meta(min_length=1, max_length=16, title='a list of 1 to 16 objects with a "kind"'),
-        _about("SMS providers, tried by falling priority", writeOnly=True),
-    ] = _fresh([{"kind": "outbox"}])
-    sms_inbound: Annotated[
-        list[Json] | None,
-        Meta(title='a list of objects with a "kind"'),
-        _about("open webhooks; null = nexmo and beepsend at a desk, else none", writeOnly=True),
-    ] = None
+    sms_providers: Annotated[_Entries, _about("by falling priority")] = _fresh([{"kind": "outbox"}])
+    sms_inbound: Annotated[_Webhooks, _about("webhooks; null = nexmo, beepsend at a desk")] = None
     sms_send_tries: Annotated[int, _about("providers tried for one message, in 12 s", 1, 10)] = 3
-    sms_cool_down_s: Annotated[
-        int, _about("seconds a failed or slow provider is tried after the others", 1, HOUR_S)
-    ] = 30
-    sms_host_line: Annotated[
-        str,
-        Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off"),
-        _about("@host #code as last line, for browsers: on, off; auto = on for https"),
-    ] = "auto"
-    language_by_country: Annotated[
-        bool, _about("without a usable Accept-Language: the number's country chooses, not English")
-    ] = False
+    sms_cool_down_s: Annotated[int, _about("seconds a failed or slow one rests", 1, HOUR_S)] = 30
+    sms_host_line: Annotated[_Switch, _about("@host #code as last line; auto = for https")] = "auto"
+    language_by_country: Annotated[bool, _about("by the number if no Accept-Language")] = False
     mt_sender: Annotated[_Text, _about("what messages are sent from")] = "Gateway"
     mt_sender_map: _ByNetwork = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
@@ -720,21 +681,21 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
 
     def _rules(self) -> Iterator[tuple[str, object, str]]:
         """What no field can say alone: which one, whether it is right, what would be."""
-        named = re.fullmatch(r"[\w.-]*", self.host, re.A) or _address(self.host)
+        address = _address(self.host)
+        named = address or re.fullmatch(r"[\w.-]*", self.host, re.A)
         yield "host", named, "a name or an address, without a port"
-        known = self.public_url or not _is_wildcard(self.host)
-        yield "host", known, "a wildcard only together with public_url"
         words = "scheme, host and port: https://id.example; in other letters as punycode: xn--…"
         yield "public_url", not self.public_url or origin_of(self.public_url), words
-        yield "host", self.base_url, "a name or an address that can stand in a URL"
+        wildcard = not self.base_url or (address and address.is_unspecified)
+        words = "what clients can ask; a wildcard only together with public_url"
+        yield "host", self.public_url or not wildcard, words
         kinds = [entry["kind"] for entry in self.inbound]
         yield "sms_inbound", len({*kinds}) == len(kinds), "one entry of each kind"
         real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
         words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
         yield "sms_providers", self.on_loopback or real, words
         secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
-        words = "entries with a path_secret or signature_secret, where messages are real"
-        yield "sms_inbound", self.at_a_desk or secret, words
+        yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
 
     def __repr__(self) -> str:
         values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
@@ -805,28 +766,26 @@ def load_settings(
     Raises:
         SettingsError: An unknown name, an impossible value, an unreadable file.
     """
-    defaults, values = Settings(), Json()
+    values, texts = Json(), dict[str, str]()
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
-            text = Path(os.path.expanduser(path)).read_text("utf-8-sig")  # a BOM is skipped
-            values = tomllib.loads(text)
+            # utf-8-sig: Windows' editors begin a file with a BOM.
+            values = tomllib.loads(Path(os.path.expanduser(path)).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    given: list[tuple[str, str, str | None]] = [(f"{n} in {path}", n, None) for n in values]
     for variable, text in environ.items():
-        name = variable.removeprefix("GATEWAY_").lower()
         # GATEWAY_INTERFACE is CGI's own variable.
-        if variable.startswith("GATEWAY_") and name not in ("config", "interface"):
-            given.append((variable, name, text))
-    given += [("--" + name.replace("_", "-"), name, text) for name, text in options.items()]
-    for source, name, told in given:
+        if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
+            texts[variable.removeprefix("GATEWAY_").lower()] = text
+    texts |= options
+    for name in (*values, *texts):
         if name not in Settings.__struct_fields__:
-            raise SettingsError(f"{source} is no setting; “python gateway.py settings” lists all")
-        if told is not None:
-            values[name] = told
-            if not isinstance(getattr(defaults, name), str):
-                with contextlib.suppress(ValueError, RecursionError):  # refused as the text it is
-                    values[name] = json.loads(told)
+            raise SettingsError(f"{name} (GATEWAY_{name.upper()}) is no setting; --help lists all")
+    for name, text in texts.items():
+        values[name] = text
+        if declared(Settings)[name].get("type") != "string":
+            with contextlib.suppress(ValueError, RecursionError):  # refused as the text it is
+                values[name] = json.loads(text)
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
@@ -2680,9 +2639,6 @@ class SmsProvider:
         """
         raise NotImplementedError
 
-    def forget(self, to: Msisdn) -> None:
-        """Drop what is kept here about a number."""
-
 
 ANSWER_MAX_BYTES: Final = 65536
 """The largest answer of a provider that is read."""
@@ -2745,17 +2701,15 @@ class OutboxSms(SmsProvider):
                     os.pwrite(file.fileno(), b" " * len(line[1]), line.start(1))
 
     def _files(self) -> list[Path]:
-        """Oldest first."""
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(path for path in self.folder.iterdir() if path.suffix == ".jsonl")
-        return []
+        """Oldest first; none, if there is no folder yet."""
+        return sorted(self.folder.glob("*.jsonl"))
 
     def _name(self, at_s: float) -> str:
         return f"{int(at_s) // 60}.jsonl"  # minutes since the epoch: for centuries, 8 digits
 
     def _lines_to(self, to: str, content: bytes) -> Iterator[re.Match[bytes]]:
-        begin = f'{{"to": "{to}", '.encode()  # as json.dumps writes it
-        return re.finditer(b"\n(" + re.escape(begin) + b".*)", content)
+        """The lines that begin as json.dumps writes a message to this number."""
+        return re.finditer(rb'\n(\{"to": "' + re.escape(to.encode()) + rb'", .*)', content)
 
 
 def _has_room(console: TextIO) -> bool:
@@ -2786,37 +2740,29 @@ class HttpSms(SmsProvider):
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
         request = {**self.entry, **self.template}
-        if not re.fullmatch(ENDPOINT, self.entry["endpoint"]):
-            raise self.bad("needs endpoint: a URL that begins with http:// or https://")
         self.url = quote(self.entry["endpoint"], safe=string.punctuation)
         self.headers, self.body = request["headers"], request["body"]
-        self.fields = parse_qsl(str(self.body))  # if it is a form
         self.method = request.get("method", "POST")
         self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
         self.login = {name: self.entry[name] for name in self.needs}
         self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
-        self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=IDLE_CONNECTIONS_MAX)
+        self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=_IDLE_CONNECTIONS_MAX)
         try:  # a request as it will be: it shows unknown places and types
-            if not re.fullmatch("[A-Z]+", self.method):
-                raise ValueError("no method can be this")
             re.compile(self.entry.get("success", ""))
             kinds = [kind for name, kind in self.headers.items() if name.lower() == "content-type"]
             self.content_type = media_type(kinds[0] if kinds else "text/plain")
             self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
             self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
         except (LookupError, TypeError, ValueError, re.error):
-            raise self.bad(
-                "needs templates of known names ({from}, {to}, {text}, …), a body of one of the "
-                f"types {', '.join(ESCAPES)}, and a regular expression as success"
-            ) from None
+            right = f"known names, one of the types {', '.join(ESCAPES)}, a regular expression"
+            raise self.bad(f"needs in templates and success: {right}") from None
 
     def _receipt_url(self) -> str:
-        for entry in self.settings.inbound:
-            if entry["kind"] == self.kind:
-                url = self.settings.base_url + "/sms/receipt/"
-                url += quote(entry.get("path_secret", ""), safe="")
-                return f"{url}?provider={self.kind}{self.receipt_query}"
-        raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
+        entries = [entry for entry in self.settings.inbound if entry["kind"] == self.kind]
+        if not entries:
+            raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
+        url = f"{self.settings.base_url}/sms/receipt/{quote(entries[0].get('path_secret', ''), '')}"
+        return f"{url}?provider={self.kind}{self.receipt_query}"
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
         wide = measure(text).encoding == "UCS-2"
@@ -2835,7 +2781,7 @@ class HttpSms(SmsProvider):
             return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
 
         if self.content_type == FORM["Content-Type"]:
-            body = urlencode([(name, text) for name, t in self.fields if (text := fill(t, str))])
+            body = urlencode([(n, text) for n, t in parse_qsl(self.body) if (text := fill(t, str))])
         else:
             body = fill(self.body, ESCAPES[self.content_type])
         lines = [f"{name}: {text}" for name, t in self.headers.items() if (text := fill(t, str))]
@@ -2922,15 +2868,13 @@ def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
         pycurl.CUSTOMREQUEST: method, pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
         pycurl.CONNECTTIMEOUT_MS: math.ceil(1000 * connect_s), pycurl.USERAGENT: "msisdn-gateway",
         pycurl.CAINFO: trust.cafile, pycurl.CAPATH: trust.capath, pycurl.PATH_AS_IS: 1,
-        pycurl.NOSIGNAL: 1, CURLOPT_QUICK_EXIT: 1,
+        pycurl.NOSIGNAL: 1, _CURLOPT_QUICK_EXIT: 1,
     }  # fmt: skip
 
 
-ENDPOINT: Final = r"(?i)https?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?"
-"""What an endpoint may be: no login, and no template before the path."""
-IDLE_CONNECTIONS_MAX: Final = 64
+_IDLE_CONNECTIONS_MAX: Final = 64
 """How many connections to a provider are kept open while nobody uses them."""
-CURLOPT_QUICK_EXIT: Final = 322
+_CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown}
 """What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
@@ -3041,8 +2985,8 @@ class SnsSms(SmsProvider):
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Publish one message."""
         number = sender.removeprefix("+").isdecimal()
-        origin = "MM.SMS.OriginationNumber" if number else "SNS.SMS.SenderID"
-        attributes = {f"AWS.{origin}": sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
+        origin = "AWS.MM.SMS.OriginationNumber" if number else "AWS.SNS.SMS.SenderID"
+        attributes = {origin: sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
         typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
         message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         # botocore bounds each wait, but neither a name server that hangs nor an answer that drips.
@@ -3090,10 +3034,8 @@ class SmsSender:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.providers: list[SmsProvider] = []
-        for entry in settings.sms_providers:
-            self.providers.append(PROVIDERS[entry["kind"]](entry, settings))
-        self.providers.sort(key=lambda provider: -provider.entry["priority"])
+        made = [PROVIDERS[entry["kind"]](entry, settings) for entry in settings.sms_providers]
+        self.providers = sorted(made, key=lambda provider: -provider.entry["priority"])
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
@@ -3193,8 +3135,8 @@ class SmsSender:
 
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
-        for provider in self.providers:
-            provider.forget(to)
+        if self.outbox:
+            self.outbox.forget(to)
 
 
 def _send_by(provider: SmsProvider, *message: Any) -> list[str]:

@@ -388,7 +388,7 @@ def test_connections_are_kept(provider: Provider) -> None:
 def test_no_more_connections_are_kept_than_may_be(
     provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway, "IDLE_CONNECTIONS_MAX", 2)
+    monkeypatch.setattr(gateway, "_IDLE_CONNECTIONS_MAX", 2)
     sender = sender_of(provider.nexmo())
     provider.answer = after(0.3)
     for connections in (6, 10):  # two are there already
@@ -662,7 +662,7 @@ def test_a_name_server_that_hangs_does_not_hold_longer(tmp_path: Path) -> None:
         str(tmp_path / "hang.so"),
         f"""
 import time, gateway
-gateway.IDLE_CONNECTIONS_MAX = 0
+gateway._IDLE_CONNECTIONS_MAX = 0
 [one] = gateway.SmsSender(gateway.Settings(sms_providers=[{NEXMO}])).providers
 for _ in range(3):
     started = time.monotonic()
