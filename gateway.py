@@ -86,6 +86,7 @@ import logging
 import logging.config
 import logging.handlers
 import math
+import multiprocessing.util
 import os
 import queue
 import re
@@ -110,7 +111,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from multiprocessing import util as after_fork
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -4449,7 +4449,8 @@ class QueuedLog(logging.handlers.QueueHandler):
         self._lines = queue.SimpleQueue[bytes]()
         super().__init__(self._lines)
         self._file, self._dropped, self._writer = file, 0, threading.Thread()
-        after_fork.Finalize(None, self.flush, exitpriority=0)  # workers end without ``atexit``
+        # Workers end without ``atexit``.
+        multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Put a line into the queue, if there is room; a record may hold on to a request."""
@@ -4494,14 +4495,16 @@ LOGGING: Final[Json] = {
 
 
 def end_with_parent(parent: int) -> None:
-    """End this worker within 0.1 s of the gateway that started it, even by kill -9.
+    """End this worker once the gateway that started it is gone, even by kill -9.
 
-    It sees that the kernel has given it another parent. The pipe that multiprocessing keeps to
-    the parent does not tell it for sure: each worker inherits the pipes of those before it, and
-    one that hangs would keep them open.
+    The pipe that multiprocessing keeps to the parent tells it at once, and so the next gateway does
+    not share its port with us. But each worker inherits the pipes of those before it, so that one
+    that hangs would keep them: within 0.1 s they also see that the kernel has given them another
+    parent.
     """
-    while os.getppid() == parent:
-        time.sleep(0.1)
+    pipe: Any = multiprocessing.parent_process()
+    while os.getppid() == parent and pipe.is_alive():
+        pipe.join(0.1)
     os._exit(1)
 
 
@@ -4535,7 +4538,7 @@ def start_bound(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     with _FORKS:
         process = subprocess.Popen(["/bin/sh", "-c", script, "sh", *command], **options)
     # A worker that is forked later must not hold our end of the pipe, too.
-    after_fork.register_after_fork(process, lambda copy: copy.stdin and copy.stdin.close())
+    multiprocessing.util.register_after_fork(process, lambda own: own.stdin and own.stdin.close())
     return process
 
 
@@ -4818,7 +4821,8 @@ def fit_threads(settings: Settings) -> Settings:
 
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))  # until Granian has its own
     # A worker must not run our handlers: it takes these signals when it is ready for them.
     os.register_at_fork(
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
@@ -4841,8 +4845,6 @@ def serve(settings: Settings) -> int:
         _announce(settings, data, sms, new_master or new_key, token)
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key), token)
-    except KeyboardInterrupt:
-        pass
     finally:
         for number in STOP_SIGNALS:  # once is enough
             signal.signal(number, signal.SIG_IGN)
