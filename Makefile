@@ -56,4 +56,5 @@ update-l10n: .venv/done  ## extract the message, update and compile all language
 	$(BIN)/pybabel -q extract --no-location --omit-header -s -c Translators: -o locale/messages.pot gateway.py
 	$(BIN)/pybabel -q update $(L10N)
 	$(BIN)/pybabel -q compile -d locale
+	@PYTHONPATH=notebooks $(BIN)/python -c 'import lab, sys; sys.exit("\n".join(lab.catalogue_faults()) or 0)'
 	$(BIN)/python gateway.py messages

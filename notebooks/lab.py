@@ -17,7 +17,6 @@ import os
 import random
 import secrets
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import redis
 import urllib3
+from babel.support import NullTranslations
 from cryptography.hazmat.primitives import serialization
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,6 +451,8 @@ def _life_of(n: int, settings: gateway.Settings, now_s: int) -> list[tuple[bytes
 
 def memory(settings: gateway.Settings, users: int) -> int:
     """``python gateway.py memory``: measure in an empty store, or in a new one, and print it."""
+    if users < 1:
+        raise gateway.SettingsError(f"--users is {users}; allowed: at least 1")
 
     def progress(done: float) -> None:
         bar = "#" * round(done * 40)
@@ -482,16 +484,45 @@ def memory(settings: gateway.Settings, users: int) -> int:
     return 0
 
 
+# -- The message in every language --------------------------------------------
+
+
+def catalogue_faults(folder: Path = ROOT / "locale", digits: int = 10) -> list[str]:
+    """What is wrong with each catalogue that does not make one good SMS with such a code.
+
+    The server trusts the catalogues that come with it: the tests and ``make update-l10n`` ask here.
+    """
+    code, faults = "8" * digits, []
+    english = gateway.message_text(code, NullTranslations())
+    for tag, catalogue in gateway.load_catalogues(folder).items():
+        try:
+            text = gateway.message_text(code, catalogue)
+        except (KeyError, TypeError, ValueError):
+            text = ""  # another placeholder, or a broken one
+        size = gateway.measure(text)
+        if text.count(code) != 1 or text.split()[-1:] != [code] or "\n" in text or "%" in text:
+            faults.append(f"locale {tag}: %(code)s must be there once, as the last word")
+        elif text == english and not tag.startswith("en"):
+            faults.append(f"locale {tag}: the message is not translated")
+        elif size.segments > 1:
+            faults.append(f"locale {tag}: {size.units} units of {size.encoding}, over one SMS")
+    return faults
+
+
 # -- The demo -----------------------------------------------------------------
 
 
 def demo(settings: gateway.Settings, msisdn: str) -> int:
     """Walk the registration flow, printing each message and what it means."""
+    try:
+        number = gateway.parse_msisdn(msisdn)
+    except gateway.InvalidParameter as error:
+        raise gateway.SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     with contextlib.ExitStack() as stack:
         if not _is_gateway(settings.base_url):
             print(f"Nothing answers at {settings.base_url}: starting a gateway for this demo.")
             settings = stack.enter_context(_own_gateway())
-        return _walk(settings, gateway.parse_msisdn(msisdn))
+        return _walk(settings, number)
 
 
 def _walk(settings: gateway.Settings, msisdn: str) -> int:
@@ -591,7 +622,7 @@ def _own_gateway() -> Iterator[gateway.Settings]:
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", url.rpartition(":")[2]]
         command += ["--workers", "1", "--data-dir", f"{folder}/data", "--keys-dir", keys_dir]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-        server = gateway.start_bound(command, env=environ, stdout=subprocess.DEVNULL)
+        server = gateway.start_bound(command, env=environ)
         stack.callback(server.wait)
         stack.callback(server.terminate)
         deadline = time.monotonic() + 20

@@ -91,7 +91,8 @@ def test_a_sentence_is_in_its_own_script(tag: str) -> None:
 
 @pytest.mark.parametrize("digits", [6, 10])
 def test_all_fit_one_segment(digits: int) -> None:
-    for tag, catalogue in gateway.load_messages(digits).items():
+    assert lab.catalogue_faults(digits=digits) == []
+    for tag, catalogue in gateway.load_catalogues().items():
         text = gateway.message_text("8" * digits, catalogue)
         assert gateway.measure(text).segments == 1, tag
         assert text.splitlines()[0].split()[-1] == "8" * digits
@@ -118,15 +119,15 @@ def test_all_fit_one_segment(digits: int) -> None:
         ("ш" * 64 + " %(code)s", "71 units of UCS-2"),
     ],
 )
-def test_a_bad_catalogue_stops_the_start(tmp_path: Path, sentence: str, named: str) -> None:
+def test_a_bad_catalogue_is_found(tmp_path: Path, sentence: str, named: str) -> None:
     catalogue = Catalog(locale="de")
     catalogue.add(ENGLISH, sentence)
     path = tmp_path / "de" / "LC_MESSAGES" / "messages.mo"
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
         write_mo(file, catalogue)
-    with pytest.raises(gateway.StartError, match=f"locale de: .*{named}"):
-        gateway.load_messages(6, tmp_path)
+    (fault,) = lab.catalogue_faults(tmp_path, 6)
+    assert re.match(f"locale de: .*{named}", fault)
 
 
 def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,8 +358,9 @@ def test_the_table_of_countries() -> None:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what the target works on, with this interpreter as its .venv."""
-    for name in ("Makefile", "gateway.py", "requirements.txt"):
-        shutil.copy(lab.ROOT / name, tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for name in ("Makefile", "gateway.py", "requirements.txt", "notebooks/lab.py"):
+        shutil.copy(lab.ROOT / name, tmp_path / name)
     shutil.copytree(LOCALE, tmp_path / "locale")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "bin").mkdir()
@@ -412,7 +414,7 @@ def test_update_l10n_of_a_changed_sentence_stops_until_it_is_translated(tree: Pa
     (tree / "gateway.py").write_text(source.replace("Your verification code", "Your code"), "utf-8")
     ended = update(tree, "y\n")
     assert ended.returncode != 0
-    assert "not translated" in ended.stderr
+    assert "locale zh-hant: the message is not translated" in ended.stderr
 
 
 def test_a_header_of_languages_costs_no_more_the_longer_it_is(client: WsgiClient) -> None:

@@ -618,6 +618,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody(
     reader, writer = narrow_pipe
     monkeypatch.setattr(gateway, "LOG_LINES_MAX", 100)
     handler = gateway.QueuedLog(writer)
+    monkeypatch.setattr(gateway.LOG, "handlers", [handler])
     started = time.monotonic()
     for n in range(1000):
         handler.handle(log_line("line %s of a thousand, none of which is read", n))
@@ -702,16 +703,17 @@ def test_what_workers_log_last_is_written(tmp_path: Path) -> None:
     assert told == ["before", *workers, "fork 0", "before", *workers, "spawn 0"]
 
 
-@pytest.mark.parametrize("stderr", ["full", "closed"])
+@pytest.mark.parametrize("stderr", ["full", "on a full disk", "closed"])
 def test_requests_and_the_stop_wait_for_no_stderr(
     stderr: str, narrow_pipe: tuple[int, int], tmp_path: Path
 ) -> None:
-    """As a whole: a terminal in Ctrl-S, while a line is logged for each request."""
+    """As a whole: a terminal in Ctrl-S from the start on, with a line logged for each request."""
+    os.write(narrow_pipe[1], bytes(4096))
     port, store = free_port(), gateway.EmbeddedStore(str(tmp_path / "store"))
     options = ["--port", str(port), "--storage-url", store.url, "--workers", "2"]
     options += ["--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
-    redirect = {"full": f"2>&{narrow_pipe[1]}", "closed": "2>&-"}[stderr]
-    shell = ["/bin/bash", "-c", f'exec "$@" {redirect}', "sh", sys.executable]
+    redirect = {"full": f"2>&{narrow_pipe[1]}", "on a full disk": "2>/dev/full", "closed": "2>&-"}
+    shell = ["/bin/bash", "-c", f'exec "$@" {redirect[stderr]}', "sh", sys.executable]
     process = subprocess.Popen(
         [*shell, str(ROOT / "gateway.py"), *options], cwd=tmp_path, pass_fds=narrow_pipe[1:]
     )
@@ -791,10 +793,11 @@ def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
     """Set how many processes and threads the machine allows, and how many there are."""
 
     def allow(cgroup: str = "max", current: int = 0, user: int = -1, used: int = 0) -> None:
-        for folder in (tmp_path, tmp_path / "pids"):  # version 2, and 1
-            folder.mkdir(exist_ok=True)
-            (folder / "pids.max").write_text(cgroup + "\n")
-            (folder / "pids.current").write_text(f"{current}\n")
+        place = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "pids.max").write_text(cgroup + "\n")
+        (folder / "pids.current").write_text(f"{current}\n")
         monkeypatch.setattr(gateway, "_CGROUPS", tmp_path)
         monkeypatch.setattr(gateway, "_tasks_of", lambda _: used)
         monkeypatch.setattr(os, "getuid", lambda: 1000)
