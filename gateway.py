@@ -4840,13 +4840,19 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
 
 def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, token: str) -> None:
     size = f"{settings.workers} workers, {settings.threads} threads each"
-    LOG.info("MSISDN Gateway %s on %s (%s)", __version__, settings.base_url, size)
-    LOG.info("  keys %s%s", Path(settings.keys_dir).resolve(), "  (made just now)" * made)
-    LOG.info("  data %s", f"{data} {settings.certificate_store}".rstrip())
-    LOG.info("  sms  %s", ", ".join(entry["kind"] for entry in settings.sms_providers))
+    lines = [
+        f"MSISDN Gateway {__version__} on {settings.base_url} ({size})",
+        f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}",
+        f"  data {data} {settings.certificate_store}".rstrip(),
+        f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
+    ]
     if sms.outbox:
-        LOG.info("  The outbox prints every code here, and shows them to whoever has this URL:")
-        LOG.info("  %s/outbox?token=%s&to=DIGITS", settings.base_url, token)
+        lines += [
+            "       The outbox prints every code here, and shows them to whoever has this URL:",
+            f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
+        ]
+    with contextlib.suppress(OSError):  # nobody reads along, and no log is to hold the token
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
