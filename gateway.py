@@ -2035,7 +2035,7 @@ class Storage:
         nodes: list[Node | None] = [None] * (1 if group else 16384)
         for first, last, (host, port, *_), *_ in held:
             nodes[first : last + 1] = [_node(host, port, seed)] * (last + 1 - first)
-        self._seeds = list({*self._given, *filter(None, nodes)})
+        self._seeds = list({*self._given, *filter(None, () if group else nodes)})
         self._pools = {place: pool for place, pool in self._pools.items() if place[1] in nodes}
         return nodes
 
@@ -2058,8 +2058,7 @@ class Storage:
         try:
             for again in range(COMMIT_TRIES):
                 nodes, reached = self._nodes or self._discover(), False
-                slot = key_slot(key) % len(nodes)  # where one node holds everything, the first
-                if not (asked := node or nodes[slot]):
+                if not (asked := node or nodes[key_slot(key) % len(nodes)]):
                     break
                 place = os.getpid(), asked  # a forked process opens connections of its own
                 if not (pool := self._pools.get(place)):
@@ -2075,7 +2074,8 @@ class Storage:
                     _, sha1, *rest = commands[0]
                     commands = (("EVAL", SCRIPTS[sha1], *rest), *commands[1:])
                 except redis.exceptions.MovedError as error:
-                    nodes[slot] = _node(error.host.encode(), error.port, asked)
+                    moved = _node(error.host.encode(), error.port, asked)
+                    nodes[error.slot_id % len(nodes)] = moved
                 except redis.ConnectionError:
                     if reached or again or not self._kind:
                         raise
@@ -2124,8 +2124,7 @@ class Storage:
         """
         args = (key, nonce_key(key, nonce), old, new, ttl_s, nonce_ttl_s)
         script = ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *args)
-        copied = ttl_s >= 0 or not new
-        answers = self._run_all(key, script, copied=copied, meanwhile=meanwhile)
+        answers = self._run_all(key, script, copied=ttl_s >= 0 or not new, meanwhile=meanwhile)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
