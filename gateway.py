@@ -1658,6 +1658,8 @@ class User(NamedTuple):
             by a code that the outbox showed.
         tried: The SMS providers that messages were given to, one bit each.
         ticket: 2 random bytes that tell the message that is being sent from any other.
+
+    They stand in the order of the record; those from ``masked`` on are one bit each.
     """
 
     hawk_key: bytes
@@ -1687,11 +1689,9 @@ class User(NamedTuple):
         It is 95 while a message is being sent. What is not there yet is zero, and stands at the
         end, where zeros are left out.
         """
-        flags = sum(getattr(self, name) << n for n, name in enumerate(_FLAGS))
+        flags = sum(flag << n for n, flag in enumerate(self[12:]))
         start = (RECORD_VERSION, flags, self.hawk_key, self.sealed, self.network.pack())
-        times = (self.sends, self.asked_s, self.code_expires_s, self.verified_s)
-        rest = (self.code_digest, self.older_digest, self.tries, self.tried, self.ticket)
-        return RECORD.pack(*start, *times, *rest).rstrip(b"\0")
+        return RECORD.pack(*start, *self[3:12]).rstrip(b"\0")
 
     @classmethod
     def unpack(cls, packed: bytes) -> User:
@@ -1700,38 +1700,25 @@ class User(NamedTuple):
         Raises:
             Unavailable: Another version of the gateway wrote the record.
         """
-        if packed[:1] == b"\1":
-            return _unpack_version_1(packed)
-        if packed[:1] != bytes((RECORD_VERSION,)) or len(packed) > RECORD.size:
+        layout = _LAYOUTS.get(packed[:1])
+        if not layout or len(packed) > layout.size:
             raise Unavailable("the session was written by another version of the gateway")
-        fields = RECORD.unpack(packed.ljust(RECORD.size, b"\0"))
-        _, bits, key, sealed, network, *rest = fields
+        version, bits, key, sealed, network, *rest = layout.unpack(packed.ljust(layout.size, b"\0"))
+        if version == 1:  # which did not say when a code was asked for: it lived 600 s
+            bits = (bits & 1) * 0b10010 | (bits & 2) << 1
+            rest = [rest[0], max(0, rest[1] - 600), *rest[1:4], b"", *rest[4:], 0]
         rest = [(value if any(value) else b"") if type(value) is bytes else value for value in rest]
-        flags: Json = {name: bool(bits >> n & 1) for n, name in enumerate(_FLAGS)}
-        return cls(key, sealed if any(sealed) else b"", Network.unpack(network), *rest, **flags)
+        flags = (bool(bits >> n & 1) for n in range(8))
+        return cls(key, sealed if any(sealed) else b"", Network.unpack(network), *rest, *flags)
 
 
-_FLAGS: Final = (
-    "masked", "long", "by_phone", "sending", "asked_long", "again", "by_outbox",
-    "verified_by_outbox",
-)  # fmt: skip
-"""The fields of a user that are one bit each, the lowest first."""
 RECORD: Final = struct.Struct(">BB32s24s3sBIII8s8sBHH")
 """Version, flags, key; number, network, sends, last asked for, code expiry; verified; digests;
 tries; tried; ticket."""
 
 
-def _unpack_version_1(packed: bytes) -> User:
-    # Its digests had 16 bytes. It did not say when a code was asked for: a code lived 600 s.
-    if len(packed) > (old := struct.Struct(">BB32s24s3sBII16sBH")).size:
-        raise Unavailable("the session was written by another version of the gateway")
-    fields = old.unpack(packed.ljust(old.size, b"\0"))
-    _, flags, key, sealed, network, sends, expires_s, verified_s, digest, *tries = fields
-    sealed, digest = (value if any(value) else b"" for value in (sealed, digest[:8]))
-    times = (sends, max(0, expires_s - 600), expires_s, verified_s)
-    user = User(key, sealed, Network.unpack(network), *times, digest, b"", *tries)
-    long = bool(flags & 1)
-    return user._replace(long=long, asked_long=long, by_phone=bool(flags & 2))
+_LAYOUTS: Final = {b"\1": struct.Struct(">BB32s24s3sBII8s8xBH"), b"\2": RECORD}
+"""Of each version; digests had 16 bytes in the first, of which 8 are plenty."""
 
 
 class Commit(enum.Enum):
@@ -1744,8 +1731,6 @@ class Commit(enum.Enum):
 
 
 COMMIT_SCRIPT: Final = """#!lua flags=allow-oom
--- KEYS: record, nonce. ARGV: the record as read; the record to write ("" deletes); its new life
--- in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: there is none).
 local record, life, nonce_life = redis.call('GET', KEYS[1]), tonumber(ARGV[3]), tonumber(ARGV[4])
 if not record then return 'gone' end
 if nonce_life > 0 and redis.call('EXISTS', KEYS[2]) == 1 then return 'replayed' end
@@ -1757,11 +1742,13 @@ elseif life == 0 then redis.call('SET', KEYS[1], ARGV[2])
 elseif ARGV[2] ~= record then redis.call('SET', KEYS[1], ARGV[2], 'KEEPTTL') end
 return 'done'
 """
-"""Writes record and nonce, both or neither. Its first line lets it run on a server that is full:
+"""KEYS: record, nonce. ARGV: the record as read; the record to write ("" deletes); its new life
+in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: there is none).
+
+Writes record and nonce, both or neither. Its first line lets it run on a server that is full:
 whoever has a session can verify, sign and leave, and all that grows is nonces, for two minutes."""
 
 COUNT_SCRIPT: Final = """#!lua
--- KEYS: the messages of a while, by their times. ARGV: now, limit, the while in seconds, a name.
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[3])
 local last = redis.call('ZREVRANGE', KEYS[1], ARGV[2] - 1, ARGV[2] - 1, 'WITHSCORES')[2]
 if last then return math.max(1, math.min(math.ceil(last + ARGV[3] - ARGV[1]), ARGV[3])) end
@@ -1769,7 +1756,9 @@ redis.call('ZADD', KEYS[1], ARGV[1], ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 0
 """
-"""Counts a message, or says in how many seconds the next one may leave. Its first line makes a
+"""KEYS: the messages of a while, by their times. ARGV: now, limit, the while in seconds, a name.
+
+Counts a message, or says in how many seconds the next one may leave. Its first line makes a
 server that is full refuse it before its first command, not in its middle."""
 
 SHA1: Final = {
@@ -1777,6 +1766,8 @@ SHA1: Final = {
     for script in (COMMIT_SCRIPT, COUNT_SCRIPT)
 }
 """The names under which a server keeps scripts."""
+SCRIPTS: Final = {sha1: script for script, sha1 in SHA1.items()}
+"""The scripts by these names."""
 
 
 Node = tuple[str, int]
@@ -1822,8 +1813,7 @@ class Pool:
         try:
             if connection.is_connected and not _is_alive(connection):
                 connection.disconnect()
-            if not connection.is_connected:
-                connection.connect()
+            connection.connect()  # which does nothing where it is open
             yield connection
         finally:
             (self._idle.append if connection.is_connected else self._idle.appendleft)(connection)
@@ -1833,14 +1823,13 @@ class Pool:
 def _is_alive(connection: Any) -> bool:
     """Whether it may be used: not closed by the server, nor forgotten by a proxy, while idle."""
     try:
-        if connection.can_read(0):  # nothing was asked, so this is a farewell
-            return False
-        if 0 < connection.next_health_check < time.monotonic():
+        alive = not connection.can_read(0)  # nothing was asked, so this is a farewell
+        if alive and 0 < connection.next_health_check < time.monotonic():
             connection.send_command("PING", check_health=False)
             connection.read_response(timeout=STORAGE_PROBE_S)
+        return alive
     except redis.RedisError as error:
         return isinstance(error, redis.ResponseError)  # it may not PING; but the server answers
-    return True
 
 
 def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
@@ -1920,11 +1909,10 @@ class Storage:
             given: list[Json] = list(map(parse_url, each if self._kind else [url]))
             self._options, port = given[0], 26379 if self._kind == "sentinel" else 6379
             self._given = [(one.get("host", ""), one.get("port", port)) for one in given]
-            self._sentinel_login = {"db": 0} | {
-                name: self._options.pop(f"sentinel_{name}", None)
-                for name in ("username", "password")
-            }
-            self._connect_to(self._given[0])
+            self._sentinel_login: Json = {"db": 0}
+            for name in ("username", "password"):
+                self._sentinel_login[name] = self._options.pop(f"sentinel_{name}", None)
+            self._connect_to(self._given[0], STORAGE_TIMEOUT_S)
         except (ValueError, TypeError):
             raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
         self._seeds, self._ask_again_s = self._given, 0.0
@@ -1932,42 +1920,35 @@ class Storage:
 
     # -- Who is asked ---------------------------------------------------------
 
-    def _connect_to(self, node: Node, limit_s: float = 0, **login: Any) -> Pool:
+    def _connect_to(self, node: Node, limit_s: float, **more: Any) -> Pool:
         """A new pool, in which nothing is open yet; options in the URL go before ours."""
-        limit_s = limit_s or STORAGE_TIMEOUT_S
         ours = {
             "max_connections": STORAGE_CONNECTIONS, "health_check_interval": STORAGE_IDLE_S,
             "retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None,
             "socket_timeout": limit_s, "socket_connect_timeout": limit_s, "socket_read_size": 4096,
         }  # fmt: skip
         place = {"host": node[0], "port": node[1]} if self._kind else {}
-        return Pool(**ours | self._options | login | place)
+        return Pool(**ours | self._options | more | place)
 
-    def _connection(self, node: Node) -> contextlib.AbstractContextManager[Any]:
-        place = os.getpid(), node  # a process that was forked opens connections of its own
-        pool = self._pools.get(place) or self._pools.setdefault(place, self._connect_to(node))
-        return pool.borrow()
+    def _discover(self) -> list[Node | None]:
+        """Who holds each slot of a cluster; of a group, the one node that holds everything.
 
-    def _table(self) -> list[Node | None]:
-        """Who holds each slot of a cluster; else the one node that holds everything."""
-        if nodes := self._nodes:
-            return nodes
+        Asks for that at most once in ``DISCOVERY_S`` while nobody says it.
+        """
         with self._lock:  # one thread asks for all of them
-            give_up_s = time.monotonic() + DISCOVERY_S
-            for seed in self._seeds if time.monotonic() > self._ask_again_s else ():
-                if self._nodes or time.monotonic() > give_up_s:
-                    break
-                try:
-                    self._nodes = self._ask(seed)
-                except redis.RedisError:
-                    self._seeds = [node for node in self._seeds if node != seed] + [seed]
+            now_s = time.monotonic()
+            # In any order, so that those who hang do not always come first.
+            seeds = secrets.SystemRandom().sample(self._seeds, len(self._seeds))
+            for seed in seeds if now_s > self._ask_again_s else ():
+                if not self._nodes and time.monotonic() < now_s + DISCOVERY_S:
+                    with contextlib.suppress(redis.RedisError):
+                        self._nodes = self._ask(seed)
             if nodes := self._nodes:
                 return nodes
-            self._ask_again_s = time.monotonic() + DISCOVERY_S
-        raise redis.ConnectionError("nobody says who holds what")
-
-    def _slot(self, key: bytes) -> int:
-        return key_slot(key) if self._kind == "cluster" else 0
+            if now_s > self._ask_again_s:
+                self._ask_again_s = time.monotonic() + DISCOVERY_S
+        LOG.warning("storage: nobody says who holds what")
+        raise Unavailable("the storage does not say who holds what; try again")
 
     def _ask(self, seed: Node) -> list[Node | None]:
         """Ask a sentinel who the primary is, or a node of a cluster which slots are whose."""
@@ -1977,85 +1958,77 @@ class Storage:
         with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as asked:
             (answer,) = exchange(asked, question if group else ("CLUSTER", "SLOTS"))
             asked.disconnect()
-        if group:
-            answer = [(0, 0, answer)] if answer else []
+        held = [(0, 0, answer)] if group and answer else answer or []
         nodes: list[Node | None] = [None] * (1 if group else 16384)
-        for first, last, (host, port, *_), *_ in answer:
+        for first, last, (host, port, *_), *_ in held:
             nodes[first : last + 1] = [_node(host, port, seed)] * (last + 1 - first)
-        others = [] if group else filter(None, nodes)
-        self._seeds = list(dict.fromkeys([seed, *others, *self._given]))
+        self._seeds = list({*self._given, *filter(None, () if group else nodes)})
         self._pools = {place: pool for place, pool in self._pools.items() if place[1] in nodes}
         return nodes
 
     # -- How ------------------------------------------------------------------
 
     def _run_all(
-        self, key: bytes, *commands: Command, copied: bool = False, meanwhile: Meanwhile = None
-    ) -> list[Any]:
-        """Run commands, all of them where ``key`` is and on one connection.
+        self, key: bytes, *commands: Command, node: Node | None = None, copied: bool = False,
+        meanwhile: Meanwhile = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run commands, all of them on one connection; if need be, the first one's script is sent.
 
         Args:
+            key: They run where it is,
+            node: or here.
             copied: It is a commit: wait for a replica to have it, where there is one (and give
                 what ROLE and then WAIT said, too).
             meanwhile: Is called each time that they are sent.
         """
-        asked = (*commands, ("ROLE",)) if copied else commands
+        commands += (("ROLE",),) * copied
         try:
             for again in range(COMMIT_TRIES):
-                table, reached = self._table(), False
-                if not (node := table[self._slot(key)]):
+                nodes, reached = self._nodes or self._discover(), False
+                if not (asked := node or nodes[key_slot(key) % len(nodes)]):
                     break
+                place = os.getpid(), asked  # a forked process opens connections of its own
+                if not (pool := self._pools.get(place)):
+                    pool = self._pools.setdefault(place, self._connect_to(asked, STORAGE_TIMEOUT_S))
                 try:
-                    with self._connection(node) as connection:
+                    with pool.borrow() as connection:
                         reached = True
-                        answers = exchange(connection, *asked, meanwhile=meanwhile)
+                        answers = exchange(connection, *commands, meanwhile=meanwhile)
                         if copied and answers[0] == Commit.DONE.value and answers[1][2]:
                             answers += exchange(connection, ("WAIT", 1, REPLICATION_MS))
                         return answers
+                except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
+                    _, sha1, *rest = commands[0]
+                    commands = (("EVAL", SCRIPTS[sha1], *rest), *commands[1:])
                 except redis.exceptions.MovedError as error:
-                    if self._kind != "cluster":
-                        raise
-                    table[self._slot(key)] = _node(error.host.encode(), error.port, node)
+                    moved = _node(error.host.encode(), error.port, asked)
+                    nodes[error.slot_id % len(nodes)] = moved
                 except redis.ConnectionError:
                     if reached or again or not self._kind:
                         raise
                     self._nodes = None  # nothing was sent, and another may be there by now
             raise redis.exceptions.ClusterDownError("nobody serves this slot")
-        except redis.exceptions.NoScriptError:
-            raise
         except redis.RedisError as error:
-            raise self._unavailable(error, commands[0][0]) from None
-
-    def _unavailable(self, error: redis.RedisError, command: str) -> Unavailable:
-        if self._kind:
-            self._nodes = None
-        said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
-        LOG.warning("storage: %s on %s", said if said.isupper() else type(error).__name__, command)
-        return Unavailable("the storage does not answer; try again")
+            if self._kind:
+                self._nodes = None
+            said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
+            said = said if said.isupper() else type(error).__name__
+            LOG.warning("storage: %s on %s", said, commands[0][0])
+            raise Unavailable("the storage does not answer; try again") from error
 
     def _run(self, *command: Any, key: bytes = b"") -> Any:
         return self._run_all(key, command)[0]
 
     def _run_everywhere(self, *commands: Command) -> list[list[Any]]:
-        """Run commands on each node that takes writes; raises what redis-py raises."""
-        answers = []
-        for node in sorted(node for node in set(self._table()) if node):
-            with self._connection(node) as connection:
-                answers.append(exchange(connection, *commands))
-        return answers
-
-    def _script(self, script: str, keys: list[bytes], args: Command, **how: Any) -> list[Any]:
-        rest = (len(keys), *keys, *args)
-        try:
-            return self._run_all(keys[0], ("EVALSHA", SHA1[script], *rest), **how)
-        except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
-            return self._run_all(keys[0], ("EVAL", script, *rest), **how)
+        """Run commands on each node that takes writes."""
+        nodes = sorted(filter(None, set(self._nodes or self._discover())))
+        return [self._run_all(b"", *commands, node=node) for node in nodes]
 
     # -- What -----------------------------------------------------------------
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``."""
-        return cast(bytes | None, self._run("GET", key, key=key))
+        return cast(bytes | None, self._run_all(key, ("GET", key))[0])
 
     def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
         """Write the record of a new session, which lives ``ttl_s`` seconds."""
@@ -2076,9 +2049,9 @@ class Storage:
             nonce_ttl_s: How long the nonce could come again; 0 = there is none.
             meanwhile: Is called once the store was asked, at least once.
         """
-        keys, args = [key, nonce_key(key, nonce)], (old, new, ttl_s, nonce_ttl_s)
-        copied = ttl_s >= 0 or not new
-        answers = self._script(COMMIT_SCRIPT, keys, args, copied=copied, meanwhile=meanwhile)
+        args = (key, nonce_key(key, nonce), old, new, ttl_s, nonce_ttl_s)
+        script = ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *args)
+        answers = self._run_all(key, script, copied=ttl_s >= 0 or not new, meanwhile=meanwhile)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
@@ -2090,8 +2063,8 @@ class Storage:
         Args:
             name: By which the count can be taken back, even if nobody knows whether it is there.
         """
-        args = (f"{now_s:.3f}", limit, HOUR_S, name)
-        return int(self._script(COUNT_SCRIPT, [b"hour"], args)[0])
+        args = (b"hour", f"{now_s:.3f}", limit, HOUR_S, name)
+        return int(self._run("EVALSHA", SHA1[COUNT_SCRIPT], 1, *args, key=b"hour"))
 
     def uncount_send(self, name: bytes) -> None:
         """Take back the count of a message that surely did not leave."""
@@ -2108,8 +2081,7 @@ class Storage:
 
     def outcome(self, kind: str, message_id: str) -> str:
         """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
-        key = _receipt_key(kind, message_id)
-        return (self._run("GET", key, key=key) or b"").decode()
+        return (self.get(_receipt_key(kind, message_id)) or b"").decode()
 
     def ping(self, now_s: float) -> None:
         """Prove that every node takes writes; a replica takes none, and answers a PING.
@@ -2117,34 +2089,23 @@ class Storage:
         A script that may write is refused by who takes none, and runs on any node of a cluster.
         """
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
-        try:
-            self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
-        except redis.RedisError as error:
-            raise self._unavailable(error, "EVAL") from None
+        self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
 
     def load(self, calls: list[tuple[bytes, Command]]) -> None:
-        """Send many commands, each where its key is; 100 of a node in one go."""
-        table = self._table()
-        for node in set(table):
-            mine = [call for call in calls if table[self._slot(call[0])] == node]
-            for start in range(0, len(mine), 100):
-                some = mine[start : start + 100]
-                script = ("SCRIPT", "LOAD", COMMIT_SCRIPT)
-                self._run_all(some[0][0], script, *(command for _, command in some))
+        """Send many commands, each where its key is, and those of a node in one go."""
+        nodes = self._nodes or self._discover()
+        for node in set(nodes):
+            mine = [command for key, command in calls if nodes[key_slot(key) % len(nodes)] == node]
+            self._run_all(b"", ("SCRIPT", "LOAD", COMMIT_SCRIPT), *mine, node=node)
 
     # -- Whether it is fit, and what it costs ---------------------------------
 
     def info(self) -> list[dict[str, str]]:
-        """What each node that takes writes says about itself (INFO), and ``dbsize``.
-
-        Raises:
-            redis.RedisError: It does not say.
-        """
-        told = []
-        for text, size in self._run_everywhere(("INFO",), ("DBSIZE",)):
-            pairs = (line.partition(":") for line in text.decode().splitlines() if ":" in line)
-            told.append({name: value for name, _, value in pairs} | {"dbsize": str(size)})
-        return told
+        """What each node that takes writes says about itself (INFO), and ``dbsize``."""
+        return [
+            dict(re.findall(r"(?m)^(.+?):(.*)\r$", text.decode())) | {"dbsize": str(size)}
+            for text, size in self._run_everywhere(("INFO",), ("DBSIZE",))
+        ]
 
     def check(self, master: bytes = b"") -> list[str]:
         """Wait until the store is there; gives warnings about how it is set up.
@@ -2156,12 +2117,11 @@ class Storage:
             StartError: It stays away, cannot do what we need, or is another secret's.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
-        said, deadline_s = False, time.monotonic() + STORE_START_S
+        refusals = redis.AuthenticationError, redis.exceptions.NoPermissionError
+        deadline_s = time.monotonic() + STORE_START_S
         while True:
             try:
                 found = [warning for told in self.info() for warning in self._judge(told)]
-                with contextlib.suppress(redis.exceptions.NoScriptError):  # so it is known
-                    self._run_everywhere(("ROLE",), ("EVALSHA", "0" * 40, 0))
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
                 mark = hkdf(master, b"msisdn-gateway/v1/mark", 16)
                 kept = master and (
@@ -2175,23 +2135,20 @@ class Storage:
                         "are sure that this is the one, delete the key “mark” in the store"
                     )
                 return sorted({f"the store {where} {warning}" for warning in found})
-            except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
-                raise StartError(
-                    f"the store {where} lets us not in, or not do what we need ({error}): "
-                    "see user and password in storage_url; README.md lists the commands"
-                ) from None
-            except (redis.RedisError, Unavailable) as error:
-                if time.monotonic() > deadline_s:
-                    why = str(error) or type(error).__name__
-                    raise StartError(f"the store {where} cannot be used: {why}") from None
-                if not said:
-                    LOG.warning("waiting for the store %s", where)
-                said = True
+            except Unavailable as error:
+                cause = error.__cause__ or error
+                why = f"cannot be used: {str(cause) or type(cause).__name__}"
+                if refused := isinstance(cause, refusals):
+                    why = (
+                        f"lets us not in, or not do what we need ({cause}): "
+                        "see user and password in storage_url; README.md lists the commands"
+                    )
+                if refused or time.monotonic() > deadline_s:
+                    raise StartError(f"the store {where} {why}") from None
             except (AttributeError, TypeError, ValueError):  # what connecting shows
                 raise SettingsError("storage_url holds a host or options that cannot be") from None
-            if self._kind:
-                self._nodes = None
-            time.sleep(0.1)
+            LOG.warning("waiting for the store %s", where)
+            time.sleep(0.2)
 
     def _judge(self, told: dict[str, str]) -> list[str]:
         if int(told["redis_version"].split(".")[0]) < 7:
@@ -2203,25 +2160,23 @@ class Storage:
             raise StartError("the store is one node of a cluster: write redis+cluster://…")
         if told.get("role") == "slave":
             raise StartError("the store is a read-only replica: name the primary instead")
-        found = []
-        if (policy := told.get("maxmemory_policy", "noeviction")) != "noeviction":
-            found.append(
-                "forgets users, used nonces and counted messages when it is full "
-                f"(maxmemory-policy {policy}): set noeviction"
-            )
-        if 0 < int(told.get("maxmemory", 0)) <= int(told.get("used_memory", 0)):
-            found.append("is full: it takes no new sessions, and counts no messages")
-        if told.get("aof_enabled") == "0":
-            found.append("may lose users in a crash or a restart: set appendonly yes")
+        policy = told.get("maxmemory_policy", "noeviction")
         size = self._options.get("max_connections", STORAGE_CONNECTIONS)
         taken = size * self._workers + 1  # the start's own
-        if int(told.get("maxclients", taken)) < taken:
-            found.append(
-                f"allows {told['maxclients']} connections, and this gateway takes up to {taken}, "
-                f"{size} for each worker: raise maxclients, or write “?max_connections=…” behind "
-                "storage_url"
-            )
-        return found
+        allowed = int(told.get("maxclients", taken))
+        warnings = [
+            (policy != "noeviction",
+             "forgets users, used nonces and counted messages when it is full "
+             f"(maxmemory-policy {policy}): set noeviction"),
+            (0 < int(told.get("maxmemory", 0)) <= int(told.get("used_memory", 0)),
+             "is full: it takes no new sessions, and counts no messages"),
+            (told.get("aof_enabled") == "0",
+             "may lose users in a crash or a restart: set appendonly yes"),
+            (allowed < taken,
+             f"allows {allowed} connections, and this gateway takes up to {taken}, {size} for "
+             "each worker: raise maxclients, or write “?max_connections=…” behind storage_url"),
+        ]  # fmt: skip
+        return [warning for wrong, warning in warnings if wrong]
 
 
 class Moved(bytes):
@@ -2293,7 +2248,7 @@ class DynamoTable:
 
     def ping(self) -> None:
         """Prove that a write works."""
-        self._call("put_item", Item={"id": {"B": b"heartbeat"}, "expires": {"N": "1"}})
+        self._call("put_item", Item=HEARTBEAT)
 
     def check(self) -> list[str]:
         """Make the table if there is none, and wait until it can be used; gives warnings.
@@ -2302,41 +2257,35 @@ class DynamoTable:
             StartError: It cannot be made, or it is another kind of table.
         """
         deadline_s, what = time.monotonic() + TABLE_START_S, f"the DynamoDB table {self.name}"
-        try:
-            while (table := self._described()).get("TableStatus") not in ("ACTIVE", "UPDATING"):
-                if time.monotonic() > deadline_s:
-                    raise StartError(f"{what} is not ready after {TABLE_START_S:.0f} s")
-                time.sleep(0.1)
-            if any(table[name] != TABLE[name] for name in ("KeySchema", "AttributeDefinitions")):
+        while failed := self._failure("put_item", Item=HEARTBEAT):
+            if _aws_code(failed) == "ValidationException":
                 raise StartError(f"{what} is not ours: its one key must be id, of type B")
-            self.ping()
-        except self.errors as error:
-            raise StartError(f"{what} cannot be used: {error}") from None
-        except Unavailable:
-            raise StartError(f"{what} takes no writes: see the permissions in README.md") from None
-        try:
-            told = self._client.describe_time_to_live(TableName=self.name)
-            if told["TimeToLiveDescription"]["TimeToLiveStatus"] in ("DISABLED", "DISABLING"):
-                self._client.update_time_to_live(TableName=self.name, TimeToLiveSpecification=TTL)
-        except self.errors as error:
-            return [f"{what} keeps what has expired, its TTL is off: {_aws_code(error)}"]
+            if _aws_code(failed) == "ResourceNotFoundException":  # nor is it, while it is made
+                failed = self._failure("create_table", **TABLE)
+            if failed and _aws_code(failed) != "ResourceInUseException":
+                raise StartError(f"{what} cannot be used: {failed}; README.md lists permissions")
+            if time.monotonic() > deadline_s:
+                raise StartError(f"{what} is not ready after {TABLE_START_S:.0f} s")
+            time.sleep(0.2)
+        failed = self._failure("update_time_to_live", TimeToLiveSpecification=TTL)
+        if failed and _aws_code(failed) != "ValidationException":  # which says that it is on
+            return [f"{what} keeps what has expired, its TTL is off: {_aws_code(failed)}"]
         return []
 
-    def _described(self) -> Json:
-        """What DynamoDB says about the table; nothing while it is only asked for."""
-        known = self._client.exceptions
+    def _failure(self, operation: str, **parameters: Any) -> Exception | None:
+        """Why it cannot be done; nothing if it was."""
         try:
-            return cast(Json, self._client.describe_table(TableName=self.name)["Table"])
-        except known.ResourceNotFoundException:
-            with contextlib.suppress(known.ResourceInUseException):  # another gateway was faster
-                self._client.create_table(TableName=self.name, **TABLE)
-            return {}
+            getattr(self._client, operation)(TableName=self.name, **parameters)
+        except self.errors as error:
+            return error
+        return None
 
 
 TABLE: Final[Json] = {
     "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}], "BillingMode": "PAY_PER_REQUEST",
     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
 }  # fmt: skip
+HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
 TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
 TABLE_START_S: Final = 60.0
 """How long a new DynamoDB table may take until it can be used."""
@@ -2450,9 +2399,9 @@ def server_name(told: dict[str, str]) -> str:
     return f"{'Valkey' if 'valkey_version' in told else 'Redis'} {version}"
 
 
-def _receipt_key(kind: str, message_id: str) -> bytes:
+def _receipt_key(kind: str, message_id: str) -> StorageId:
     text = f"{kind} {message_id}".encode("utf-8", "replace")
-    return b"receipt " + hashlib.sha256(text).digest()[:12]
+    return StorageId(b"receipt " + hashlib.sha256(text).digest()[:12])
 
 
 # =============================================================================

@@ -198,7 +198,7 @@ def test_a_crash_while_a_user_moves(
     assert isinstance(storage, SplitStorage)
     waiting_user(client, verified)
     if where == "commit":
-        crash_after(monkeypatch, storage, "_script")
+        crash_after(monkeypatch, gateway.Storage, "commit")
     else:
         crash_after(monkeypatch, storage.table, where)
     with contextlib.suppress(Crash):
@@ -226,7 +226,7 @@ def test_a_crash_while_a_user_leaves(
     key = waiting_user(client)
     assert client.call("/sms/verify_code", {"code": CODE}).status == 200
     if where == "mark":
-        crash_after(monkeypatch, storage, "_script")
+        crash_after(monkeypatch, gateway.Storage, "commit")
     else:
         crash_after(monkeypatch, storage.table, "delete")
     with contextlib.suppress(Crash):

@@ -509,13 +509,12 @@ Ask = Callable[..., list[Any]]
 
 
 @pytest.fixture
-def ask(storage: gateway.Storage, monkeypatch: pytest.MonkeyPatch) -> Ask:
+def ask(storage: gateway.Storage) -> Ask:
     """Exchange commands for answers, on a connection that gives up after a fifth of a second."""
-    monkeypatch.setattr(gateway, "STORAGE_TIMEOUT_S", 0.2)
-    storage = gateway.Storage(storage.url)
+    pool = gateway.Storage(storage.url)._connect_to(("", 6379), 0.2)
 
     def ask(*commands: Any, meanwhile: Any = None) -> list[Any]:
-        with storage._connection(("", 6379)) as connection:
+        with pool.borrow() as connection:
             return gateway.exchange(connection, *commands, meanwhile=meanwhile)
 
     return ask

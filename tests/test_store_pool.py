@@ -259,6 +259,32 @@ def test_a_cluster_without_names_means_the_node_that_was_asked(
     assert stranger == []
 
 
+def test_a_cluster_is_asked_anew_however_often_it_is_needed(tmp_path: Path) -> None:
+    """Each request that found it gone once put off the next question, so that none was asked."""
+    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+    with contextlib.closing(Server(tmp_path / "s", *options, tcp=True)) as server:
+        server.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_for(lambda: b"cluster_state:ok" in server.call("CLUSTER", "INFO"), "a cluster")
+        storage = gateway.Storage(f"redis+cluster://127.0.0.1:{server.port}")
+        key = gateway.StorageId(b"1" * 16)
+
+        def answers() -> bool:
+            with contextlib.suppress(gateway.Unavailable):
+                return storage.get(key) is None
+            return False
+
+        assert answers()
+        server.kill()
+        for _ in range(30):
+            assert not answers()
+            time.sleep(0.02)
+        server.start()
+        stop_s = time.monotonic() + 3
+        while not answers():
+            assert time.monotonic() < stop_s
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("host", ["?", "", None, "10.0.0.1", "a-b.example.", "::1", "fe80::1%eth0"])
 def test_where_a_node_is(host: str | None) -> None:
     told = None if host is None else host.encode()
