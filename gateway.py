@@ -2953,6 +2953,7 @@ class SmsSender:
 
     Attributes:
         outbox: Where codes can be seen, if it is in force.
+        paid: Whether any of them may cost money.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -2960,6 +2961,7 @@ class SmsSender:
         made = [PROVIDERS[entry["kind"]](entry, settings) for entry in settings.sms_providers]
         self.providers = sorted(made, key=lambda provider: -provider.entry["priority"])
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
+        self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
         self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
@@ -3740,7 +3742,8 @@ class Gateway:
             return reserved or user, made[-1]
 
         # What the session's own rules refuse is not to be counted first.
-        if self.sms.is_first_paid(session.user.tried) and decide(session.user)[1].user:
+        first_paid = self.sms.paid and self.sms.is_first_paid(session.user.tried)
+        if first_paid and decide(session.user)[1].user:
             try:
                 payments.count()
             except Unavailable:
