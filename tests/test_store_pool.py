@@ -116,7 +116,7 @@ def test_who_finds_all_connections_in_use_is_answered_in_time(tmp_path: Path) ->
 )
 def test_the_start_compares_connections(told: dict[str, str], workers: int, warned: bool) -> None:
     storage = gateway.Storage("unix:///nowhere", workers)
-    assert len(storage._judge({"redis_version": "7.0.0"} | told)) == warned
+    assert len(storage._problems({"redis_version": "7.0.0"} | told)) == warned
 
 
 # -- What forgets connections ---------------------------------------------------
