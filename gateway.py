@@ -778,7 +778,8 @@ def load_settings(
     texts |= options
     for name in (*values, *texts):
         if name not in Settings.__struct_fields__:
-            raise SettingsError(f"{name} (GATEWAY_{name.upper()}) is no setting; --help lists all")
+            source = path if name in values else f"GATEWAY_{name.upper()}"
+            raise SettingsError(f"{name} ({source}) is no setting; --help lists all")
     for name, text in texts.items():
         values[name] = text
         if declared(Settings)[name].get("type") != "string":
@@ -1058,7 +1059,7 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
         if os.path.exists(f"{settings.data_dir}/appendonlydir"):
             raise StartError(
                 f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
-                "bring it back, or remove that folder to begin anew"
+                f"bring it back, or remove {settings.data_dir} to begin anew"
             )
         return secrets.token_hex().encode() + b"\n"
 
