@@ -47,7 +47,7 @@ bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--he
 	$(BIN)/python tests/bench/bench.py $(ARGS)
 
 trace: .venv/done  ## follow a /sms/verify and a /sms/verify_code: calls, depth, sections (ARGS=-v: each call)
-	$(BIN)/python tests/bench/trace.py $(ARGS)
+	$(BIN)/python tests/bench/calls.py $(ARGS)
 
 L10N := --no-wrap -N --ignore-obsolete --ignore-pot-creation-date -i locale/messages.pot -d locale
 

@@ -778,7 +778,8 @@ def load_settings(
     texts |= options
     for name in (*values, *texts):
         if name not in Settings.__struct_fields__:
-            raise SettingsError(f"{name} (GATEWAY_{name.upper()}) is no setting; --help lists all")
+            source = path if name in values else f"GATEWAY_{name.upper()}"
+            raise SettingsError(f"{name} ({source}) is no setting; --help lists all")
     for name, text in texts.items():
         values[name] = text
         if declared(Settings)[name].get("type") != "string":
@@ -1058,7 +1059,7 @@ def load_master_secret(settings: Settings) -> tuple[bytes, bool]:
         if os.path.exists(f"{settings.data_dir}/appendonlydir"):
             raise StartError(
                 f"{path} is missing, and nobody in {settings.data_dir} can be read without it: "
-                "bring it back, or remove that folder to begin anew"
+                f"bring it back, or remove {settings.data_dir} to begin anew"
             )
         return secrets.token_hex().encode() + b"\n"
 
@@ -3618,7 +3619,8 @@ class Gateway:
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
-        # VALIDATE: all of the body, so that a bad key never uses up a code; cheap checks first
+        # VALIDATE: cheap checks first; all of the body, so that a bad key never uses up a code (but
+        # not the numbers of a DS key: they may take 30 ms)
         require(params, "code")
         code, settings = params["code"], self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
@@ -3627,24 +3629,25 @@ class Gateway:
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
         duration_s = self._duration_s(params)
-        client_key = (
-            canonical_key(params["publicKey"], thorough=False) if "publicKey" in params else None
-        )
+        client_key = None
+        if "publicKey" in params:
+            client_key = canonical_key(params["publicKey"], thorough=False)
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
-        # ACT, RECORD
-        def decide(user: User) -> tuple[User, Msisdn | GatewayError]:
+        # ACT, RECORD. Before the commit nothing, not even the time it takes, may depend on whether
+        # the code is right: only the commit counts the try, and knows whether the nonce is fresh.
+        def decide(user: User) -> tuple[User, GatewayError | None]:
             self._expect_code(user)
-            if client_key and hmac.compare_digest(digest, user.code_digest):
-                canonical_key(client_key)  # may take 30 ms, so only if the code is right
             long, now_s = len(code) == lengths[1], int(self.clock())
-            user, wrong = return_code(user, digest, long, settings, now_s)
-            return user, wrong or self._number(session, user)
+            return return_code(user, digest, long, settings, now_s)
 
-        number = self.step(session, decide)
+        self.step(session, decide)
+        number = self._number(session, session.user)
         # ANSWER
         if client_key is None:
             return {"msisdn": number}
+        if client_key["algorithm"] == "DS":
+            canonical_key(client_key)  # if it is no key, the number is verified all the same
         return {"msisdn": number, **self._certificate(session, number, client_key, duration_s)}
 
     def sign_certificate(self, session: Session, params: Json) -> Json:

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import bench
+import calls
 import clients
 from support import GatewayProcess
 
@@ -75,3 +76,16 @@ def test_the_python_client_goes_on_when_a_connection_breaks(
     run = clients.run_python(start_gateway().port, requests, 1, lambda: None)
     assert sum(run.statuses.values()) == 4
     assert run.statuses[200] >= 2
+
+
+@pytest.mark.parametrize(
+    ("path", "most"), [("/sms/verify", (100, 12, 40)), ("/sms/verify_code", (90, 12, 28))]
+)
+def test_a_reader_can_follow_a_request(
+    path: str, most: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """How many calls of ours it takes, how deep, and how often the section changes."""
+    followed = calls.follow(str(tmp_path))[path]
+    found = (len(followed.calls), followed.deepest, followed.changes)
+    assert len(followed.calls) > 50
+    assert all(one <= limit for one, limit in zip(found, most, strict=True)), found

@@ -637,11 +637,32 @@ def test_no_dear_key_of_who_only_guesses_is_looked_at(client: WsgiClient) -> Non
     assert time.thread_time() - began_s < 0.006
     assert (answer.errno, answer.json["message"]) == (105, "the code is wrong; tries left: 2")
     assert gateway._look_prime.cache_info().misses == 0
-    bad = {**key, "y": "3"}  # not of this group: found for the right code, which it does not burn
+    bad = {**key, "y": "3"}  # not of this group: that is found once the code has been judged
     answer = client.call("/sms/verify_code", {"code": client.code(), "publicKey": bad})
     assert (answer.status, answer.errno) == (400, 107)
-    answer = client.call("/sms/verify_code", {"code": client.code(), "publicKey": key})
-    assert answer.json["cert"]
+    assert client.call("/certificate/sign", {"publicKey": key}).json["cert"]  # it is verified
+
+
+@pytest.mark.parametrize("which", ["DS256", "RS128"])
+def test_a_replay_does_not_tell_by_its_time_whether_a_code_is_right(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """Its try is not counted, so nothing that a right code alone leads to may happen before."""
+    client.register()
+    assert client.ask().status == 200
+    assert client.call("/sms/verify_code", {"code": "00000x"}, nonce="seen").errno == 105
+    code, done = client.code(), list[str]()
+    for name in ("_look_prime", "open_msisdn", "issue_certificate"):
+        monkeypatch.setattr(gateway, name, lambda *_, n=name: done.append(n))
+    answers = [
+        client.call("/sms/verify_code", {"code": one, "publicKey": public(which)}, nonce="seen")
+        for one in (code, "00000x")
+    ]
+    assert [(a.status, a.errno) for a in answers] == [(401, 109)] * 2
+    assert answers[0].json == answers[1].json
+    assert done == []
+    monkeypatch.undo()
+    assert client.call("/sms/verify_code", {"code": code}).status == 200
 
 
 # -- What is not believed -----------------------------------------------------

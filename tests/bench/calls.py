@@ -34,14 +34,22 @@ class Trace(NamedTuple):
 
     calls: list[tuple[int, int, str]]
 
-    def __str__(self) -> str:
+    @property
+    def deepest(self) -> int:
+        """How many of our functions lay on each other at most."""
+        return max(depth for depth, _, _ in self.calls)
+
+    @property
+    def changes(self) -> int:
+        """How often one call was of another section than the one before it."""
         sections = [section for _, section, _ in self.calls]
-        changes = sum(one != other for one, other in itertools.pairwise(sections))
+        return sum(one != other for one, other in itertools.pairwise(sections))
+
+    def __str__(self) -> str:
         functions = len({call[1:] for call in self.calls})
-        deepest = max(depth for depth, _, _ in self.calls)
         return (
-            f"{len(self.calls)} calls of {functions} functions, {deepest} deep, "
-            f"{changes} changes of section"
+            f"{len(self.calls)} calls of {functions} functions, {self.deepest} deep, "
+            f"{self.changes} changes of section"
         )
 
 
@@ -70,29 +78,33 @@ def trace(call: Any) -> Trace:
     return Trace(calls)
 
 
+def follow(folder: str) -> dict[str, Trace]:
+    """A first /sms/verify and a /sms/verify_code with a key, over a store of their own."""
+    settings = gateway.Settings(data_dir=f"{folder}/data", keys_dir=f"{folder}/keys")
+    gateway.load_master_secret(settings)
+    store = gateway.EmbeddedStore(settings.data_dir)
+    try:
+        client = WsgiClient(gateway.create_app(settings, store.url))
+        assert client.gateway.sms.outbox
+        client.gateway.sms.outbox.console = None
+        client.verified("+447700900999")  # connections are open, caches are filled
+        client.register()
+        key = gateway.public_key_json(gateway.generate_key("RS256").public_key())
+        found = {"/sms/verify": trace(wsgi_only(client, "/sms/verify", {"msisdn": NUMBER}))}
+        body = {"code": client.code(), "publicKey": key}
+        found["/sms/verify_code"] = trace(wsgi_only(client, "/sms/verify_code", body))
+        return found
+    finally:
+        store.stop()
+
+
 def main() -> int:
     """Print both requests; with ``-v`` every call."""
     with tempfile.TemporaryDirectory(prefix="trace") as folder:
-        settings = gateway.Settings(data_dir=f"{folder}/data", keys_dir=f"{folder}/keys")
-        gateway.load_master_secret(settings)
-        store = gateway.EmbeddedStore(settings.data_dir)
-        try:
-            client = WsgiClient(gateway.create_app(settings, store.url))
-            assert client.gateway.sms.outbox
-            client.gateway.sms.outbox.console = None
-            client.verified("+447700900999")  # connections are open, caches are filled
-            client.register()
-            key = gateway.public_key_json(gateway.generate_key("RS256").public_key())
-            for name in ("/sms/verify", "/sms/verify_code with a key"):
-                body: Any = {"msisdn": NUMBER}
-                if "code" in name:
-                    body = {"code": client.code(), "publicKey": key}
-                found = trace(wsgi_only(client, name.split()[0], body))
-                print(f"{name}: {found}")
-                for depth, section, function in found.calls if "-v" in sys.argv else ():
-                    print(f"  {section:3} {'. ' * depth}{function}")
-        finally:
-            store.stop()
+        for name, found in follow(folder).items():
+            print(f"{name}: {found}")
+            for depth, section, function in found.calls if "-v" in sys.argv else ():
+                print(f"  {section:3} {'. ' * depth}{function}")
     return 0
 
 
