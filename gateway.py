@@ -836,7 +836,7 @@ def parse_msisdn(value: object) -> Msisdn:
             possible = phonenumbers.is_possible_number_with_reason(number)
             # If a digit was dropped (a trunk prefix, as in +44 (0)…), the result must be stable.
             stable = e164[1:] == re.sub("[^0-9]", "", value) or phonenumbers.parse(e164) == number
-            # "Local only" is no answer for us: it lacks the area code. E.164 ends at 15 digits.
+            # A number that is possible "local only" lacks the area code; E.164 ends at 15 digits.
             if possible == phonenumbers.ValidationResult.IS_POSSIBLE and stable and len(e164) <= 16:
                 return Msisdn(e164)
     raise InvalidParameter(
@@ -1912,15 +1912,15 @@ class Storage:
             each = [f"{scheme}://{login}{host}{query}" for host in hosts.split(",")]
             parsed: list[Json] = list(map(parse_url, each if self._kind else [url]))
             self._options, port = parsed[0], 26379 if self._kind == "sentinel" else 6379
-            self._named = [(one.get("host", ""), one.get("port", port)) for one in parsed]
+            self._url_nodes = [(one.get("host", ""), one.get("port", port)) for one in parsed]
             self._sentinel_login: Json = {"db": 0}
             for name in ("username", "password"):
                 self._sentinel_login[name] = self._options.pop(f"sentinel_{name}", None)
-            self._connect_to(self._named[0], STORAGE_TIMEOUT_S)
+            self._connect_to(self._url_nodes[0], STORAGE_TIMEOUT_S)
         except (ValueError, TypeError):
             raise SettingsError(f"storage_url is not usable; allowed: {STORAGE_URLS}") from None
-        self._seeds, self._ask_again_s = self._named, 0.0
-        self._nodes: list[Node | None] | None = None if self._kind else [self._named[0]]
+        self._seeds, self._ask_again_s = self._url_nodes, 0.0
+        self._nodes: list[Node | None] | None = None if self._kind else [self._url_nodes[0]]
 
     # -- Which node is asked --------------------------------------------------
 
@@ -1959,14 +1959,14 @@ class Storage:
         group = self._kind == "sentinel"
         login = self._sentinel_login if group else {}
         question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
-        with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as asked:
-            (answer,) = exchange(asked, question if group else ("CLUSTER", "SLOTS"))
-            asked.disconnect()
+        with self._connect_to(seed, DISCOVERY_S / 3, max_connections=1, **login).borrow() as link:
+            (answer,) = exchange(link, question if group else ("CLUSTER", "SLOTS"))
+            link.disconnect()
         ranges = [(0, 0, answer)] if group and answer else answer or []
         nodes: list[Node | None] = [None] * (1 if group else 16384)
         for first, last, (host, port, *_), *_ in ranges:
             nodes[first : last + 1] = [_node(host, port, seed)] * (last + 1 - first)
-        self._seeds = list({*self._named, *filter(None, () if group else nodes)})
+        self._seeds = list({*self._url_nodes, *filter(None, () if group else nodes)})
         self._pools = {place: pool for place, pool in self._pools.items() if place[1] in nodes}
         return nodes
 
@@ -1989,11 +1989,11 @@ class Storage:
         try:
             for again in range(COMMIT_TRIES):
                 nodes, reached = self._nodes or self._discover(), False
-                if not (asked := node or nodes[key_slot(key) % len(nodes)]):
+                if not (owner := node or nodes[key_slot(key) % len(nodes)]):
                     break
-                place = os.getpid(), asked  # a forked process opens connections of its own
+                place = os.getpid(), owner  # a forked process opens connections of its own
                 if not (pool := self._pools.get(place)):
-                    pool = self._pools.setdefault(place, self._connect_to(asked, STORAGE_TIMEOUT_S))
+                    pool = self._pools.setdefault(place, self._connect_to(owner, STORAGE_TIMEOUT_S))
                 try:
                     with pool.borrow() as connection:
                         reached = True
@@ -2005,7 +2005,7 @@ class Storage:
                     _, sha1, *rest = commands[0]
                     commands = (("EVAL", SCRIPTS[sha1], *rest), *commands[1:])
                 except redis.exceptions.MovedError as error:
-                    moved = _node(error.host.encode(), error.port, asked)
+                    moved = _node(error.host.encode(), error.port, owner)
                     nodes[error.slot_id % len(nodes)] = moved
                 except redis.ConnectionError:
                     if reached or again or not self._kind:
@@ -2015,9 +2015,9 @@ class Storage:
         except redis.RedisError as error:
             if self._kind:
                 self._nodes = None
-            name = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; the rest is not logged
-            name = name if name.isupper() else type(error).__name__
-            LOG.warning("storage: %s on %s", name, commands[0][0])
+            code = str(error).partition(" ")[0]  # NOREPLICAS, MISCONF; the rest is not logged
+            code = code if code.isupper() else type(error).__name__
+            LOG.warning("storage: %s on %s", code, commands[0][0])
             raise Unavailable("the storage does not answer; try again") from error
 
     def _run(self, *command: Any, key: bytes = b"") -> Any:
@@ -2127,7 +2127,7 @@ class Storage:
         deadline_s = time.monotonic() + STORE_START_S
         while True:
             try:
-                found = [problem for info in self.info() for problem in self._problems(info)]
+                problems = [problem for info in self.info() for problem in self._problems(info)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
                 proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
                 stored = master and (
@@ -2140,7 +2140,7 @@ class Storage:
                         "it can be read with this one: bring the right keys_dir back; or, if you "
                         "are sure that this is the one, delete the key “mark” in the store"
                     )
-                return sorted({f"the store {where} {problem}" for problem in found})
+                return sorted({f"the store {where} {problem}" for problem in problems})
             except Unavailable as error:
                 cause = error.__cause__ or error
                 why = f"cannot be used: {str(cause) or type(cause).__name__}"
@@ -2614,13 +2614,13 @@ class OutboxSms(SmsProvider):
     def messages(self, digits: str) -> list[Json]:
         """The messages of the last hour to a number, given without its +; oldest first."""
         self.prune()
-        found: list[Json] = []
+        messages: list[Json] = []
         for path in self._files() if digits.isdecimal() else ():
             with contextlib.suppress(FileNotFoundError):  # pruned meanwhile
                 for line in self._lines_to("+" + digits, path.read_bytes()):
                     with contextlib.suppress(ValueError):  # a line that is being written
-                        found.append(json.loads(line[1]))
-        return [message for message in found if message["at"] > time.time() - HOUR_S]
+                        messages.append(json.loads(line[1]))
+        return [message for message in messages if message["at"] > time.time() - HOUR_S]
 
     def prune(self) -> None:
         """Remove the files of minutes that ended more than an hour ago."""
@@ -2648,7 +2648,7 @@ class OutboxSms(SmsProvider):
 
 
 def _has_room(console: TextIO) -> bool:
-    """Tell whether a line can be written without waiting for a terminal in Ctrl-S."""
+    """Tell whether a write would return at once; a terminal in Ctrl-S lets it wait."""
     with contextlib.suppress(ValueError):  # in a notebook it is no file
         return bool(select.select([], [console], [], 0)[1])
     return True
@@ -2971,8 +2971,8 @@ class SmsSender:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        made = [PROVIDERS[entry["kind"]](entry, settings) for entry in settings.sms_providers]
-        self.providers = sorted(made, key=lambda provider: -provider.entry["priority"])
+        unsorted = [PROVIDERS[entry["kind"]](entry, settings) for entry in settings.sms_providers]
+        self.providers = sorted(unsorted, key=lambda provider: -provider.entry["priority"])
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
@@ -3042,7 +3042,7 @@ class SmsSender:
         provider, to = self.providers[n], message[1]
         paid = payments.use() if payments and provider.paid else b""
         started_s, timeout_s = time.monotonic(), min(provider.entry["timeout_s"], left_s)
-        if n in self.resting:  # this one message tries whether it is well again
+        if n in self.resting:  # this one message tries whether it works again
             self.resting[n] = started_s + self.settings.sms_cool_down_s
         try:
             ids = _send_by(provider, *message, timeout_s)
@@ -3110,8 +3110,8 @@ def parse_inbound(params: Json, signature: str = "") -> InboundSms:
     Args:
         signature: Twilio's, which was checked. It is used as the message's id. Twilio signs all
             names and values joined without separators, so that somebody can repeat a call with
-            other names and values, another ``MessageSid``, and the same signature. Vonage's,
-            ``sig``, is used if there is no id.
+            other names and values, another id, and the same signature. Vonage's, ``sig``, is used
+            if there is no id.
     """
     code, pair = _text(params, "network-code"), params.get("mccmnc")
     pair = pair if isinstance(pair, dict) else params
@@ -3548,7 +3548,7 @@ class Gateway:
         return {"verificationMethods": list(details), "verificationDetails": details}
 
     def send_code(self, session: Session, params: Json, short: bool, language: str) -> str:
-        """Send a code to the number that the client names; gives the sender.
+        """Send a code to the number that the client names; return the sender.
 
         Args:
             short: The kind of code, unless ``shortVerificationCode`` chooses.
@@ -4803,7 +4803,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     load = partial(worker_app, settings, os.getpid(), pem, token)
     try:
         server.serve(target_loader=load, wrap_loader=False)
-    except SystemExit:  # of Granian, if a worker ends by itself; no failure if it was told to stop
+    except SystemExit:  # a worker ended by itself; that is no failure if it was told to stop
         if not server.interrupt_signal:
             raise
 
