@@ -2249,7 +2249,7 @@ class DynamoTable:
 
     def ping(self) -> None:
         """Prove that a write works."""
-        self._call("put_item", Item=HEARTBEAT)
+        self._call("put_item", Item=_HEARTBEAT)
 
     def check(self) -> list[str]:
         """Make the table if there is none, and wait until it can be used; gives warnings.
@@ -2258,7 +2258,7 @@ class DynamoTable:
             StartError: It cannot be made, or it is another kind of table.
         """
         deadline_s, what = time.monotonic() + TABLE_START_S, f"the DynamoDB table {self.name}"
-        while failed := self._failure("put_item", Item=HEARTBEAT):
+        while failed := self._failure("put_item", Item=_HEARTBEAT):
             if _aws_code(failed) == "ValidationException":
                 raise StartError(f"{what} is not ours: its one key must be id, of type B")
             if _aws_code(failed) == "ResourceNotFoundException":  # nor is it, while it is made
@@ -2286,7 +2286,7 @@ TABLE: Final[Json] = {
     "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}], "BillingMode": "PAY_PER_REQUEST",
     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
 }  # fmt: skip
-HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
+_HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
 TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
 TABLE_START_S: Final = 60.0
 """How long a new DynamoDB table may take until it can be used."""
