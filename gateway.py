@@ -2256,7 +2256,7 @@ class DynamoTable:
 
     def ping(self) -> None:
         """Prove that a write works."""
-        self._call("put_item", Item=HEARTBEAT)
+        self._call("put_item", Item=_HEARTBEAT)
 
     def check(self) -> list[str]:
         """Make the table if there is none, and wait until it can be used; return warnings.
@@ -2265,7 +2265,7 @@ class DynamoTable:
             StartError: It cannot be made, or it is another kind of table.
         """
         deadline_s, what = time.monotonic() + TABLE_START_S, f"the DynamoDB table {self.name}"
-        while failed := self._failure("put_item", Item=HEARTBEAT):
+        while failed := self._failure("put_item", Item=_HEARTBEAT):
             if _aws_code(failed) == "ValidationException":
                 raise StartError(f"{what} is not ours: its one key must be id, of type B")
             if _aws_code(failed) == "ResourceNotFoundException":  # also while it is being made
@@ -2293,7 +2293,7 @@ TABLE: Final[Json] = {
     "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}], "BillingMode": "PAY_PER_REQUEST",
     "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
 }  # fmt: skip
-HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
+_HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
 TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
 TABLE_START_S: Final = 60.0
 """How long a new DynamoDB table may take until it can be used."""
@@ -2533,7 +2533,11 @@ def persist(write: Callable[[], T]) -> T:
 
 
 class SmsFailed(Exception):
-    """The provider surely did not take the message. The text holds nothing secret."""
+    """The provider surely did not take the message: no part of it may cost or arrive.
+
+    Only what is known is this (``MEANINGS``), for its count is given back. The text holds
+    nothing secret.
+    """
 
 
 class SmsRefused(SmsFailed):
@@ -2541,7 +2545,7 @@ class SmsRefused(SmsFailed):
 
 
 class SmsUnknown(SmsFailed):
-    """The provider did not say in time: it may or may not have taken the message."""
+    """The provider did not say, or not in time: it may have taken the message, or a part."""
 
 
 class SmsProvider:
@@ -2737,12 +2741,12 @@ class HttpSms(SmsProvider):
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body = self._exchange(request, timeout_s)
         if not 200 <= status < 300:
-            raise MEANINGS.get(status, SmsFailed)(f"{self.kind} answered {status}")
+            raise MEANINGS.get(status, SmsUnknown)(f"{self.kind} answered {status}")
         try:
             ids = self.taken(body, values["id"])
             return ids if self.receipt_url else []
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise SmsFailed(f"{self.kind} answered {status} without a result") from None
+            raise SmsUnknown(f"{self.kind} answered {status} without a result") from None
 
     def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes]:
         """Status and body of the answer; of a long body the first ``ANSWER_MAX_BYTES``."""
@@ -2791,9 +2795,13 @@ class HttpSms(SmsProvider):
         return pycurl.Curl()
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Read the body of an answer with 2xx; gives the ids of the message, or raises."""
+        """Read the body of an answer with 2xx; gives the ids of the message, or raises.
+
+        What is no result raises anything: it says as little as no answer (``MEANINGS``).
+        """
         if not re.search(self.entry["success"], body.decode("utf-8", "replace")):
-            raise SmsFailed(f"{self.kind} answered without what stands for success")
+            whole = len(body) < ANSWER_MAX_BYTES  # of a longer one, the rest may have it
+            raise (SmsFailed if whole else SmsUnknown)(f"{self.kind} answered without success")
         return []
 
 
@@ -2812,8 +2820,16 @@ _IDLE_CONNECTIONS_MAX: Final = 64
 """How many connections to a provider are kept open while nobody uses them."""
 _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
-MEANINGS: Final = {400: SmsRefused, 422: SmsRefused, 502: SmsUnknown, 504: SmsUnknown}
-"""What an HTTP status says beyond failure; the last two: a proxy lost the answer."""
+_NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
+MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused}
+"""What an HTTP status other than 2xx says; one that is not here leaves it open (SmsUnknown).
+
+A message that may have left is counted, or whoever makes a provider stumble after it took the
+message has messages sent without end. So only what is known gives a count back: no connection,
+a request not begun, a server that says it did not (these), or the provider's own word for it, in
+a whole 2xx answer. A 500, 502, 504 or 408 says that something broke, not when; a redirect may come
+after the work (303); a 2xx answer that cannot be read, or names no result, says nothing.
+"""
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
     FORM["Content-Type"]: str,  # urlencode is for all of it
@@ -2838,14 +2854,14 @@ class NexmoSms(HttpSms):
     """Statuses that are about this one message: its number, its sender, its text."""
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Each part that the message was split into must have been taken."""
+        """Each part that the message was split into must have been taken, or each refused."""
         parts = json.loads(body)["messages"]
-        statuses = [part["status"] for part in parts]
-        if statuses and all(status == "0" for status in statuses):
+        told = {str(part["status"]) for part in parts}
+        if parts and all(part["status"] == "0" for part in parts):
             return [str(part.get("message-id", "")) for part in parts]
-        told = [s if re.fullmatch("[0-9]{1,3}", str(s)) else "?" for s in statuses]
-        about_this = bool(told) and self.REFUSED.issuperset(map(str, told))
-        raise (SmsRefused if about_this else SmsFailed)(f"nexmo refused it, status {told[:9]}")
+        if not told or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in told):
+            raise SmsUnknown("nexmo took a part of it, or did not say")
+        raise (SmsRefused if told <= self.REFUSED else SmsFailed)(f"nexmo: status {max(told)}")
 
 
 class TwilioSms(HttpSms):
@@ -2885,11 +2901,12 @@ class KannelSms(HttpSms):
     receipt_query = "&id={id}&status=%d"  # and not %A, which quotes the message
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
-        """``0`` is taken; ``3``: its link is down, and the message may leave later."""
-        if body.startswith(b"3"):
-            raise SmsUnknown("kannel keeps the message until its link is up again")
+        """``0`` is taken; ``3``: its link is down, and the message may leave later.
+
+        It refuses by the status of HTTP, so no other word here is a refusal.
+        """
         if not body.startswith(b"0"):
-            raise SmsFailed("kannel answered without a result")
+            raise SmsUnknown("kannel keeps the message until its link is up again, or did not say")
         return [own_id]
 
 
@@ -2913,9 +2930,9 @@ class SnsSms(SmsProvider):
             raise self.bad("needs boto3: pip install boto3") from None
         except (known.BotoCoreError, ValueError):
             raise self.bad("needs a region, an endpoint and a profile that boto3 takes") from None
-        early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.SSLError)
-        self.surely_not = (*early, known.NoCredentialsError, known.ParamValidationError)
-        self.late = (TimeoutError, known.ReadTimeoutError)  # the latter is an OSError, too
+        # SSLError is not among them: TLS may break after the request as well.
+        early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.NoCredentialsError)
+        self.surely_not = (*early, known.ProxyConnectionError, known.ParamValidationError)
         self._threads = ThreadPoolExecutor(settings.threads, "sns")
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
@@ -2928,14 +2945,15 @@ class SnsSms(SmsProvider):
         # botocore bounds each wait, but neither a name server that hangs nor an answer that drips.
         publishing = self._threads.submit(self.client.publish, **message)
         try:
-            publishing.result(timeout_s)
-        except self.late:
+            publishing.result(timeout_s)["MessageId"]  # it names the message, or is no result
+        except TimeoutError:
             publishing.cancel()  # where it did not begin, it never will
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.client.exceptions.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
-            refused = code.startswith(("InvalidParameter", "OptedOut"))
-            raise (SmsRefused if refused else SmsFailed)(f"sns refused it: {code}") from None
+            known = _NOT_TAKEN.get(error.response["ResponseMetadata"]["HTTPStatusCode"], SmsUnknown)
+            refused = code.startswith(("InvalidParameter", "OptedOut"))  # 400 alone may be a limit
+            raise (SmsRefused if refused else known)(f"sns answered: error {code}") from None
         except self.surely_not as error:
             raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
         return []
@@ -3083,7 +3101,7 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
     except SmsFailed:
         raise
     except Exception as error:  # its text may quote the message
-        known = SmsFailed if isinstance(error, OSError) else SmsUnknown  # a full disk
+        known = SmsUnknown if provider.paid else SmsFailed  # a full disk
         raise known(f"{provider.kind}: {type(error).__name__}") from None
 
 

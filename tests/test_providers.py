@@ -187,6 +187,16 @@ SNS_BAD = (
         (reply(SNS_BAD.format("InvalidParameter"), 400), gateway.SmsRefused),
         (reply(SNS_BAD.format("Throttling"), 400), gateway.SmsFailed),
         (reply(SNS_BAD.format("AuthorizationError"), 403), gateway.SmsFailed),
+        (reply(SNS_BAD.format("ServiceUnavailable"), 503), gateway.SmsFailed),
+        (reply(SNS_BAD.format("InternalError"), 500), gateway.SmsUnknown),
+        (reply("<html><h1>Bad gateway", 502), gateway.SmsUnknown),
+        (reply("", 500), gateway.SmsUnknown),
+        (reply("", 503), gateway.SmsFailed),
+        (reply("", 408), gateway.SmsUnknown),
+        (reply(SNS_OK[:-30]), gateway.SmsUnknown),
+        (reply(SNS_OK.replace("MessageId", "Id")), gateway.SmsUnknown),
+        (reply("<h1>Welcome to the hotel</h1>"), gateway.SmsUnknown),
+        (reply(""), gateway.SmsUnknown),
         (hang, gateway.SmsUnknown),
     ],
 )
@@ -297,6 +307,37 @@ def test_tls_is_checked_and_bounded_as_well(
         one.send("Gateway", TO, "text", 0.4)
 
 
+def test_tls_that_breaks_under_sns_after_the_request_leaves_it_open(
+    provider: Provider, tls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore has one error for this and for a certificate that it does not trust."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tls))
+
+    def no_tls(handler: Any) -> None:
+        os.write(handler.connection.fileno(), b"HTTP/1.1 200 OK\r\n\r\n")
+        handler.close_connection = True
+
+    provider.answer = no_tls
+    sender = sender_of({"kind": "sns", "region": "eu-west-1", "endpoint": provider.url})
+    with pytest.raises(gateway.SmsUnknown, match="SSLError"):
+        gateway._send_by(sender.providers[0], "Gateway", TO, "x", 5.0)
+    assert len(provider.received) == 1
+
+
+def test_sns_that_cannot_be_reached_surely_did_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    entry = {"kind": "sns", "region": "eu-west-1", "endpoint": closed_url()}
+    for proxy in ("", closed_url()):
+        monkeypatch.setenv("http_proxy", proxy)
+        monkeypatch.setenv("no_proxy", "" if proxy else "127.0.0.1")
+        with pytest.raises(gateway.SmsFailed, match="cannot be reached") as caught:
+            gateway._send_by(sender_of(entry).providers[0], "Gateway", TO, "x", 5.0)
+        assert type(caught.value) is gateway.SmsFailed
+
+
 # -- What an answer means -------------------------------------------------------
 
 KANNEL = {"kind": "kannel", "username": "u", "password": "p"}
@@ -320,17 +361,18 @@ def cut(data: bytes) -> Callable[[Any], None]:
     ("entry", "answer", "meaning"),
     [
         (NEXMO, nexmo("0", "0"), None),
-        (NEXMO, nexmo("0", "1"), "Failed"),  # only the first part was looked at in 2014
+        (NEXMO, nexmo("0", "1"), "Unknown"),  # a part has left; in 2014 the first was all
+        (NEXMO, nexmo("6", "0"), "Unknown"),
+        (NEXMO, nexmo("6", "x"), "Unknown"),
         (NEXMO, nexmo("4"), "Failed"),  # bad credentials: 200 all the same
         (NEXMO, nexmo("3"), "Refused"),  # this number
         (NEXMO, nexmo("3", "4"), "Failed"),
-        (NEXMO, nexmo(), "Failed"),
-        (NEXMO, reply("<h1>Welcome to the hotel"), "Failed"),
-        (NEXMO, reply({"messages": [{"status": 0}]}), "Failed"),
-        (NEXMO, reply("x" * 100_000), "Failed"),  # read up to a limit
-        (NEXMO, reply({"messages": [{"status": "0"}]}, 500), "Failed"),
-        (NEXMO, reply("", 504), "Unknown"),  # a proxy that lost the answer
-        (NEXMO, reply("", 302), "Failed"),  # not followed
+        (NEXMO, nexmo("3", "7"), "Refused"),
+        (NEXMO, nexmo(), "Unknown"),
+        (NEXMO, reply("<h1>Welcome to the hotel"), "Unknown"),
+        (NEXMO, reply({"messages": [{"status": 0}]}), "Unknown"),
+        (NEXMO, reply("x" * 100_000), "Unknown"),  # read up to a limit
+        (NEXMO, reply({"messages": [{"status": "0"}]}, 500), "Unknown"),
         (NEXMO, cut(b""), "Unknown"),
         (NEXMO, cut(HALF), "Unknown"),
         (NEXMO, hang, "Unknown"),
@@ -339,15 +381,18 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (TWILIO, reply({"code": 21211, "message": "bad +447700900123"}, 400), "Refused"),
         (TWILIO, reply({"code": 20003}, 401), "Failed"),
         (TWILIO, reply({"code": 20429}, 429), "Failed"),
-        (TWILIO, reply({}, 201), "Failed"),
+        (TWILIO, reply({}, 201), "Unknown"),
         (KANNEL, reply("0: Accepted for delivery", 202), None),
         (KANNEL, reply("3: Queued for later delivery", 202), "Unknown"),
-        (KANNEL, reply("", 202), "Failed"),
+        (KANNEL, reply("", 202), "Unknown"),
+        (KANNEL, reply("<h1>Welcome to the hotel"), "Unknown"),
         (KANNEL, reply("Missing receiver number, rejected", 400), "Refused"),
         (KANNEL, reply("Authorization failed for sendsms", 403), "Failed"),
         (KANNEL, reply("Temporary failure, try again later.", 503), "Failed"),
         (HTTP, reply({"ok": True}), None),
         (HTTP, reply({"ok": False}), "Failed"),
+        (HTTP, reply("", 202), "Failed"),  # it is whole, and has no success
+        (HTTP, reply("x" * 100_000), "Unknown"),  # it is not, as far as it is read
         (HTTP, reply({"ok": True}, 404), "Failed"),
         (HTTP, reply({"ok": True}, 422), "Refused"),
     ],
@@ -365,6 +410,53 @@ def test_what_an_answer_means(
     assert type(caught.value) is getattr(gateway, f"Sms{meaning}")
     assert NUMBER[1:] not in str(caught.value)
     assert len(provider.received) == 1
+
+
+REFUSALS = {400: "Refused", 422: "Refused", 501: "Failed", 503: "Failed"}
+REFUSALS |= dict.fromkeys([401, 402, 403, 404, 405, 407, 409, 413, 420, 429, 451, 499], "Failed")
+OPEN = [300, 301, 302, 303, 307, 308, 408, 500, 502, 504, 505, 507, 511, 520, 524, 599, 600]
+
+
+@pytest.mark.parametrize("entry", [NEXMO, TWILIO, KANNEL, HTTP], ids=lambda entry: entry["kind"])
+def test_what_a_status_means(provider: Provider, entry: gateway.Json) -> None:
+    """Whatever the body says; and nothing but what the table has is a failure."""
+    [one] = sender_of({"endpoint": provider.url, **entry}).providers
+    for n, (status, meaning) in enumerate((REFUSALS | dict.fromkeys(OPEN, "Unknown")).items()):
+        provider.answer = reply({"ok": True, "sid": "1", "messages": [{"status": "0"}]}, status)
+        with pytest.raises(gateway.SmsFailed) as caught:
+            one.send("Gateway", TO, "text")
+        assert type(caught.value) is getattr(gateway, f"Sms{meaning}"), status
+        assert len(provider.received) == n + 1
+
+
+MAY_HAVE_LEFT: dict[str, tuple[gateway.Json, Any]] = {
+    "JSON cut off": (NEXMO, reply('{"messages": [{"status": "0"')),
+    "less than its length": (NEXMO, cut(HALF)),
+    "empty 200": (NEXMO, reply("")),
+    "empty 202": (KANNEL, reply("", 202)),
+    "empty 201": (TWILIO, reply("", 201)),
+    "HTML 200": (NEXMO, reply("<h1>Welcome to the hotel")),
+    "one part taken, one throttled": (NEXMO, nexmo("0", "1")),
+    "one part taken, one refused": (NEXMO, nexmo("0", "6")),
+    **{f"HTTP {status}": (NEXMO, reply("", status)) for status in OPEN},
+    "HTTP 500 of one's own": (HTTP, reply({"ok": False}, 500)),
+}
+
+
+@pytest.mark.parametrize("name", MAY_HAVE_LEFT)
+def test_what_may_have_left_is_counted_each_time(
+    provider: Provider, make_client: MakeClient, name: str
+) -> None:
+    """Or a session has messages sent without end, to whoever it likes."""
+    entry, provider.answer = MAY_HAVE_LEFT[name]
+    entry = {"endpoint": provider.url, **entry}
+    client = make_client(sms_providers=[entry], sends_per_session=5, sends_per_hour=9)
+    client.register()
+    answers = [client.ask() for _ in range(12)]
+    sent = len(provider.received)
+    assert [answer.status for answer in answers] == [200] * sent + [429] * (12 - sent)
+    assert sent == 5  # which is what one session may
+    assert client.gateway.storage._run("ZCARD", "hour") == sent
 
 
 def test_nobody_listens() -> None:

@@ -276,6 +276,24 @@ BAD_ANSWERS: dict[str, Answerer] = {
     # only the HTTP status is looked at
     "refused": refused,
     "throttled": reply(parts("1")),
+    "each part in its own way": reply(parts("1", "4")),
+    "HTML 503": reply("<h1>Busy</h1>", 503, "text/html", **{"Retry-After": "1"}),
+}
+"""Answers that say that the message was not taken, no part of it."""
+
+
+def drip(handler: _Handler) -> None:
+    """A good answer, one byte at a time."""
+    data = json.dumps(parts("0")).encode()
+    closing: threading.Event = handler.server.stand_in.closing  # type: ignore[attr-defined]
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data))
+    with contextlib.suppress(OSError):  # the gateway has given up
+        for n in range(40):
+            if not closing.wait(0.1):
+                handler.wfile.write(data[n : n + 1])
+
+
+NO_ANSWERS: dict[str, Answerer] = {
     # only the first, or only the last part is looked at
     "last part failed": reply(parts("0", "1")),
     "first part failed": reply(parts("1", "0")),
@@ -298,10 +316,9 @@ BAD_ANSWERS: dict[str, Answerer] = {
     # a proxy in between answers in place of the provider
     "HTML 200": reply("<h1>Log in to the hotel's network</h1>", kind="text/html"),
     "HTML 500": reply("<h1>Internal error</h1>", 500, "text/html"),
-    "HTML 503": reply("<h1>Busy</h1>", 503, "text/html", **{"Retry-After": "1"}),
     "empty 200": reply("", 200),
     "empty 204": raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
-    # JSON that is no object: a crash (999) instead of a failure
+    # JSON that is no object: a crash (999) instead
     "JSON number": reply("0"),
     "JSON text": reply('"0"'),
     "JSON null": reply("null"),
@@ -309,22 +326,7 @@ BAD_ANSWERS: dict[str, Answerer] = {
     "JSON cut short": reply('{"messages": [{"status": "0"'),
     "nested too deep": reply('{"messages": ' + "[" * 100_000),
     "not UTF-8": raw(b'HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n{"\xff":1}'),
-}
-"""Answers that say, one way or the other, that the message was not taken."""
-
-
-def drip(handler: _Handler) -> None:
-    """A good answer, one byte at a time."""
-    data = json.dumps(parts("0")).encode()
-    closing: threading.Event = handler.server.stand_in.closing  # type: ignore[attr-defined]
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data))
-    with contextlib.suppress(OSError):  # the gateway has given up
-        for n in range(40):
-            if not closing.wait(0.1):
-                handler.wfile.write(data[n : n + 1])
-
-
-NO_ANSWERS: dict[str, Answerer] = {
+    # none at all, or not to its end
     # a body that ends early is taken for the whole
     "truncated": raw(
         b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"messages": [{"status": "0"}]}'
@@ -337,11 +339,11 @@ NO_ANSWERS: dict[str, Answerer] = {
     # a time-out that only counts the silence between two bytes
     "drips": drip,
 }
-"""Ends after which nobody knows whether the message was taken."""
+"""Ends after which nobody knows whether the message was taken, or a part of it."""
 
 
 @pytest.mark.parametrize("name", BAD_ANSWERS)
-def test_anything_else_is_a_failure(
+def test_what_says_so_is_a_failure(
     name: str, api: SmsApi, make_client: Callable[..., WsgiClient]
 ) -> None:
     api.answer = BAD_ANSWERS[name]
@@ -366,13 +368,15 @@ def test_nobody_listens(make_client: Callable[..., WsgiClient], api: SmsApi) -> 
 def test_a_redirect_is_not_followed(
     status: int, api: SmsApi, make_client: Callable[..., WsgiClient]
 ) -> None:
-    """Whoever can answer once would get the account's secret and the code sent on."""
+    """Whoever can answer once would get the account's secret and the code sent on.
+
+    It may be the answer to a message that was taken (303), so it counts as one.
+    """
     with SmsApi() as elsewhere:
         api.answer = reply("", status, Location=elsewhere.url)
         client = make_client(sms_providers=[api.entry()])
         client.register()
-        answer = client.ask()
-        assert (answer.status, answer.errno) == (503, 201)
+        assert client.ask().status == 200
         assert elsewhere.received == []
         assert len(api.received) == 1
 
