@@ -2533,15 +2533,15 @@ def persist(write: Callable[[], T]) -> T:
 
 
 class SmsFailed(Exception):
-    """The provider surely did not take the message: no part of it may cost or arrive.
+    """The provider surely did not take the message: no part of it can cost money or arrive.
 
-    Only what is known is this (``MEANINGS``), for its count is given back. The text holds
-    nothing secret.
+    It is raised only where that is certain (``MEANINGS``), because the message's count is then
+    given back. The text holds nothing secret.
     """
 
 
 class SmsRefused(SmsFailed):
-    """The provider is well, but will never take this message: no reason to avoid it for others."""
+    """The provider works, but will never take this message; it is not avoided for others."""
 
 
 class SmsUnknown(SmsFailed):
@@ -2795,12 +2795,13 @@ class HttpSms(SmsProvider):
         return pycurl.Curl()
 
     def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Read the body of an answer with 2xx; gives the ids of the message, or raises.
+        """Read the body of an answer with 2xx; return the ids of the message, or raise.
 
-        What is no result raises anything: it says as little as no answer (``MEANINGS``).
+        A body that is no result may raise any exception: then it is unknown whether the message
+        was taken (``MEANINGS``).
         """
         if not re.search(self.entry["success"], body.decode("utf-8", "replace")):
-            whole = len(body) < ANSWER_MAX_BYTES  # of a longer one, the rest may have it
+            whole = len(body) < ANSWER_MAX_BYTES  # what was not read may match
             raise (SmsFailed if whole else SmsUnknown)(f"{self.kind} answered without success")
         return []
 
@@ -2822,13 +2823,14 @@ _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 _NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
 MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused}
-"""What an HTTP status other than 2xx says; one that is not here leaves it open (SmsUnknown).
+"""The error that an HTTP status other than 2xx stands for; one that is not here: SmsUnknown.
 
-A message that may have left is counted, or whoever makes a provider stumble after it took the
-message has messages sent without end. So only what is known gives a count back: no connection,
-a request not begun, a server that says it did not (these), or the provider's own word for it, in
-a whole 2xx answer. A 500, 502, 504 or 408 says that something broke, not when; a redirect may come
-after the work (303); a 2xx answer that cannot be read, or names no result, says nothing.
+The count of a message is given back only if it surely did not leave. Otherwise somebody who makes
+a provider fail after it took a message could have messages sent without end. That is certain if
+there was no connection, if the request was not begun, by these statuses, and by a refusal in the
+provider's own words in a whole 2xx answer. It is not certain after 500, 502, 504 or 408 (something
+broke, but nobody knows when), a redirect (303 may follow the work), or a 2xx answer that
+cannot be read or has no result.
 """
 FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
@@ -2856,12 +2858,12 @@ class NexmoSms(HttpSms):
     def taken(self, body: bytes, own_id: str) -> list[str]:
         """Each part that the message was split into must have been taken, or each refused."""
         parts = json.loads(body)["messages"]
-        told = {str(part["status"]) for part in parts}
+        codes = {str(part["status"]) for part in parts}
         if parts and all(part["status"] == "0" for part in parts):
             return [str(part.get("message-id", "")) for part in parts]
-        if not told or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in told):
+        if not codes or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in codes):
             raise SmsUnknown("nexmo took a part of it, or did not say")
-        raise (SmsRefused if told <= self.REFUSED else SmsFailed)(f"nexmo: status {max(told)}")
+        raise (SmsRefused if codes <= self.REFUSED else SmsFailed)(f"nexmo: status {max(codes)}")
 
 
 class TwilioSms(HttpSms):
@@ -2903,7 +2905,7 @@ class KannelSms(HttpSms):
     def taken(self, body: bytes, own_id: str) -> list[str]:
         """``0`` is taken; ``3``: its link is down, and the message may leave later.
 
-        It refuses by the status of HTTP, so no other word here is a refusal.
+        Kannel refuses by an HTTP status, so no other body is a refusal.
         """
         if not body.startswith(b"0"):
             raise SmsUnknown("kannel keeps the message until its link is up again, or did not say")
@@ -2919,7 +2921,7 @@ class SnsSms(SmsProvider):
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
         try:
-            import botocore.exceptions as known
+            import botocore.exceptions as aws
 
             self.client = _aws_client(
                 "sns", self.entry["region"], self.entry["endpoint"],
@@ -2928,11 +2930,11 @@ class SnsSms(SmsProvider):
             )  # fmt: skip
         except ImportError:
             raise self.bad("needs boto3: pip install boto3") from None
-        except (known.BotoCoreError, ValueError):
+        except (aws.BotoCoreError, ValueError):
             raise self.bad("needs a region, an endpoint and a profile that boto3 takes") from None
         # SSLError is not among them: TLS may break after the request as well.
-        early = (known.EndpointConnectionError, known.ConnectTimeoutError, known.NoCredentialsError)
-        self.surely_not = (*early, known.ProxyConnectionError, known.ParamValidationError)
+        early = (aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.NoCredentialsError)
+        self.surely_not = (*early, aws.ProxyConnectionError, aws.ParamValidationError)
         self._threads = ThreadPoolExecutor(settings.threads, "sns")
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
@@ -2945,15 +2947,15 @@ class SnsSms(SmsProvider):
         # botocore bounds each wait, but neither a name server that hangs nor an answer that drips.
         publishing = self._threads.submit(self.client.publish, **message)
         try:
-            publishing.result(timeout_s)["MessageId"]  # it names the message, or is no result
+            publishing.result(timeout_s)["MessageId"]  # an answer without it is no result
         except TimeoutError:
             publishing.cancel()  # where it did not begin, it never will
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.client.exceptions.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
-            known = _NOT_TAKEN.get(error.response["ResponseMetadata"]["HTTPStatusCode"], SmsUnknown)
+            fault = _NOT_TAKEN.get(error.response["ResponseMetadata"]["HTTPStatusCode"], SmsUnknown)
             refused = code.startswith(("InvalidParameter", "OptedOut"))  # 400 alone may be a limit
-            raise (SmsRefused if refused else known)(f"sns answered: error {code}") from None
+            raise (SmsRefused if refused else fault)(f"sns answered: error {code}") from None
         except self.surely_not as error:
             raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
         return []
@@ -3101,8 +3103,8 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
     except SmsFailed:
         raise
     except Exception as error:  # its text may quote the message
-        known = SmsUnknown if provider.paid else SmsFailed  # a full disk
-        raise known(f"{provider.kind}: {type(error).__name__}") from None
+        fault = SmsUnknown if provider.paid else SmsFailed  # the outbox: its disk may be full
+        raise fault(f"{provider.kind}: {type(error).__name__}") from None
 
 
 class InboundSms(NamedTuple):
