@@ -4823,8 +4823,10 @@ def _announce(settings: Settings, data: object, sms: SmsSender, made: bool, toke
             "       The outbox prints every code here, and shows them to whoever has this URL:",
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
-    with contextlib.suppress(OSError):  # nobody reads along, and no log is to hold the token
-        print("\n".join(lines), file=sys.stderr, flush=True)
+    # Printed, and not logged: no log is to hold the token. Where nobody reads it is left out.
+    with contextlib.suppress(OSError):
+        if sys.stderr and _has_room(sys.stderr):
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:
