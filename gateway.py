@@ -1636,7 +1636,7 @@ def _pem(key: PrivateKey) -> bytes:
 #                                a random name and a time
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
-#                                secret, which the start asks
+#                                secret; the start checks it
 
 
 class User(NamedTuple):
@@ -2652,7 +2652,7 @@ class OutboxSms(SmsProvider):
 
 
 def _has_room(console: TextIO) -> bool:
-    """Tell whether a write would return at once; a terminal in Ctrl-S lets it wait."""
+    """Tell whether a write would return at once; a terminal in Ctrl-S makes it wait."""
     with contextlib.suppress(ValueError):  # in a notebook it is no file
         return bool(select.select([], [console], [], 0)[1])
     return True
@@ -2760,7 +2760,7 @@ class HttpSms(SmsProvider):
 
         def keep(data: bytes) -> int:
             answer.extend(data[: ANSWER_MAX_BYTES - len(answer)])
-            return len(data) if len(answer) < ANSWER_MAX_BYTES else 0  # which ends it
+            return len(data) if len(answer) < ANSWER_MAX_BYTES else 0  # 0 ends the transfer
 
         options = self._options | request | {pycurl.TIMEOUT_MS: math.ceil(1000 * timeout_s)}
         options |= {pycurl.PREREQFUNCTION: begin, pycurl.WRITEFUNCTION: keep}
@@ -2777,7 +2777,7 @@ class HttpSms(SmsProvider):
         finally:
             status: int = curl.getinfo(pycurl.RESPONSE_CODE)
             connection = curl.getinfo(pycurl.ACTIVESOCKET)  # -1: it did not stay open
-            curl.reset()  # what the request said; the connection stays
+            curl.reset()  # forget the options; the connection stays open
             self._idle.append((curl, connection))
         return status, bytes(answer)
 
@@ -3266,7 +3266,7 @@ class Reservation(NamedTuple):
 def is_being_sent(user: User, now_s: int) -> bool:
     """Whether a message of this session is being sent, as far as anybody knows.
 
-    Its outcome is written within ``RESERVATION_S``, unless whoever was sending it died.
+    Its outcome is written within ``RESERVATION_S``, unless the worker that sends it died.
     """
     return user.sending and abs(now_s - user.asked_s) < RESERVATION_S
 
@@ -3405,8 +3405,9 @@ class Gateway:
     A message is sent in three steps. RESERVE binds the number and counts the message, in one
     compare-and-set that also uses up the nonce. SEND hands it to a provider. ARM writes the
     code, if the reservation is still there. So three guesses cost one message that left, or
-    may have, whatever fails or comes in between. If whoever sends dies, a message may be counted
-    that did not leave, or leave without a code that can be returned; never the other way round.
+    may have, whatever fails or comes in between. If the worker that sends dies, a message may be
+    counted that did not leave, or leave without a code that can be returned; never the other way
+    round.
 
     Args:
         master: The 32-byte master secret.
@@ -4841,8 +4842,10 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             "       The outbox prints every code here, and shows them to whoever has this URL:",
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
-    with contextlib.suppress(OSError):  # stderr may be closed; the log must not hold the token
-        print("\n".join(lines), file=sys.stderr, flush=True)
+    # Printed and not logged, because no log may hold the token; left out if the write would block.
+    with contextlib.suppress(OSError):
+        if sys.stderr and _has_room(sys.stderr):
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:

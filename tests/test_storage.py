@@ -912,7 +912,6 @@ def broken_outbox(client: WsgiClient) -> Iterator[None]:
     assert outbox
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(outbox, "folder", Path("/dev/null/outbox"))
-        broken.setattr(outbox, "_opened_s", 0)  # else the file is open for a second more
         yield
 
 
