@@ -2447,9 +2447,9 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
 class Payments:
     """The messages of one request that may cost money, each counted before it may leave.
 
-    A count that is unused at the end of the ``with`` block is given back. So is one whose
-    message surely was not taken. Each count has a random name, and so can be given back even
-    if a time-out left it unknown whether it was made.
+    A count that is unused at the end of the ``with`` block is given back. ``SmsSender`` gives
+    back one whose message surely was not taken. Each count has a random name, and so can be
+    given back even if a time-out left it unknown whether it was made.
     """
 
     def __init__(
@@ -3281,8 +3281,11 @@ def code_waits(user: User, settings: Settings, now_s: int) -> bool:
 def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -> User | None:
     """RESERVE: bind the number to the session, and count the message before it may leave.
 
-    A code that waits stays as it is. ``None`` stands for a double click: the same was asked
-    for, and its message is being sent, or its code waits and is younger than the first gap.
+    A code that waits stays as it is.
+
+    Returns:
+        The user with the reservation; ``None`` for a double click: the same was asked for, and
+        its message is still being sent, or its code waits and is younger than the first gap.
 
     Raises:
         InvalidParameter: The session is bound to another number.
@@ -3388,8 +3391,8 @@ class Gateway:
     ====================  ==================================  ==================================
     state                 right                               price, and where it is paid
     ====================  ==================================  ==================================
-    a session             to ask for messages                 none; it is bounded in number and
-                                                              life
+    a session             to ask for messages                 none; it ends after
+                                                              ``session_ttl_s``
     a reservation         one message                         counted in the session, the gateway
                                                               (``reserve``, ``Payments``), with
                                                               the nonce, before it may leave
@@ -3404,10 +3407,13 @@ class Gateway:
 
     A message is sent in three steps. RESERVE binds the number and counts the message, in one
     compare-and-set that also uses up the nonce. SEND hands it to a provider. ARM writes the
-    code, if the reservation is still there. So three guesses cost one message that left, or
-    may have, whatever fails or comes in between. If the worker that sends dies, a message may be
-    counted that did not leave, or leave without a code that can be returned; never the other way
-    round.
+    code, if the reservation is still there. So ``code_tries`` guesses cost one message that left,
+    or may have, whatever fails or comes in between. If a provider did not say whether it took the
+    message, the message counts as sent, and the client is told so. If the worker dies after RESERVE,
+    the message stays counted; if it dies after SEND, nobody can return its code. A message never
+    leaves uncounted, and no code can be returned whose message cannot have left.
+
+    While a message is being sent, a code is judged by the one before it, if that still waits.
 
     Args:
         master: The 32-byte master secret.
@@ -3817,7 +3823,9 @@ class Gateway:
                 self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         if user is None:
             raise UnknownSession("this session has just been unregistered")
-        lost = user.sending or user.sends < reserved.sends  # to another message, in a fail-over
+        # Another message took the reservation after RESERVATION_S, or a fail-over of the store
+        # lost it. An empty digest is neither: the code was returned already.
+        lost = user.sending or user.sends < reserved.sends
         if lost or user.code_digest not in (digest, b""):
             raise Unavailable("another message took the place of this one: use that, or try again")
 
