@@ -3409,9 +3409,9 @@ class Gateway:
     compare-and-set that also uses up the nonce. SEND hands it to a provider. ARM writes the
     code, if the reservation is still there. So ``code_tries`` guesses cost one message that left,
     or may have, whatever fails or comes in between. If a provider did not say whether it took the
-    message, the message counts as sent, and the client is told so. If the worker dies after RESERVE,
-    the message stays counted; if it dies after SEND, nobody can return its code. A message never
-    leaves uncounted, and no code can be returned whose message cannot have left.
+    message, the message counts as sent, and the client is told so. If the worker dies after
+    RESERVE, the message stays counted; if it dies after SEND, nobody can return its code. A message
+    never leaves uncounted, and no code can be returned whose message cannot have left.
 
     While a message is being sent, a code is judged by the one before it, if that still waits.
 
