@@ -4391,10 +4391,10 @@ class QueuedLog(logging.handlers.QueueHandler):
     So nobody who logs waits for stderr, which may block: a terminal in Ctrl-S, a pipe that nobody
     reads. A full queue drops lines; how many is said once it is empty.
 
-    The thread starts with the first line, because a worker that was just forked has none. It
-    writes to the descriptor and not to ``sys.stderr``, which has a lock: if the thread held it
-    while a worker is forked, nobody could release it there. (The stop of a ``QueueListener`` would
-    wait without limit.)
+    The thread writes to the descriptor and not to ``sys.stderr``, which has a lock: if the thread
+    held it while a worker is forked, nobody could release it there. A worker does not inherit the
+    thread; Granian gives it a log, and so a thread, of its own. (The stop of a ``QueueListener``
+    would wait without limit.)
 
     Args:
         file: The descriptor to write to; with -1 the lines are dropped.
@@ -4403,29 +4403,25 @@ class QueuedLog(logging.handlers.QueueHandler):
     def __init__(self, file: int) -> None:
         self._lines = queue.SimpleQueue[bytes]()
         super().__init__(self._lines)
-        self._file, self._dropped, self._writer = file, 0, threading.Thread()
+        self._file, self._dropped = file, 0
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
         # Workers end without ``atexit``.
         multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a line, if there is room. It is made here: a record may keep a request alive."""
-        if self._lines.qsize() >= LOG_LINES_MAX:
+        if self._lines.qsize() < LOG_LINES_MAX:
+            self._lines.put((record.getMessage() + "\n").encode("utf-8", "backslashreplace"))
+        else:
             self._dropped += 1
-            return
-        self._lines.put((record.getMessage() + "\n").encode("utf-8", "backslashreplace"))
-        if not self._writer.is_alive():
-            self._writer = threading.Thread(target=self._write, daemon=True)
-            self._writer.start()
 
     def _write(self) -> None:
         while line := self._lines.get():
-            while line:
-                try:
+            with contextlib.suppress(OSError, ValueError):  # the reader, or the file, is gone
+                while line:
+                    select.select([], [self._file], [])  # for a descriptor in non-blocking mode
                     line = line[os.write(self._file, line) :]
-                except BlockingIOError:  # the descriptor is in non-blocking mode
-                    time.sleep(0.1)
-                except OSError:  # the reader has closed it
-                    break
             if self._lines.empty() and self._dropped:
                 LOG.warning("%s lines of the log were dropped: nobody read stderr", self._dropped)
                 self._dropped = 0  # more are dropped only once the queue is full again

@@ -644,9 +644,10 @@ def test_a_log_whose_reader_is_gone_goes_on(narrow_pipe: tuple[int, int]) -> Non
     reader, writer = narrow_pipe
     handler = gateway.QueuedLog(writer)
     os.close(reader)
-    handler.handle(log_line("nobody"))
-    handler.flush()
-    handler.handle(log_line("is there"))
+    for text in ("nobody", "is there"):
+        handler.handle(log_line(text))
+        assert eventually(handler._lines.empty)
+    time.sleep(0.1)
     assert handler._writer.is_alive()
     handler.flush()
 
