@@ -1778,8 +1778,6 @@ Node = tuple[str, int]
 
 Command = tuple[Any, ...]
 """Its name and its arguments: bytes, texts or numbers."""
-Meanwhile = Callable[[], object] | None
-"""Work to overlap with the round trip. It must do no harm if the server then refuses."""
 
 
 class Pool:
@@ -1835,14 +1833,13 @@ def _is_alive(connection: Any) -> bool:
         return isinstance(error, redis.ResponseError)  # PING is not allowed, but the server answers
 
 
-def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -> list[Any]:
+def exchange(connection: Any, *commands: Command) -> list[Any]:
     """Send commands in one go, and read all their answers.
 
     It uses the connection directly, because redis-py's clients take three times the CPU.
 
     Args:
         connection: Of redis-py.
-        meanwhile: Is called once the commands are sent, while the server works.
 
     Raises:
         redis.RedisError: No answer, or the first answer that is an error. The connection is
@@ -1852,8 +1849,6 @@ def exchange(connection: Any, *commands: Command, meanwhile: Meanwhile = None) -
     answers: list[Any] = []
     try:
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-        if meanwhile:
-            meanwhile()
         while len(answers) < len(commands):
             answers.append(connection.read_response(disable_decoding=True))
         return answers
@@ -1973,9 +1968,8 @@ class Storage:
     # -- How commands are sent ------------------------------------------------
 
     def _run_all(
-        self, key: bytes, *commands: Command, node: Node | None = None, copied: bool = False,
-        meanwhile: Meanwhile = None,
-    ) -> list[Any]:  # fmt: skip
+        self, key: bytes, *commands: Command, node: Node | None = None, copied: bool = False
+    ) -> list[Any]:
         """Run commands on one connection; if the first one's script is unknown there, send it.
 
         Args:
@@ -1983,7 +1977,6 @@ class Storage:
             node: unless this node is given.
             copied: The first is a commit: where there is a replica, wait until one has it. Then
                 the answers to ROLE and WAIT follow the others.
-            meanwhile: Is called each time that they are sent.
         """
         commands += (("ROLE",),) * copied
         try:
@@ -1997,7 +1990,7 @@ class Storage:
                 try:
                     with pool.borrow() as connection:
                         reached = True
-                        answers = exchange(connection, *commands, meanwhile=meanwhile)
+                        answers = exchange(connection, *commands)
                         if copied and answers[0] == Commit.DONE.value and answers[1][2]:
                             answers += exchange(connection, ("WAIT", 1, REPLICATION_MS))
                         return answers
@@ -2040,7 +2033,7 @@ class Storage:
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
-        nonce_ttl_s: int = 0, meanwhile: Meanwhile = None,
+        nonce_ttl_s: int = 0,
     ) -> Commit:  # fmt: skip
         """Write ``new`` if the record still is ``old``, and use up ``nonce`` with it.
 
@@ -2051,11 +2044,10 @@ class Storage:
             new: The new record; empty deletes it.
             ttl_s: Its new life in seconds; -1 keeps what is left of the old one, 0 is for ever.
             nonce_ttl_s: How many seconds the nonce is remembered; 0 = there is none.
-            meanwhile: Is called when the request is sent, each time if that is done again.
         """
         args = (key, nonce_key(key, nonce), old, new, ttl_s, nonce_ttl_s)
         script = ("EVALSHA", SHA1[COMMIT_SCRIPT], 2, *args)
-        answers = self._run_all(key, script, copied=ttl_s >= 0 or not new, meanwhile=meanwhile)
+        answers = self._run_all(key, script, copied=ttl_s >= 0 or not new)
         if answers[2:] == [0]:
             LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
@@ -2352,7 +2344,7 @@ class SplitStorage(Storage):
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
-        nonce_ttl_s: int = 0, meanwhile: Meanwhile = None,
+        nonce_ttl_s: int = 0,
     ) -> Commit:  # fmt: skip
         """Compare and set; a record that gets a new life was just verified: it goes to DynamoDB."""
         before, item, version = old, b"", b""
@@ -2370,7 +2362,7 @@ class SplitStorage(Storage):
                 raise
         else:
             after = (PENDING if new else LEAVING) + item + new if item else new
-        result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s, meanwhile)
+        result = super().commit(key, before, after, ttl_s, nonce, nonce_ttl_s)
         if version and (unused := item if result is Commit.DONE else version):
             with contextlib.suppress(Unavailable):  # then it stays until it expires
                 self.table.delete(key + unused)
@@ -3504,16 +3496,14 @@ class Gateway:
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
-        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]],
-        meanwhile: Meanwhile = None,
-    ) -> T:  # fmt: skip
+        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
+    ) -> T:
         """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
             decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
                 and the answer. It is called again if the record was changed meanwhile. An error
                 that it returns is raised after the commit; if it raises one, nothing is committed.
-            meanwhile: Is called while the store works; more than once if the step is tried again.
         """
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
@@ -3523,7 +3513,7 @@ class Gateway:
             result = self.storage.commit(
                 session.storage_id, session.record, new,
                 self.settings.verified_ttl_s if verified else -1,
-                session.header.nonce, session.nonce_ttl_s, meanwhile,
+                session.header.nonce, session.nonce_ttl_s,
             )  # fmt: skip
             session.outcome_unknown, session.nonce_used = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
@@ -3691,17 +3681,11 @@ class Gateway:
         decide(session.user)
         duration_s = self._duration_s(params)
         key = canonical_key(params["publicKey"])
-        # RECORD: only the nonce. The commit also shows that the session is still there. We sign
-        # while the store works, and drop the certificate if the store refuses.
-        signed: list[Json] = []
-
-        def sign() -> None:
-            number = self._number(session, session.user)
-            signed.append(self._certificate(session, number, key, duration_s))
-
-        self.step(session, decide, sign)
+        # RECORD: only the nonce. The commit also shows that the session is still there.
+        self.step(session, decide)
         # ANSWER
-        return signed[-1]
+        number = self._number(session, session.user)
+        return self._certificate(session, number, key, duration_s)
 
     def unregister(self, session: Session) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs."""

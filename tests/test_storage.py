@@ -513,9 +513,9 @@ def ask(storage: gateway.Storage) -> Ask:
     """Exchange commands for answers, on a connection that gives up after a fifth of a second."""
     pool = gateway.Storage(storage.url)._connect_to(("", 6379), 0.2)
 
-    def ask(*commands: Any, meanwhile: Any = None) -> list[Any]:
+    def ask(*commands: Any) -> list[Any]:
         with pool.borrow() as connection:
-            return gateway.exchange(connection, *commands, meanwhile=meanwhile)
+            return gateway.exchange(connection, *commands)
 
     return ask
 
@@ -554,37 +554,16 @@ def test_a_connection_that_was_closed_is_replaced_before_it_is_used(ask: Ask) ->
     assert ask(("CLIENT", "ID"))[0] > own
 
 
-def test_a_connection_that_closes_in_the_middle_is_an_error(
-    ask: Ask, storage: gateway.Storage
-) -> None:
-    """Also while other work is done; nobody can say what ran."""
-    (own,) = ask(("CLIENT", "ID"))
-    kill = partial(storage._run, "CLIENT", "KILL", "ID", own)
-    with pytest.raises(redis.ConnectionError):
-        ask(("BLPOP", "nothing", "3"), meanwhile=kill)
-    assert ask(("ECHO", "1")) == [b"1"]
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1, 4000, 4096, 100_000])
-def test_other_work_is_done_between_question_and_answer(
-    ask: Ask, storage: gateway.Storage, size_bytes: int
-) -> None:
-    """By when the answer is there, whole or in part."""
-    value, seen = os.urandom(size_bytes), list[bool]()
-    commands = ("SET", "asked", value), ("GET", "asked")
-    look = lambda: seen.append(until(lambda: storage._run("EXISTS", "asked")))  # noqa: E731
-    assert ask(*commands, meanwhile=look) == [b"OK", value]
-    assert seen == [True]
-
-
-def test_what_is_not_there_after_other_work_is_waited_for(ask: Ask) -> None:
-    assert ask(("BLPOP", "nothing", "0.1"), ("ECHO", "1"), meanwhile=int) == [None, b"1"]
-
-
-def test_other_work_that_fails_leaves_no_answer_to_others(ask: Ask) -> None:
-    with pytest.raises(ZeroDivisionError):
-        ask(("ECHO", "1"), meanwhile=lambda: 1 // 0)
-    assert ask(("ECHO", "2")) == [b"2"]
+def test_a_connection_that_closes_in_the_middle_is_an_error(storage: gateway.Storage) -> None:
+    """Nobody can say what ran."""
+    pool = gateway.Storage(storage.url)._connect_to(("", 6379), 5)
+    with pytest.raises(redis.ConnectionError), pool.borrow() as connection:
+        (own,) = gateway.exchange(connection, ("CLIENT", "ID"))
+        kill = threading.Timer(0.1, partial(storage._run, "CLIENT", "KILL", "ID", own))
+        kill.start()
+        gateway.exchange(connection, ("BLPOP", "nothing", "9"))
+    with pool.borrow() as connection:
+        assert gateway.exchange(connection, ("ECHO", "1")) == [b"1"]
 
 
 # -- Compare-and-set ----------------------------------------------------------
