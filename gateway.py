@@ -2251,44 +2251,25 @@ class DynamoTable:
         self._call("put_item", Item=_HEARTBEAT)
 
     def check(self) -> list[str]:
-        """Make the table if there is none, and wait until it can be used; return warnings.
+        """Prove that the table can be used; return a warning if it keeps what has expired.
 
         Raises:
-            StartError: It cannot be made, or it is another kind of table.
+            StartError: It cannot be used: there is none, or it is another kind of table.
         """
-        deadline_s, what = time.monotonic() + TABLE_START_S, f"the DynamoDB table {self.name}"
-        while failed := self._failure("put_item", Item=_HEARTBEAT):
-            if _aws_code(failed) == "ValidationException":
-                raise StartError(f"{what} is not ours: its one key must be id, of type B")
-            if _aws_code(failed) == "ResourceNotFoundException":  # also while it is being made
-                failed = self._failure("create_table", **TABLE)
-            if failed and _aws_code(failed) != "ResourceInUseException":
-                raise StartError(f"{what} cannot be used: {failed}; README.md lists permissions")
-            if time.monotonic() > deadline_s:
-                raise StartError(f"{what} is not ready after {TABLE_START_S:.0f} s")
-            time.sleep(0.2)
-        failed = self._failure("update_time_to_live", TimeToLiveSpecification=TTL)
-        if failed and _aws_code(failed) != "ValidationException":  # that says: TTL is on already
-            return [f"{what} keeps what has expired, its TTL is off: {_aws_code(failed)}"]
+        what = f"the DynamoDB table {self.name}"
+        remedy = "README.md has the commands that make it, and lists permissions"
+        try:
+            self._client.put_item(TableName=self.name, Item=_HEARTBEAT)
+        except self.errors as error:
+            raise StartError(f"{what} cannot be used: {error}; {remedy}") from None
+        with contextlib.suppress(Unavailable):  # it does not tell, and the log says why
+            ttl = self._call("describe_time_to_live")["TimeToLiveDescription"]
+            if ttl["TimeToLiveStatus"] not in ("ENABLED", "ENABLING"):
+                return [f"{what} keeps what has expired: README.md has the command for its TTL"]
         return []
 
-    def _failure(self, operation: str, **parameters: Any) -> Exception | None:
-        """The error of a call; ``None`` if it succeeded."""
-        try:
-            getattr(self._client, operation)(TableName=self.name, **parameters)
-        except self.errors as error:
-            return error
-        return None
 
-
-TABLE: Final[Json] = {
-    "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}], "BillingMode": "PAY_PER_REQUEST",
-    "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "B"}],
-}  # fmt: skip
 _HEARTBEAT: Final[Json] = {"id": {"B": b"heartbeat"}, "expires": {"N": "1"}}
-TTL: Final[Json] = {"Enabled": True, "AttributeName": "expires"}
-TABLE_START_S: Final = 60.0
-"""How long a new DynamoDB table may take until it can be used."""
 
 
 def _aws_client(service: str, region: str | None, endpoint: str | None, **limits: float) -> Any:
@@ -2381,7 +2362,7 @@ class SplitStorage(Storage):
         self.table.ping()
 
     def check(self, master: bytes = b"") -> list[str]:
-        """Check both stores, and make the table if there is none."""
+        """Check both stores."""
         return super().check(master) + self.table.check()
 
 

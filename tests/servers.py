@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -310,6 +311,29 @@ class Single:
     def close(self) -> None:
         """Stop it."""
         self.server.close()
+
+
+def make_table(table: gateway.DynamoTable) -> None:
+    """Make a table as README says, and wait until it can be used; its TTL where there is TTL."""
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", "")
+    create, ttl = re.findall(r"(?m)^aws dynamodb \S+ --table-name TABLE (.*)$", readme)
+    client: Any = table._client
+    client.create_table(TableName=table.name, **_parameters(create))
+    client.get_waiter("table_exists").wait(TableName=table.name, WaiterConfig={"Delay": 1})
+    with contextlib.suppress(*table.errors):  # dynalite has none
+        client.update_time_to_live(TableName=table.name, **_parameters(ttl))
+
+
+def _parameters(options: str) -> dict[str, Any]:
+    """What boto3 calls the options of the command "aws dynamodb"."""
+    parameters: dict[str, Any] = {}
+    for name, value in re.findall(r"--(\S+)\s+(\S+)", options):
+        fields: Any = dict(pair.split("=") for pair in value.split(",") if "=" in pair)
+        for switch in fields.keys() & {"Enabled"}:
+            fields[switch] = fields[switch] == "true"
+        many = name in ("attribute-definitions", "key-schema")
+        parameters[name.title().replace("-", "")] = [fields] if many else fields or value
+    return parameters
 
 
 class Dynalite:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import servers
+from botocore.exceptions import ClientError
 from servers import assert_refused, wait_for
 from support import AT_ONCE, NUMBER, ROOT, WsgiClient
 from test_storage import OldSession, version_1
@@ -33,8 +34,7 @@ def dynalite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Dynal
         pytest.skip("dynalite")
     folder = tmp_path_factory.mktemp("d")
     with servers.aws_credentials(), contextlib.closing(servers.Dynalite(folder)) as server:
-        table = DynamoTable(server.store("phones"), time.time)
-        table.check()
+        servers.make_table(DynamoTable(server.store("phones"), time.time))
         yield server
 
 
@@ -285,7 +285,8 @@ def test_dynamodb_fails(
         dynalite.process.send_signal(signal.SIGCONT)
         if dynalite.process.poll() is not None:
             dynalite.start()
-        split.table.check()
+        if fault == "no table":
+            servers.make_table(split.table)
     wait_for(lambda: client.get("/__heartbeat__").status == 200, "the next health check", 2)
     assert waiting.call("/sms/verify_code", {"code": CODE}, nonce="n").errno == 109  # used up
     assert waiting.call("/sms/verify_code", {"code": CODE}).status == 200
@@ -367,13 +368,9 @@ def test_without_its_setting_a_moved_user_is_not_lost(
 # -- The start -----------------------------------------------------------------
 
 
-def test_a_table_is_made_and_waited_for(dynalite: servers.Dynalite) -> None:
-    """Two gateways at once; dynalite creates slowly, as DynamoDB does."""
-    tables = [DynamoTable(dynalite.store("new-one"), time.time) for _ in range(2)]
-    together(*(table.check for table in tables))
-    for table in tables:
-        assert table._client.describe_table(TableName="new-one")["Table"]["TableStatus"] == "ACTIVE"
-        table.put(os.urandom(24), NEW, 60)
+def test_refused_no_table(dynalite: servers.Dynalite) -> None:
+    with pytest.raises(gateway.StartError, match=r"not found; README.md has the commands"):
+        DynamoTable(dynalite.store("nowhere"), time.time).check()
 
 
 def test_refused_a_table_of_another_kind(dynalite: servers.Dynalite) -> None:
@@ -384,7 +381,9 @@ def test_refused_a_table_of_another_kind(dynalite: servers.Dynalite) -> None:
         AttributeDefinitions=[{"AttributeName": "name", "AttributeType": "S"}],
         BillingMode="PAY_PER_REQUEST",
     )
-    with pytest.raises(gateway.StartError, match="not ours"):
+    once_a_second = {"Delay": 1}
+    table._client.get_waiter("table_exists").wait(TableName="other", WaiterConfig=once_a_second)
+    with pytest.raises(gateway.StartError, match=r"ValidationException.* README"):
         table.check()
 
 
@@ -402,15 +401,22 @@ def test_refused_no_region(monkeypatch: pytest.MonkeyPatch) -> None:
         DynamoTable("dynamodb://phones", time.time)
 
 
-def test_ttl_is_switched_on_where_it_can_be(dynalite: servers.Dynalite) -> None:
+def test_a_table_that_keeps_what_has_expired_is_warned_of(
+    dynalite: servers.Dynalite, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "keeps what has expired" in DynamoTable(dynalite.store("phones"), time.time).check()[0]
     moto = pytest.importorskip("moto")
-    table = DynamoTable(dynalite.store("phones"), time.time)
-    assert "TTL is off" in table.check()[0]  # dynalite has none
     with moto.mock_aws():
         table = DynamoTable("dynamodb://phones?region=eu-west-1", time.time)
-        assert table.check() == table.check() == []
-        told = table._client.describe_time_to_live(TableName="phones")["TimeToLiveDescription"]
-        assert told == {"TimeToLiveStatus": "ENABLED", "AttributeName": "expires"}
+        servers.make_table(table)
+        assert table.check() == []
+
+        def refuse(**_: Any) -> None:
+            raise ClientError({"Error": {"Code": "AccessDeniedException"}}, "DescribeTimeToLive")
+
+        table._client.meta.events.register("before-call.dynamodb.DescribeTimeToLive", refuse)
+        assert table.check() == []
+    assert "AccessDeniedException on describe_time_to_live" in caplog.text
 
 
 @pytest.mark.parametrize(

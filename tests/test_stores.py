@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             made = Embedded(folder)
         stack.callback(made.close)
         if certificates:
+            servers.make_table(gateway.DynamoTable(certificates, time.time))
             Backend(name, made, certificates).storage().check()
         yield name, made, certificates
 
