@@ -2089,13 +2089,6 @@ class Storage:
         self._run("SET", "heartbeat", int(now_s), "EX", 60, key=b"heartbeat")
         self._run_everywhere(("EVAL", "#!lua\nreturn 1", 0))
 
-    def load(self, calls: list[tuple[bytes, Command]]) -> None:
-        """Send many commands, each where its key is, and those of a node in one go."""
-        nodes = self._nodes or self._discover()
-        for node in set(nodes):
-            mine = [command for key, command in calls if nodes[key_slot(key) % len(nodes)] == node]
-            self._run_all(b"", ("SCRIPT", "LOAD", COMMIT_SCRIPT), *mine, node=node)
-
     # -- Whether its servers are fit ------------------------------------------
 
     def info(self) -> list[dict[str, str]]:

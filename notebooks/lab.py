@@ -33,6 +33,7 @@ import redis
 import urllib3
 from babel.support import NullTranslations
 from cryptography.hazmat.primitives import serialization
+from redis.crc import key_slot
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -383,7 +384,9 @@ def measure_memory(
     """
     if any(told["dbsize"] != "0" for told in storage.info()):
         raise gateway.StartError("memory measures in an empty store only, and this one has keys")
-    storage.load([_life_of(0, settings, 0)[4]])  # which deletes nothing, and loads the script
+    load_store(
+        storage, [_life_of(0, settings, 0)[4]]
+    )  # which deletes nothing, and loads the script
     size = -(-users // 20)
     parts = [range(start, min(start + size, users)) for start in range(0, users, size)]
     used = [_settled_bytes(storage)]
@@ -391,7 +394,7 @@ def measure_memory(
     def each(*steps: int) -> None:
         for step in steps:
             for part in parts:
-                storage.load([_life_of(n, settings, int(now_s))[step] for n in part])
+                load_store(storage, [_life_of(n, settings, int(now_s))[step] for n in part])
                 used.append(_used_bytes(storage))
                 progress((len(used) - 1) / (5 * len(parts)))
 
@@ -407,6 +410,15 @@ def measure_memory(
         (pending - empty) / users, (verified - empty) / users, (nonces - verified) / users,
         sum(int(node["used_memory_rss"]) for node in told), curve,
     )  # fmt: skip
+
+
+def load_store(storage: gateway.Storage, calls: list[tuple[bytes, gateway.Command]]) -> None:
+    """Send many commands, each to the node that holds its key, and those of a node in one go."""
+    nodes = storage._nodes or storage._discover()
+    script = ("SCRIPT", "LOAD", gateway.COMMIT_SCRIPT)
+    for node in set(nodes):
+        mine = [command for key, command in calls if nodes[key_slot(key) % len(nodes)] == node]
+        storage._run_all(b"", script, *mine, node=node)
 
 
 def _settled_bytes(storage: gateway.Storage) -> int:

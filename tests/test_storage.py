@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lab
 import psutil
 import pytest
 import redis
@@ -1002,7 +1003,9 @@ def fill(storage: gateway.Storage) -> list[bytes]:
     while refusals < 5:
         some = [os.urandom(16) for _ in range(100)]
         try:
-            storage.load([(key, ("SET", key, os.urandom(34), "EX", 10_000)) for key in some])
+            lab.load_store(
+                storage, [(key, ("SET", key, os.urandom(34), "EX", 10_000)) for key in some]
+            )
             keys, refusals = keys + some, 0
         except gateway.Unavailable:  # it has room again when a table that grew has moved
             refusals += 1
@@ -1052,7 +1055,7 @@ def test_store_max_bytes(keys_dir: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert client.call("/certificate/sign", SIGN).status == 200
             store.stop()
         store = gateway.EmbeddedStore(folder, limit)
-        storage.load([(key, ("PEXPIRE", key, 1)) for key in keys])
+        lab.load_store(storage, [(key, ("PEXPIRE", key, 1)) for key in keys])
         until(lambda: storage._run("DBSIZE") < 2 * opened + 10_000, 30)
         assert client.register().status == 200
     finally:

@@ -413,8 +413,8 @@ def test_memory_is_measured_and_left_empty(backend: Backend) -> None:
     storage, steps = Storage(backend.home.url), list[float]()
     exact = backend.name in ("embedded", "redis")  # a busy cluster's own needs blur so few users
     keys = [b"%d" % n for n in range(60_000 if exact else 600)]
-    storage.load([(key, ("SET", key, "x", "EX", 99)) for key in keys])
-    storage.load([(key, ("DEL", key)) for key in keys])
+    lab.load_store(storage, [(key, ("SET", key, "x", "EX", 99)) for key in keys])
+    lab.load_store(storage, [(key, ("DEL", key)) for key in keys])
     used = lab.measure_memory(storage, gateway.Settings(), 2000, CLOCK, steps.append)
     if exact:
         assert 90 < used.registered < used.verified < used.pending < 400
