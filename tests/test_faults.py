@@ -355,7 +355,7 @@ def test_a_full_store_is_warned_of(tmp_path: Path) -> None:
         assert "is full" in warning
 
 
-@pytest.mark.parametrize("command", ["ROLE", "EVALSHA", "DBSIZE"])
+@pytest.mark.parametrize("command", ["ROLE", "EVAL", "DBSIZE"])
 def test_a_start_names_the_command_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -422,7 +422,7 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 ACL = (
     "user gateway on >pass-word ~* -@all +get +set +del +exists +zadd +zrem +zremrangebyscore "
-    "+zrevrange +expire +eval +evalsha +info +dbsize +role +wait"
+    "+zrevrange +expire +eval +info +dbsize +role +wait"
 )
 """README.md names the same commands."""
 
