@@ -112,6 +112,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -648,6 +649,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     verified_ttl_s: Annotated[_Ttl, _about("seconds if verified; 0 = for ever")] = 365 * DAY_S
     certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
     hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
+    hawk_require_hash: Annotated[bool, _about("refuse a signed body without its hash")] = False
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -717,6 +719,14 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     def on_loopback(self) -> bool:
         """Whether where we listen and what we are called are both this machine only."""
         return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed, but not safe everywhere; the start says it."""
+        if self.on_loopback or self.base_url.startswith("https:"):
+            return []
+        forged = "" if self.hawk_require_hash else ", and may change requests: hawk_require_hash"
+        return [f"public_url is http: whoever is on the way sees numbers and codes{forged}"]
 
     @property
     def at_a_desk(self) -> bool:
@@ -3498,6 +3508,8 @@ class Gateway:
             )
 
     def _check_payload(self, session: Session, content_type: str, body: bytes) -> None:
+        if self.settings.hawk_require_hash and not session.header.hash:
+            raise BadSignature("the Hawk header needs the hash of the body, also of an empty one")
         # Some servers invent a media type if there is no body (wsgiref: text/plain).
         types, hash = [content_type] if body else [content_type, ""], session.header.hash
         if hash and hash not in (payload_hash(kind, body) for kind in types):
@@ -4195,12 +4207,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return headers | {"Access-Control-Expose-Headers": EXPOSED}
 
     def preflight(self) -> None:
-        """Answer OPTIONS on any path, before routes and authentication."""
+        """Answer OPTIONS on any path, before routes and authentication; refuse an odd path."""
         if bottle.request.method == "OPTIONS":
             headers = self.common_headers()
             if "Access-Control-Allow-Origin" in headers:
                 headers |= PREFLIGHT
             raise bottle.HTTPResponse(status=204, headers=headers)
+        environ = bottle.request.environ
+        # Bottle leaves out what is not UTF-8, so that another path would name a route, too.
+        if len(environ["PATH_INFO"].encode()) < len(environ["bottle.raw_path"]):
+            raise bottle.HTTPError(404, "Not found: a path is UTF-8")
 
     def default_error_handler(self, res: bottle.HTTPError) -> bytes:
         """Bottle's own errors (no such route, and so on), in JSON like all others."""
@@ -4381,6 +4397,10 @@ LOG_FLUSH_S: Final = 1.0
 """How long a process that ends waits for stderr to take what it has logged."""
 TASKS_SPARE: Final = 50
 """How many processes and threads we need for each worker, at most, beside its ``threads``."""
+BODY_S: Final = 10.0
+"""How long a request's body may take to come."""
+HEAD_MAX_BYTES: Final = 16384
+"""How much of a request each connection buffers. A longer head is answered 431 by Granian."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
@@ -4667,7 +4687,50 @@ def application() -> GatewayApp:
     return create_app(settings, url)
 
 
-def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> GatewayApp:
+class BoundedBodies:
+    """The application behind Granian, with a limit of time for bodies, and of threads that wait.
+
+    Granian calls us once a request's head is there. Its ``read`` then waits for the body in the
+    thread of the request, without a limit, and Granian 2.8.7 has no setting for that. But it
+    closes a connection whose answer is shorter than its Content-Length, and then ``read`` returns.
+    A body that takes longer than ``BODY_S`` is ended in this way, by a thread that looks once a
+    second. ``tests/test_serving.py`` shows whether this class is still needed.
+
+    Args:
+        threads: How many this process has; half of them may wait for bodies.
+    """
+
+    def __init__(self, app: GatewayApp, threads: int) -> None:
+        self._app, self._most = app, max(1, threads // 2)
+        self._waiting: dict[Any, float] = {}  # until when, by Granian's protocol object
+        threading.Thread(target=self._end_late_ones, daemon=True).start()
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request, as WSGI wants it."""
+        # Granian gives WSGI no way to this object, but it is a variable of whoever calls us.
+        protocol = sys._getframe(1).f_locals["proto"]
+        read = partial(self._read, protocol, environ["wsgi.input"].read)
+        environ["wsgi.input"] = SimpleNamespace(read=read)
+        return self._app(environ, start_response)
+
+    def _read(self, protocol: Any, read: Callable[[int], bytes], size: int) -> bytes:
+        self._waiting[protocol] = time.monotonic() + BODY_S
+        crowded = len(self._waiting) > self._most
+        content = b"" if crowded else read(size)
+        in_time = self._waiting.pop(protocol, 0.0)  # else it was ended, and its answer is lost
+        if crowded or not in_time:
+            raise Unavailable("the body came too late, or too many bodies are late; try again")
+        return content
+
+    def _end_late_ones(self) -> None:
+        while True:
+            time.sleep(1)
+            for protocol, end_s in self._waiting.copy().items():
+                if time.monotonic() > end_s and self._waiting.pop(protocol, 0.0):
+                    protocol.response_iter(408, [("content-length", "1")], iter(()))
+
+
+def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> BoundedBodies:
     """The application of one of our worker processes, which die with their parent.
 
     The keys come from the parent. If a worker that is started later read the files again, it
@@ -4683,7 +4746,7 @@ def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> Gatew
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return create_app(settings, pem=pem, token=token)
+    return BoundedBodies(create_app(settings, pem=pem, token=token), settings.threads)
 
 
 def _stop_once() -> None:
@@ -4794,7 +4857,8 @@ def serve(settings: Settings) -> int:
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
-        for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
+        storage = open_storage(settings, url, time.time, secrets.token_bytes)
+        for warning in settings.warnings + storage.check(master):
             LOG.warning(warning)
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, token)
@@ -4813,6 +4877,7 @@ def serve(settings: Settings) -> int:
 def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
     from granian.log import LogLevels
 
     # Granian raised RLIMIT_NOFILE to its maximum. Leave descriptors for the store and providers.
@@ -4820,6 +4885,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
+        http1_settings=HTTP1Settings(max_buffer_size=HEAD_MAX_BYTES),
         workers=settings.workers, blocking_threads=settings.threads,
         backpressure=max(64, min(spare, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
