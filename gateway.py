@@ -953,17 +953,18 @@ def derive_credentials(token: SessionToken) -> Credentials:
 
 
 class Secrets(NamedTuple):
-    """Five secrets of 32 bytes, each derived from the master secret by its label."""
+    """Six secrets of 32 bytes, each derived from the master secret by its label."""
 
     storage_id: bytes
     code: bytes
     seal: bytes
     principal: bytes
     mask: bytes
+    number: bytes
 
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
-        """All five from the 32-byte master secret."""
+        """All six from the 32-byte master secret."""
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
@@ -976,6 +977,14 @@ class Secrets(NamedTuple):
         # hash.
         digest = hmac.new(self.storage_id, bytes.fromhex(hawk_id), "sha256").digest()[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
+
+    def key_for(self, kind: str, msisdn: Msisdn) -> StorageId:
+        """The key of what is kept about a number itself: when its proofs ended, that it is blocked.
+
+        Without this secret nobody can tell the number. With it, all numbers can be tried.
+        """
+        digest = hmac.new(self.number, f"{kind} {msisdn}".encode(), "sha256").hexdigest()
+        return StorageId(f"{kind} {digest[:32]}".encode())
 
 
 def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
@@ -1642,6 +1651,10 @@ def _pem(key: PrivateKey) -> bytes:
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "receipt " 12 bytes            the outcome of a message    a day
+# "ended " 32 hex digits         when somebody ended the     verified_ttl_s
+#                                proofs of this number
+# "blocked " 32 hex digits       empty: this number wants    until unblocked
+#                                no messages
 # "hour"                         messages of the last hour:  an hour
 #                                a random name and a time
 # "heartbeat"                    the last health check       a minute
@@ -2045,8 +2058,8 @@ class Storage:
         return cast(bytes | None, self._run_all(key, ("GET", key))[0])
 
     def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
-        """Write the record of a new session, which lives ``ttl_s`` seconds."""
-        self._run("SET", key, record, "EX", ttl_s, key=key)
+        """Write the record of a new session, or of a number; it lives ``ttl_s`` (0: for ever)."""
+        self._run("SET", key, record, *("EX", ttl_s) * (ttl_s > 0), key=key)
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
@@ -3393,6 +3406,19 @@ def return_code(
     return user._replace(code_digest=b"", older_digest=b"", tries=0), dead
 
 
+def end_proofs(user: User, ended_s: int, settings: Settings, now_s: int) -> User:
+    """Undo a verification, if the proofs of its number were ended later than it.
+
+    The number goes too, unless it is just being verified again.
+    """
+    if user.verified_s > ended_s:
+        return user
+    user = user._replace(verified_s=0, verified_by_outbox=False)
+    if is_being_sent(user, now_s) or code_waits(user, settings, now_s):
+        return user
+    return user._replace(sealed=b"", sending=False, ticket=0, code_digest=b"", older_digest=b"")
+
+
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
 
@@ -3410,7 +3436,8 @@ class Gateway:
                                                               have taken it (``arm``)
     a try                 one guess                           counted by the compare-and-set that
                                                               judges it (``return_code``)
-    a verified number     proofs                              the right code (``return_code``)
+    a verified number     proofs                              the right code (``return_code``),
+                                                              ``ended`` by none that came later
     a used nonce          one answer                          written with what the request
                                                               changes, or by ``perform``
     ====================  ==================================  ==================================
@@ -3530,7 +3557,7 @@ class Gateway:
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
             new = session.record if user is session.user else user.pack() if user else b""
-            verified = user and user.verified_s != session.user.verified_s
+            verified = user and user.verified_s not in (0, session.user.verified_s)
             session.outcome_unknown = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
@@ -3693,15 +3720,14 @@ class Gateway:
         """Sign a certificate for the client's key, once its number is verified."""
 
         def decide(user: User) -> tuple[User, None]:
-            # A code that the outbox showed proves a number only where the outbox is in use.
-            if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
-                raise NotVerified("the number is not verified yet: /sms/verify comes first")
+            self._expect_verified(user)
             return user, None
 
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
         require(params, "publicKey")
         decide(session.user)
         duration_s = self._duration_s(params)
+        self._expect_not_ended(session)
         key = canonical_key(params["publicKey"])
         # RECORD: only the nonce. The commit also shows that the session is still there. We sign
         # while the store works, and drop the certificate if the store refuses.
@@ -3715,9 +3741,19 @@ class Gateway:
         # ANSWER
         return signed[-1]
 
-    def unregister(self, session: Session) -> None:
-        """Drop everything about the user; messages in the outbox too, if the number is theirs."""
+    def unregister(self, session: Session, params: Json) -> None:
+        """Drop everything about the user; messages in the outbox too, if the number is theirs.
+
+        With ``everywhere`` all sessions end that have verified the same number until now.
+        """
+        # VALIDATE
+        everywhere = params.get("everywhere", False)
+        if not isinstance(everywhere, bool):
+            raise InvalidParameter("everywhere must be true or false")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
+        # RECORD: what ends the others first, so that after a 503 the client can ask again
+        if everywhere:
+            self._end_all(session, number)
         try:
             self.step(session, lambda user: (None, None))
         except Unavailable:  # it may be done all the same, and then the client cannot ask again
@@ -3740,6 +3776,37 @@ class Gateway:
             return self._writable
 
     # -- What they share ------------------------------------------------------
+
+    def _expect_verified(self, user: User) -> None:
+        # A code that the outbox showed proves a number only where the outbox is in use.
+        if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
+            raise NotVerified("the number is not verified yet: /sms/verify comes first")
+
+    def _expect_not_ended(self, session: Session) -> None:
+        key = self.secrets.key_for("ended", self._number(session, session.user))
+        ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
+        if session.user.verified_s <= ended_s:
+            ended = NotVerified("somebody ended all proofs of this number: verify it again")
+            facts = (ended_s, self.settings, int(self.clock()))
+            self.step(session, lambda user: (end_proofs(user, *facts), ended))
+
+    def _end_all(self, session: Session, number: Msisdn) -> None:
+        """End the proofs of a number, for a session that has verified it just now."""
+        self._expect_verified(session.user)
+        now_s = int(self.clock())
+        if abs(now_s - session.user.verified_s) > self.settings.code_ttl_s:
+            raise NotVerified("everywhere needs a session that was verified just now: verify again")
+        self._expect_not_ended(session)
+        key = self.secrets.key_for("ended", number)
+        self.storage.create(key, b"%d" % now_s, self.settings.verified_ttl_s)
+
+    def _ask(self, session: Session, question: Callable[[], T]) -> T:
+        """Ask the store something; if it does not answer, this request asks nothing more."""
+        try:
+            return question()
+        except Unavailable:
+            session.outcome_unknown = True
+            raise
 
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
@@ -3797,13 +3864,13 @@ class Gateway:
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
-        first_paid = self.sms.paid and self.sms.is_first_paid(session.user.tried)
-        if first_paid and decide(session.user)[1].user:
-            try:
-                payments.count()
-            except Unavailable:
-                session.outcome_unknown = True
-                raise
+        first = decide(session.user)[1]
+        if first.user:
+            blocked = self.secrets.key_for("blocked", first.ask.msisdn)
+            if self._ask(session, partial(self.storage.get, blocked)) is not None:
+                raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
+        if first.user and self.sms.paid and self.sms.is_first_paid(session.user.tried):
+            self._ask(session, payments.count)
         try:
             return self.step(session, decide)
         except Unavailable:
@@ -4314,8 +4381,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def unregister(self, session: Session) -> None:
         """POST /unregister : drop everything."""
-        self.params()
-        self.gateway.unregister(session)
+        self.gateway.unregister(session, self.params())
 
     def heartbeat(self) -> Answer:
         """GET /__heartbeat__ : whether the storage takes a write."""
@@ -4528,6 +4594,11 @@ def valkey_binary() -> Path:
     )
 
 
+def embedded_url(data_dir: str) -> str:
+    """Where the embedded store of a gateway with this ``data_dir`` is reached."""
+    return f"unix://{quote(str(Path(data_dir).resolve() / 'store.sock'))}"
+
+
 class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
@@ -4544,7 +4615,7 @@ class EmbeddedStore:
     def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
         self.folder, self._stopping = Path(data_dir).resolve(), threading.Event()
         self.socket = self.folder / "store.sock"
-        self.url = f"unix://{quote(str(self.socket))}"
+        self.url = embedded_url(data_dir)
         if len(os.fsencode(self.socket)) > UNIX_PATH_MAX_BYTES:
             raise StartError(
                 f"data_dir lies too deep: the path of its socket, {self.socket}, may have "
@@ -4960,6 +5031,45 @@ def show_messages(settings: Settings) -> int:
     return 0
 
 
+def principal(settings: Settings, number: str) -> None:
+    """Print whom the certificates of a NUMBER are about."""
+    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    print(principal_for(Secrets.derive(master).principal, msisdn, settings.issuer))
+
+
+def forget(settings: Settings, number: str) -> None:
+    """End all proofs of a NUMBER now, as for an erasure request."""
+    storage, key = _entry_of(settings, "ended", number)
+    storage.create(key, b"%d" % time.time(), settings.verified_ttl_s)
+
+
+def block(settings: Settings, number: str) -> None:
+    """Send no more messages to a NUMBER, whose owner wants none."""
+    storage, key = _entry_of(settings, "blocked", number)
+    storage.create(key, b"", ttl_s=0)
+
+
+def unblock(settings: Settings, number: str) -> None:
+    """Send messages to a blocked NUMBER again."""
+    storage, key = _entry_of(settings, "blocked", number)
+    storage.commit(key, b"", b"")
+
+
+def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, StorageId]:
+    """The store, in which a gateway may be at work, and the key of what it keeps of a number."""
+    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    url = settings.storage_url or embedded_url(settings.data_dir)
+    storage = open_storage(settings, url, time.time, secrets.token_bytes)
+    storage.check(master)  # it raises if the store was written with another secret
+    return storage, Secrets.derive(master).key_for(kind, msisdn)
+
+
+def _master_secret_of(settings: Settings) -> bytes:
+    if not settings.master_secret and not Path(settings.keys_dir, "master.secret").exists():
+        raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: name the gateway's")
+    return load_master_secret(settings)[0]
+
+
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
@@ -4984,7 +5094,8 @@ def _lab(command: str) -> Any:
 _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
     "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
-    "settings": (show_settings, "toml"),
+    "settings": (show_settings, "toml"), "principal": (principal, "number"),
+    "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
@@ -4992,11 +5103,12 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
 def _parser() -> argparse.ArgumentParser:
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
     parser = argparse.ArgumentParser(
-        "gateway.py", usage="gateway.py [COMMAND] [--SETTING VALUE ...]", allow_abbrev=False,
+        "gateway.py", usage="gateway.py [COMMAND] [NUMBER] [--SETTING ...]", allow_abbrev=False,
         description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
+    parser.add_argument("number", nargs="?", default="", help="for some commands: +447700900123")
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
@@ -5022,12 +5134,14 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"]]
-        status = int(command(settings, *(given[name] for name in names)))
+        if given["number"] and "number" not in names:
+            parser.error(f"{given['command']} takes no number")
+        status = int(command(settings, *(given[name] for name in names)) or 0)
         print(end="", flush=True)
         return status
-    except (SettingsError, StartError) as error:
+    except (SettingsError, StartError, GatewayError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        return 2 if isinstance(error, SettingsError | InvalidParameter) else 1
     except BrokenPipeError:  # ``| head`` has ended; at exit Python must not write to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lab
 import pytest
-from support import NUMBER, GatewayProcess, WsgiClient
+from support import NUMBER, ROOT, Clock, GatewayProcess, WsgiClient
 from test_serving import eventually, head, parsed, talk, verified, workers_of
 
 import gateway
@@ -74,6 +79,275 @@ def test_the_warning_is_in_the_log(start_gateway: Start) -> None:
         "--sms-providers", '[{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]',
     )  # fmt: skip
     assert "WARNING gateway: public_url is http" in process.output
+
+
+# -- 5: the owner before ------------------------------------------------------
+
+KEY = gateway.generate_key("RS256")
+OTHER = "+447700900124"
+
+
+def sign(client: WsgiClient) -> tuple[int, int | None]:
+    """Status and errno of a request for a certificate."""
+    answer = client.call(
+        "/certificate/sign", {"publicKey": gateway.public_key_json(KEY.public_key())}
+    )
+    return answer.status, None if answer.status == 200 else answer.errno
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that moves when it is told to."""
+    return Clock()
+
+
+@pytest.fixture
+def owners(make_client: Make, clock: Clock) -> tuple[WsgiClient, WsgiClient, WsgiClient]:
+    """Who had a number before, who has it since a minute ago, and who has another number."""
+    before = make_client(clock=clock).verified()
+    stranger = before.another().verified(OTHER)
+    clock.now_s += 3600
+    now = before.another().verified()
+    clock.now_s += 60
+    return before, now, stranger
+
+
+def test_everywhere_ends_the_sessions_that_verified_a_number_before(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
+) -> None:
+    before, now, stranger = owners
+    assert sign(before) == sign(now) == sign(stranger) == (200, None)
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    assert sign(now) == (401, 110)
+    assert sign(before) == (400, 104)
+    assert sign(before) == (400, 104)
+    assert sign(stranger) == (200, None)
+    # Both may verify the number again, in the old session or in a new one.
+    clock.now_s += 1
+    assert sign(now.another().verified()) == (200, None)
+    assert before.ask().status == 200
+    assert before.call("/sms/verify_code", {"code": before.code()}).status == 200
+    assert sign(before) == (200, None)
+
+
+def test_the_record_of_an_ended_session_loses_the_number_at_its_next_use(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], storage: gateway.Storage
+) -> None:
+    before, now, _ = owners
+    assert before.credentials
+    key = before.gateway.secrets.id_for(before.credentials.hawk_id)
+    lives_s = storage._run("TTL", key, key=key)
+    sealed = gateway.User.unpack(storage.get(key) or b"").sealed
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    assert sealed in (storage.get(key) or b"")
+    assert sign(before) == (400, 104)
+    assert sealed not in (storage.get(key) or b"")
+    assert lives_s - 60 <= storage._run("TTL", key, key=key) <= lives_s  # no longer than before
+
+
+def test_a_code_that_waits_in_an_ended_session_still_verifies_its_number(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
+) -> None:
+    before, now, _ = owners
+    assert before.ask().status == 200
+    code = before.code()
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    assert sign(before) == (400, 104)
+    clock.now_s += 1
+    answer = before.call("/sms/verify_code", {"code": code})
+    assert (answer.status, answer.json) == (200, {"msisdn": NUMBER})
+    assert sign(before) == (200, None)
+
+
+def test_a_message_that_a_dead_worker_left_can_not_verify_an_ended_session(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
+) -> None:
+    """Its number is gone by then: a code that came back would certify no number at all."""
+    user = gateway.User(bytes(32), bytes(24), verified_s=5, asked_s=100, sending=True, ticket=7)
+    ended = gateway.end_proofs(user, 5, gateway.Settings(), 200)
+    assert not gateway.is_reserved(ended, user)
+    assert (ended.sealed, ended.verified_s) == (b"", 0)
+    sent_just_now = gateway.end_proofs(user, 5, gateway.Settings(), 101)
+    assert gateway.is_reserved(sent_just_now, user)
+    assert (sent_just_now.sealed, sent_just_now.verified_s) == (bytes(24), 0)
+    assert gateway.end_proofs(user, 4, gateway.Settings(), 200) is user
+
+
+@pytest.mark.parametrize("age_s", [601, 365 * 86400 - 60])
+def test_everywhere_needs_a_session_verified_just_now(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock, age_s: int
+) -> None:
+    before, now, _ = owners
+    clock.now_s += age_s
+    answer = now.call("/unregister", {"everywhere": True})
+    assert (answer.status, answer.errno) == (400, 104)
+    assert sign(now) == sign(before) == (200, None)  # nothing ended, itself neither
+    assert now.call("/unregister").status == 204
+    assert sign(before) == (200, None)
+
+
+def test_a_session_that_was_ended_ends_no_others(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
+) -> None:
+    before, now, _ = owners
+    thief = before.another().verified()
+    clock.now_s += 1
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    clock.now_s += 1
+    owner = before.another().verified()
+    answer = thief.call("/unregister", {"everywhere": True})
+    assert (answer.status, answer.errno) == (400, 104)
+    assert sign(owner) == (200, None)
+
+
+def test_everywhere_of_nobody_ends_nothing(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient],
+) -> None:
+    before, now, _ = owners
+    nobody = now.another()
+    nobody.register()
+    assert nobody.call("/unregister", {"everywhere": True}).errno == 104
+    assert nobody.ask().status == 200
+    assert nobody.call("/unregister", {"everywhere": True}).errno == 104
+    value: Any
+    for value in ("true", 1, []):
+        assert now.call("/unregister", {"everywhere": value}).errno == 107
+    assert sign(before) == sign(now) == (200, None)
+    for value in (False, None, ""):
+        again = now.another().verified()
+        assert again.call("/unregister", {"everywhere": value}).status == 204
+    assert sign(before) == (200, None)
+
+
+def test_everywhere_costs_a_small_key_only_where_it_was_asked(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], storage: gateway.Storage
+) -> None:
+    _, now, stranger = owners
+    assert stranger.call("/unregister").status == 204
+    assert storage._run("KEYS", "ended *") == []
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    [key] = storage._run("KEYS", "ended *")
+    assert 365 * 86400 - 60 < storage._run("TTL", key, key=key) <= 365 * 86400
+    assert storage._run("MEMORY", "USAGE", key, key=key) < 150
+
+
+def test_everywhere_without_an_expiry_ends_for_ever(
+    make_client: Make, clock: Clock, storage: gateway.Storage
+) -> None:
+    before = make_client(clock=clock, verified_ttl_s=0).verified()
+    clock.now_s += 1
+    assert before.another().verified().call("/unregister", {"everywhere": True}).status == 204
+    [key] = storage._run("KEYS", "ended *")
+    assert storage._run("TTL", key, key=key) == -1
+    assert sign(before) == (400, 104)
+
+
+# -- What the operator can do about a number ----------------------------------
+
+
+def command(process: GatewayProcess, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command beside a gateway, on its folders."""
+    folders = ["--data-dir", str(process.folder / "data"), "--keys-dir"]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "gateway.py"), *words, *folders, str(process.folder / "keys")],
+        capture_output=True, text=True, cwd=process.folder, timeout=60,
+        env={k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")},
+    )  # fmt: skip
+
+
+def test_the_commands_for_a_number(start_gateway: Start) -> None:
+    process = start_gateway()
+    before, stranger = verified(process), verified(process, OTHER)
+    certificate = before.sign(KEY).body["cert"]
+    public = lab.Client(process.url).call("GET", "/.well-known/browserid").body["public-key"]
+    claims = gateway.verify_token(
+        certificate, gateway.parse_public_key(public), int(time.time() * 1000)
+    )
+    url = ("--public-url", process.url)
+    done = command(process, "principal", "+44 7700 900123", *url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == claims["principal"]["email"] + "\n"
+
+    done = command(process, "forget", NUMBER)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert before.sign(KEY).body["errno"] == 104
+    assert stranger.sign(KEY).status == 200
+    time.sleep(1.1)  # proofs end up to this second
+    assert verified(process).sign(KEY).status == 200
+
+    assert command(process, "block", NUMBER).returncode == 0
+    client = process.client()
+    client.register()
+    shown = len(lab.Handset(client, NUMBER).messages())
+    refused = client.verify(NUMBER)
+    assert (refused.status, refused.body["errno"]) == (400, 107)
+    assert "SMS" in refused.body["message"]
+    assert len(lab.Handset(client, NUMBER).messages()) == shown
+    assert client.verify(OTHER).status == 200  # the session is not bound to the other number
+    assert command(process, "unblock", NUMBER).returncode == 0
+    assert command(process, "unblock", NUMBER).returncode == 0  # harmless again
+    client = process.client()
+    client.register()
+    assert client.verify(NUMBER).status == 200
+    assert NUMBER not in process.output.replace(f"SMS to {NUMBER}", "")
+
+
+def test_a_blocked_number_costs_nothing(make_app: Callable[..., gateway.GatewayApp]) -> None:
+    entry = {"kind": "http", "endpoint": "http://127.0.0.1:9/"}  # nobody listens there
+    client = WsgiClient(make_app(sms_providers=[entry], sms_inbound=[]))
+    storage, key = client.gateway.storage, client.gateway.secrets.key_for("blocked", Number)
+    storage.create(key, b"", 0)
+    client.register()
+    for path in ("/sms/verify", "/sms/mt/verify"):
+        answer = client.call(path, {"msisdn": NUMBER}, nonce="n" + path[-9:])
+        assert (answer.status, answer.errno) == (400, 107)
+        answer = client.call(path, {"msisdn": NUMBER}, nonce="n" + path[-9:])
+        assert answer.errno == 109  # its nonce is used up
+    assert storage._run("EXISTS", "hour") == 0
+    credentials = client.credentials
+    assert credentials
+    message = gateway.InboundSms(NUMBER, credentials.hawk_id, gateway.Network(), "1")
+    client.gateway.receive_sms(message)  # a phone that texts us is not answered either
+    assert storage._run("EXISTS", "hour") == 0
+    record = storage.get(client.gateway.secrets.id_for(credentials.hawk_id))
+    assert gateway.User.unpack(record or b"").sends == 0
+
+
+Number = gateway.Msisdn(NUMBER)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["forget"], 2, "msisdn"),
+        (["forget", "07700900123"], 2, "msisdn"),
+        (["block", NUMBER], 1, "master.secret"),
+        (["principal", NUMBER], 1, "master.secret"),
+        (["messages", NUMBER], 2, "messages takes no number"),
+        (["serve", NUMBER], 2, "serve takes no number"),
+    ],
+)
+def test_wrong_use_of_these_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], status: int, said: str
+) -> None:
+    folders = ["--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
+    try:
+        assert gateway.main([*words, *folders]) == status
+    except SystemExit as error:  # argparse's way
+        assert error.code == status
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "keys").exists()
+
+
+def test_the_commands_refuse_a_store_of_another_secret(
+    tmp_path: Path, store: gateway.EmbeddedStore, storage: gateway.Storage,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    storage.check(bytes(32))
+    where = ["--storage-url", store.url, "--master-secret", "11" * 32]
+    assert gateway.main(["forget", NUMBER, *where]) == 1
+    assert "another master secret" in capsys.readouterr().err
+    assert storage._run("KEYS", "ended *") == []
 
 
 # -- 10: slow and large -------------------------------------------------------
