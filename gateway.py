@@ -778,9 +778,11 @@ def load_settings(
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
             # utf-8-sig: Windows' editors begin a file with a BOM.
-            values = tomllib.loads(Path(os.path.expanduser(path)).read_text("utf-8-sig"))
+            path = os.path.expanduser(path)
+            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+    in_file = list(values)
     for variable, text in environ.items():
         # GATEWAY_INTERFACE is CGI's own variable.
         if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
@@ -798,7 +800,11 @@ def load_settings(
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
-    return Settings(**values)
+    settings = Settings(**values)
+    secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
+    if secret and os.stat(path).st_mode & 0o004:
+        LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+    return settings
 
 
 # =============================================================================
@@ -1000,7 +1006,8 @@ def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
     """Read a secret file. If there is none, make it: all of it or nothing, replacing nothing.
 
-    A file that others can read is refused. A file system without modes (vfat, drvfs, many shares)
+    A file that others own or can read is refused, also behind a link, and so is one in a folder
+    where others can write. A file system without modes (vfat, drvfs, many shares)
     shows every file like that; there it is only a warning.
 
     Returns:
@@ -1011,13 +1018,29 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
     """
     try:
         is_new = not path.exists() and _make_private_file(path, make())
-        if path.stat().st_mode & 0o077:
+        check_folder(path.parent)
+        if path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o077:
             if _keeps_modes(path.parent):
-                raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+                raise StartError(f"others can read {path}: own it and chmod 600 it, or replace it")
             LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
         return path.read_bytes(), is_new
     except OSError as error:
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Check that nobody else can write in a folder, if its file system has owners and modes.
+
+    Our own group may: where each user has a group of their own, a umask of 002 is usual.
+
+    Raises:
+        StartError: Others can.
+    """
+    stat = folder.stat()
+    open_to = 0o002 if stat.st_gid == os.getegid() else 0o022
+    foreign = stat.st_uid not in (0, os.geteuid())
+    if (foreign or stat.st_mode & open_to) and _keeps_modes(folder):
+        raise StartError(f"others can write in {folder}: own it and chmod go-w it, or name another")
 
 
 def _make_private_file(path: Path, content: bytes) -> bool:
@@ -2618,6 +2641,8 @@ class OutboxSms(SmsProvider):
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
+        if self.folder.parent.exists():
+            check_folder(self.folder.parent)
         self.console: TextIO | None = sys.stdout
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
@@ -4607,12 +4632,15 @@ class EmbeddedStore:
 
     Args:
         max_bytes: If its data need more memory than this, it refuses writes; 0 is no limit.
+        rewrite_s: How often the append-only file is rewritten, in seconds. Until then it holds
+            what was deleted, too.
 
     Raises:
-        StartError: Another gateway uses ``data_dir``, or the server does not start.
+        StartError: Another gateway uses ``data_dir``, others can write there, or the server does
+            not start.
     """
 
-    def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
+    def __init__(self, data_dir: str, max_bytes: int = 0, rewrite_s: float = DAY_S) -> None:
         self.folder, self._stopping = Path(data_dir).resolve(), threading.Event()
         self.socket = self.folder / "store.sock"
         self.url = embedded_url(data_dir)
@@ -4623,13 +4651,14 @@ class EmbeddedStore:
             )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_folder(self.folder)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._take_lock()
         except OSError as error:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
-        self._full = False
+        self._full, self._rewrite_s, self._rewritten_s = False, rewrite_s, 0.0
         program = (valkey_binary(), max_bytes)
         self._thread = threading.Thread(target=self._keep_running, args=program, daemon=True)
         self._thread.start()
@@ -4656,6 +4685,7 @@ class EmbeddedStore:
             "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
             "save": "", "maxmemory": max_bytes, "maxmemory-policy": "noeviction",
+            "auto-aof-rewrite-min-size": "1mb",
         }  # fmt: skip
         named = [part for n, value in options.items() for part in ("--" + n, str(value))]
         command = [str(binary), *named]
@@ -4689,6 +4719,7 @@ class EmbeddedStore:
                         os.fsync(file.fileno())
             with contextlib.suppress(OSError, redis.RedisError):
                 self._refuse_writes_on_a_full_disk()
+                self._rewrite_in_time()
 
     def _refuse_writes_on_a_full_disk(self) -> None:
         # By itself the server refuses writes only after it has answered one that it could not keep.
@@ -4698,6 +4729,14 @@ class EmbeddedStore:
         if self._full > was_full:
             LOG.error("the disk of data_dir is full: nothing is written until it is not")
         self._client.config_set("min-replicas-to-write", int(self._full))
+
+    def _rewrite_in_time(self) -> None:
+        # Each rewrite begins a new base file. So a gateway that restarts often rewrites as well.
+        bases = self.folder.glob("appendonlydir/*.base.*")
+        last_s = max([self._rewritten_s, *(path.stat().st_mtime for path in bases)])
+        if time.time() > last_s + self._rewrite_s:
+            self._rewritten_s = time.time()  # if it fails, it is not tried each second
+            self._client.bgrewriteaof()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STORE_START_S
@@ -4918,6 +4957,7 @@ def serve(settings: Settings) -> int:
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
     logging.config.dictConfig(LOGGING)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
     try:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lab
 import pytest
+from cryptography.exceptions import InvalidTag
 from support import NUMBER, ROOT, Clock, GatewayProcess, WsgiClient
 from test_serving import eventually, head, parsed, talk, verified, workers_of
 
@@ -470,3 +472,242 @@ def test_a_path_that_is_not_utf8_is_404(client: WsgiClient, path: str) -> None:
     assert answer.status == 404
     assert answer.json.keys() == {"code", "error", "message"}
     assert client.raw("OPTIONS", path).status == 204
+
+
+# -- 11: what is kept, and how long -------------------------------------------
+
+
+def on_disk(embedded: gateway.EmbeddedStore) -> bytes:
+    """Every byte that the embedded store keeps in its folder."""
+    files = [path for path in embedded.folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".aof" for path in files)
+    return b"".join(path.read_bytes() for path in files)
+
+
+def dumped(storage: gateway.Storage) -> bytes:
+    """Every key and value in the store, as DUMP writes them for another server, and plainly."""
+    parts = []
+    for key in storage._run("KEYS", "*"):
+        plain = storage.get(key) if storage._run("TYPE", key) == b"string" else b""
+        parts += [key, storage._run("DUMP", key, key=key), plain or b""]
+    return b"\n".join(parts)
+
+
+@pytest.fixture
+def kept(
+    tmp_path: Path, keys_dir: str
+) -> Iterator[tuple[gateway.EmbeddedStore, gateway.Storage, WsgiClient]]:
+    """A gateway over a store of its own, whose day has two seconds."""
+    embedded = gateway.EmbeddedStore(str(tmp_path / "data"), rewrite_s=2)
+    try:
+        options: Any = {"keys_dir": keys_dir, "data_dir": str(tmp_path), "resend_gaps_s": [0]}
+        app = gateway.create_app(gateway.Settings(**options), embedded.url)
+        assert app.gateway.sms.outbox
+        app.gateway.sms.outbox.console = None
+        yield embedded, gateway.Storage(embedded.url), WsgiClient(app)
+    finally:
+        embedded.stop()
+
+
+def test_a_day_after_unregister_no_byte_of_the_record_is_left(
+    kept: tuple[gateway.EmbeddedStore, gateway.Storage, WsgiClient],
+) -> None:
+    embedded, storage, client = kept
+    stays = client.another().verified(OTHER)
+    client.verified()
+    assert client.credentials
+    assert stays.credentials
+    ids = client.gateway.secrets.id_for
+    key, other = ids(client.credentials.hawk_id), ids(stays.credentials.hawk_id)
+    record = gateway.User.unpack(storage.get(key) or b"")
+    of_the_user = [bytes(key), record.hawk_key, record.sealed, record.verified_s.to_bytes(4, "big")]
+    assert all(part in on_disk(embedded) for part in of_the_user)
+    nonces = [n for n in storage._run("KEYS", "*") if key in n and n != key]
+    assert client.call("/unregister").status == 204
+    assert record.sealed in on_disk(embedded)  # until the day is over
+    for nonce in nonces + [n for n in storage._run("KEYS", "*") if key in n]:
+        storage._run("DEL", nonce, key=nonce)  # they live for two minutes, and name the session
+    assert eventually(lambda: not any(part in on_disk(embedded) for part in of_the_user[:3]), 6)
+    assert not any(part in dumped(storage) for part in of_the_user[:3])
+    assert bytes(other) in on_disk(embedded)
+    assert stays.call("/sms/resend_code").status == 200
+
+
+def test_a_rewrite_is_due_by_the_age_of_the_file_and_fails_quietly(tmp_path: Path) -> None:
+    """A gateway that is started anew each night never runs for a day."""
+    embedded = gateway.EmbeddedStore(str(tmp_path))
+    client = embedded._client
+    try:
+        [base] = tmp_path.glob("appendonlydir/*.base.*")
+        rewrites = "aof_rewrites"
+        before = client.info()[rewrites]
+        embedded._rewrite_in_time()
+        assert client.info()[rewrites] == before
+        os.utime(base, (time.time() - 90_000, time.time() - 90_000))
+        assert eventually(lambda: client.info()[rewrites] == before + 1, 5)
+        time.sleep(1.5)
+        assert client.info()[rewrites] == before + 1
+        assert client.config_get("auto-aof-rewrite-min-size") == {
+            "auto-aof-rewrite-min-size": str(2**20)
+        }
+        assert client.config_get("auto-aof-rewrite-percentage") == {
+            "auto-aof-rewrite-percentage": "100"
+        }
+    finally:
+        embedded.stop()
+
+
+def test_a_thief_of_store_and_master_secret_finds_no_number_and_no_hawk_key(
+    kept: tuple[gateway.EmbeddedStore, gateway.Storage, WsgiClient], keys_dir: str
+) -> None:
+    embedded, storage, client = kept
+    client.verified()
+    assert client.credentials
+    hawk_id, hawk_key = client.credentials[0], bytes(client.credentials[1])
+    assert client.ask().status == 200  # a code waits, too
+    stolen = dumped(storage) + on_disk(embedded)
+    digits = int(NUMBER[1:])
+    assert hawk_key not in stolen
+    assert hawk_key.hex().encode() not in stolen
+    for size in (5, 6, 7, 8):
+        assert digits.to_bytes(size, "big") not in stolen
+        assert digits.to_bytes(size, "little") not in stolen
+    packed = bytes.fromhex(NUMBER[1:])
+    for form in (NUMBER[1:].encode(), NUMBER[3:].encode(), packed, NUMBER[1:][::-1].encode()):
+        assert form not in stolen
+    assert bytes.fromhex(hawk_id) not in stolen
+    assert hawk_id.encode() not in stolen
+    # Nor does the secret make one of it: neither by an id that is in the loot …
+    master = bytes.fromhex(Path(keys_dir, "master.secret").read_text())
+    keys = gateway.Secrets.derive(master)
+    user = gateway.User.unpack(storage.get(keys.id_for(hawk_id)) or b"")
+    assert gateway.open_msisdn(keys.seal, hawk_id, user.sealed) == NUMBER  # the id does
+    assert gateway.mask_hawk_key(keys.mask, hawk_id, user.hawk_key) == hawk_key
+    for at in range(len(stolen) - 32):
+        guess = gateway.HawkId(stolen[at : at + 32].hex())
+        assert gateway.mask_hawk_key(keys.mask, guess, user.hawk_key) != hawk_key
+        with pytest.raises(InvalidTag):
+            gateway.open_msisdn(keys.seal, guess, user.sealed)
+    # … nor by trying the number: nothing in the loot is a function of secret and number alone.
+    number = gateway.Msisdn(NUMBER)
+    for kind in ("ended", "blocked"):
+        assert bytes(keys.key_for(kind, number)) not in stolen
+    for secret in (master, *keys):
+        for text in (NUMBER, NUMBER[1:]):
+            assert hmac.new(secret, text.encode(), "sha256").digest()[:8] not in stolen
+
+
+# -- 15: folders, files, processes --------------------------------------------
+
+STRANGER = 54321
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+def check(tmp_path: Path) -> None:
+    """Load what a start loads, from ``keys`` and ``data`` below a folder."""
+    settings = gateway.Settings(keys_dir=str(tmp_path / "keys"), data_dir=str(tmp_path / "data"))
+    gateway.SmsSender(settings)
+    gateway.load_master_secret(settings)
+    gateway.load_operator_token(settings)
+    embedded = gateway.EmbeddedStore(settings.data_dir)
+    embedded.stop()
+
+
+@pytest.mark.parametrize("folder", ["keys", "data"])
+@pytest.mark.parametrize("mode", [0o777, 0o702, 0o1777])
+def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, folder: str, mode: int) -> None:
+    check(tmp_path)
+    (tmp_path / folder).chmod(mode)
+    with pytest.raises(gateway.StartError, match=f"others can write in .*{folder}: own it and ch"):
+        check(tmp_path)
+    (tmp_path / folder).chmod(0o755)
+    check(tmp_path)
+
+
+def test_a_folder_of_our_own_group_is_taken(tmp_path: Path) -> None:
+    """With a umask of 002, as many systems have it, git makes keys/ so."""
+    check(tmp_path)
+    (tmp_path / "keys").chmod(0o775)
+    check(tmp_path)
+
+
+@as_root
+@pytest.mark.parametrize("folder", ["keys", "data"])
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, folder: str) -> None:
+    check(tmp_path)
+    os.chown(tmp_path / folder, STRANGER, 0)
+    with pytest.raises(gateway.StartError, match="others can write in"):
+        check(tmp_path)
+    os.chown(tmp_path / folder, 0, STRANGER)
+    check(tmp_path)
+    (tmp_path / folder).chmod(0o770)  # by the group of somebody else
+    with pytest.raises(gateway.StartError, match="others can write in"):
+        check(tmp_path)
+
+
+@as_root
+@pytest.mark.parametrize("name", ["master.secret", "operator.token"])
+def test_no_link_leads_to_a_secret_of_somebody_else(tmp_path: Path, name: str) -> None:
+    check(tmp_path)
+    secret = tmp_path / "keys" / name
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(secret.read_bytes())
+    foreign.chmod(0o600)
+    secret.unlink()
+    secret.symlink_to(foreign)
+    check(tmp_path)  # a link to a secret of ours, as Kubernetes mounts them
+    os.chown(foreign, STRANGER, 0)
+    with pytest.raises(gateway.StartError, match="others can read"):
+        check(tmp_path)
+    secret.unlink()
+    os.link(foreign, secret)
+    with pytest.raises(gateway.StartError, match="others can read"):
+        check(tmp_path)
+
+
+def test_a_file_system_without_owners_and_modes_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vfat or drvfs mount shows every file as open to all; nobody can change that there."""
+    check(tmp_path)
+    (tmp_path / "keys").chmod(0o777)
+    monkeypatch.setattr(gateway, "_keeps_modes", lambda folder: False)
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "warned"),
+    [
+        (f'master_secret = "{"11" * 32}"', 0o644, "master_secret"),
+        ('storage_url = "redis://user:password@localhost"', 0o644, "storage_url"),
+        ('[[sms_providers]]\nkind = "nexmo"\napi_key = "k"\napi_secret = "s"', 0o604, "sms_prov"),
+        (f'master_secret = "{"11" * 32}"', 0o640, ""),
+        ("port = 5001", 0o644, ""),
+        ('[[sms_providers]]\nkind = "outbox"', 0o644, ""),
+    ],
+)
+def test_a_settings_file_with_secrets_that_others_can_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, mode: int, warned: str
+) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text(content)
+    file.chmod(mode)
+    gateway.load_settings({}, {}, str(file))
+    assert bool(caplog.messages) == bool(warned)
+    if warned:
+        assert str(file) in caplog.messages[0]
+        assert f"holds {warned}" in caplog.messages[0]
+        assert "password" not in caplog.messages[0]
+        assert "1111" not in caplog.messages[0]
+
+
+def test_no_process_dumps_core_and_the_store_has_no_environment(start_gateway: Start) -> None:
+    process = start_gateway(env={"AWS_SECRET_ACCESS_KEY": "environment-secret"})
+    for member in process.family():
+        limits = Path(f"/proc/{member.pid}/limits").read_text()
+        core = next(line for line in limits.splitlines() if "core file size" in line)
+        assert core.split()[4:6] == ["0", "0"], member
+        if "valkey" in member.name():
+            environ = Path(f"/proc/{member.pid}/environ").read_bytes()
+            assert b"environment-secret" not in environ
+            assert b"PATH" not in environ
