@@ -4632,15 +4632,13 @@ class EmbeddedStore:
 
     Args:
         max_bytes: If its data need more memory than this, it refuses writes; 0 is no limit.
-        rewrite_s: How often the append-only file is rewritten, in seconds. Until then it holds
-            what was deleted, too.
 
     Raises:
         StartError: Another gateway uses ``data_dir``, others can write there, or the server does
             not start.
     """
 
-    def __init__(self, data_dir: str, max_bytes: int = 0, rewrite_s: float = DAY_S) -> None:
+    def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
         self.folder, self._stopping = Path(data_dir).resolve(), threading.Event()
         self.socket = self.folder / "store.sock"
         self.url = embedded_url(data_dir)
@@ -4658,7 +4656,7 @@ class EmbeddedStore:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
-        self._full, self._rewrite_s, self._rewritten_s = False, rewrite_s, 0.0
+        self._full, self._rewritten_s = False, 0.0
         program = (valkey_binary(), max_bytes)
         self._thread = threading.Thread(target=self._keep_running, args=program, daemon=True)
         self._thread.start()
@@ -4719,7 +4717,7 @@ class EmbeddedStore:
                         os.fsync(file.fileno())
             with contextlib.suppress(OSError, redis.RedisError):
                 self._refuse_writes_on_a_full_disk()
-                self._rewrite_in_time()
+                self._rewrite_once_a_day()
 
     def _refuse_writes_on_a_full_disk(self) -> None:
         # By itself the server refuses writes only after it has answered one that it could not keep.
@@ -4730,11 +4728,12 @@ class EmbeddedStore:
             LOG.error("the disk of data_dir is full: nothing is written until it is not")
         self._client.config_set("min-replicas-to-write", int(self._full))
 
-    def _rewrite_in_time(self) -> None:
-        # Each rewrite begins a new base file. So a gateway that restarts often rewrites as well.
+    def _rewrite_once_a_day(self) -> None:
+        # Until then the append-only file holds what was deleted, too. A rewrite makes a new base
+        # file, whose time tells when it was, also where a gateway restarts often.
         bases = self.folder.glob("appendonlydir/*.base.*")
         last_s = max([self._rewritten_s, *(path.stat().st_mtime for path in bases)])
-        if time.time() > last_s + self._rewrite_s:
+        if time.time() > last_s + DAY_S:
             self._rewritten_s = time.time()  # if it fails, it is not tried each second
             self._client.bgrewriteaof()
 

@@ -479,9 +479,20 @@ def test_a_path_that_is_not_utf8_is_404(client: WsgiClient, path: str) -> None:
 
 def on_disk(embedded: gateway.EmbeddedStore) -> bytes:
     """Every byte that the embedded store keeps in its folder."""
-    files = [path for path in embedded.folder.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".aof" for path in files)
-    return b"".join(path.read_bytes() for path in files)
+    content: dict[str, bytes] = {}
+    for path in embedded.folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a rewrite has replaced it meanwhile
+            content[path.suffix] = content.get(path.suffix, b"") + (
+                path.read_bytes() if path.is_file() else b""
+            )
+    assert ".aof" in content
+    return b"\n".join(content.values())
+
+
+def let_a_day_pass(embedded: gateway.EmbeddedStore) -> None:
+    """Make the append-only file a day old."""
+    for base in embedded.folder.glob("appendonlydir/*.base.*"):
+        os.utime(base, (time.time() - 90_000, time.time() - 90_000))
 
 
 def dumped(storage: gateway.Storage) -> bytes:
@@ -497,8 +508,8 @@ def dumped(storage: gateway.Storage) -> bytes:
 def kept(
     tmp_path: Path, keys_dir: str
 ) -> Iterator[tuple[gateway.EmbeddedStore, gateway.Storage, WsgiClient]]:
-    """A gateway over a store of its own, whose day has two seconds."""
-    embedded = gateway.EmbeddedStore(str(tmp_path / "data"), rewrite_s=2)
+    """A gateway over a store of its own."""
+    embedded = gateway.EmbeddedStore(str(tmp_path / "data"))
     try:
         options: Any = {"keys_dir": keys_dir, "data_dir": str(tmp_path), "resend_gaps_s": [0]}
         app = gateway.create_app(gateway.Settings(**options), embedded.url)
@@ -524,28 +535,29 @@ def test_a_day_after_unregister_no_byte_of_the_record_is_left(
     assert all(part in on_disk(embedded) for part in of_the_user)
     nonces = [n for n in storage._run("KEYS", "*") if key in n and n != key]
     assert client.call("/unregister").status == 204
-    assert record.sealed in on_disk(embedded)  # until the day is over
     for nonce in nonces + [n for n in storage._run("KEYS", "*") if key in n]:
         storage._run("DEL", nonce, key=nonce)  # they live for two minutes, and name the session
-    assert eventually(lambda: not any(part in on_disk(embedded) for part in of_the_user[:3]), 6)
+    time.sleep(2)
+    assert record.sealed in on_disk(embedded)  # it is kept until the day is over
+    let_a_day_pass(embedded)
+    assert eventually(lambda: not any(part in on_disk(embedded) for part in of_the_user[:3]), 20)
     assert not any(part in dumped(storage) for part in of_the_user[:3])
     assert bytes(other) in on_disk(embedded)
     assert stays.call("/sms/resend_code").status == 200
 
 
-def test_a_rewrite_is_due_by_the_age_of_the_file_and_fails_quietly(tmp_path: Path) -> None:
+def test_a_rewrite_is_due_by_the_age_of_the_file(tmp_path: Path) -> None:
     """A gateway that is started anew each night never runs for a day."""
     embedded = gateway.EmbeddedStore(str(tmp_path))
     client = embedded._client
     try:
-        [base] = tmp_path.glob("appendonlydir/*.base.*")
         rewrites = "aof_rewrites"
         before = client.info()[rewrites]
-        embedded._rewrite_in_time()
+        embedded._rewrite_once_a_day()
         assert client.info()[rewrites] == before
-        os.utime(base, (time.time() - 90_000, time.time() - 90_000))
-        assert eventually(lambda: client.info()[rewrites] == before + 1, 5)
-        time.sleep(1.5)
+        let_a_day_pass(embedded)
+        assert eventually(lambda: client.info()[rewrites] == before + 1, 20)
+        time.sleep(2)
         assert client.info()[rewrites] == before + 1
         assert client.config_get("auto-aof-rewrite-min-size") == {
             "auto-aof-rewrite-min-size": str(2**20)
