@@ -112,6 +112,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -648,6 +649,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     verified_ttl_s: Annotated[_Ttl, _about("seconds if verified; 0 = for ever")] = 365 * DAY_S
     certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
     hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
+    hawk_require_hash: Annotated[bool, _about("refuse a signed body without its hash")] = False
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -719,6 +721,14 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
 
     @property
+    def warnings(self) -> list[str]:
+        """What is allowed, but not safe everywhere; the start says it."""
+        if self.on_loopback or self.base_url.startswith("https:"):
+            return []
+        forged = "" if self.hawk_require_hash else ", and may change requests: hawk_require_hash"
+        return [f"public_url is http: whoever is on the way sees numbers and codes{forged}"]
+
+    @property
     def at_a_desk(self) -> bool:
         """Whether only this machine can call us, and no message costs money.
 
@@ -768,9 +778,11 @@ def load_settings(
     if path := config or environ.get("GATEWAY_CONFIG", ""):
         try:
             # utf-8-sig: Windows' editors begin a file with a BOM.
-            values = tomllib.loads(Path(os.path.expanduser(path)).read_text("utf-8-sig"))
+            path = os.path.expanduser(path)
+            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+    in_file = list(values)
     for variable, text in environ.items():
         # GATEWAY_INTERFACE is CGI's own variable.
         if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
@@ -788,7 +800,11 @@ def load_settings(
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
-    return Settings(**values)
+    settings = Settings(**values)
+    secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
+    if secret and os.stat(path).st_mode & 0o004:
+        LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+    return settings
 
 
 # =============================================================================
@@ -943,17 +959,18 @@ def derive_credentials(token: SessionToken) -> Credentials:
 
 
 class Secrets(NamedTuple):
-    """Five secrets of 32 bytes, each derived from the master secret by its label."""
+    """Six secrets of 32 bytes, each derived from the master secret by its label."""
 
     storage_id: bytes
     code: bytes
     seal: bytes
     principal: bytes
     mask: bytes
+    number: bytes
 
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
-        """All five from the 32-byte master secret."""
+        """All six from the 32-byte master secret."""
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
@@ -966,6 +983,14 @@ class Secrets(NamedTuple):
         # hash.
         digest = hmac.new(self.storage_id, bytes.fromhex(hawk_id), "sha256").digest()[:16]
         return StorageId(digest.replace(b"{", b"[").replace(b"}", b"]"))
+
+    def key_for(self, kind: str, msisdn: Msisdn) -> StorageId:
+        """The key of what is kept about a number itself: when its proofs ended, that it is blocked.
+
+        Without this secret nobody can tell the number. With it, all numbers can be tried.
+        """
+        digest = hmac.new(self.number, f"{kind} {msisdn}".encode(), "sha256").hexdigest()
+        return StorageId(f"{kind} {digest[:32]}".encode())
 
 
 def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
@@ -981,7 +1006,8 @@ def mask_hawk_key(secret: bytes, hawk_id: HawkId, key: bytes) -> bytes:
 def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, bool]:
     """Read a secret file. If there is none, make it: all of it or nothing, replacing nothing.
 
-    A file that others can read is refused. A file system without modes (vfat, drvfs, many shares)
+    A file that others own or can read is refused, also behind a link, and so is one in a folder
+    where others can write. A file system without modes (vfat, drvfs, many shares)
     shows every file like that; there it is only a warning.
 
     Returns:
@@ -992,13 +1018,29 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
     """
     try:
         is_new = not path.exists() and _make_private_file(path, make())
-        if path.stat().st_mode & 0o077:
+        check_folder(path.parent)
+        if path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o077:
             if _keeps_modes(path.parent):
-                raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+                raise StartError(f"others can read {path}: own it and chmod 600 it, or replace it")
             LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
         return path.read_bytes(), is_new
     except OSError as error:
         raise StartError(f"cannot keep {path}: {error.strerror}") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Check that nobody else can write in a folder, if its file system has owners and modes.
+
+    Our own group may: where each user has a group of their own, a umask of 002 is usual.
+
+    Raises:
+        StartError: Others can.
+    """
+    stat = folder.stat()
+    open_to = 0o002 if stat.st_gid == os.getegid() else 0o022
+    foreign = stat.st_uid not in (0, os.geteuid())
+    if (foreign or stat.st_mode & open_to) and _keeps_modes(folder):
+        raise StartError(f"others can write in {folder}: own it and chmod go-w it, or name another")
 
 
 def _make_private_file(path: Path, content: bytes) -> bool:
@@ -1632,6 +1674,10 @@ def _pem(key: PrivateKey) -> bytes:
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "receipt " 12 bytes            the outcome of a message    a day
+# "ended " 32 hex digits         when somebody ended the     verified_ttl_s
+#                                proofs of this number
+# "blocked " 32 hex digits       empty: this number wants    until unblocked
+#                                no messages
 # "hour"                         messages of the last hour:  an hour
 #                                a random name and a time
 # "heartbeat"                    the last health check       a minute
@@ -2017,8 +2063,8 @@ class Storage:
         return cast(bytes | None, self._run_all(key, ("GET", key))[0])
 
     def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
-        """Write the record of a new session, which lives ``ttl_s`` seconds."""
-        self._run("SET", key, record, "EX", ttl_s, key=key)
+        """Write the record of a new session, or of a number; it lives ``ttl_s`` (0: for ever)."""
+        self._run("SET", key, record, *("EX", ttl_s) * (ttl_s > 0), key=key)
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
@@ -2551,6 +2597,8 @@ class OutboxSms(SmsProvider):
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
         self.folder = Path(settings.data_dir, "outbox")
+        if self.folder.parent.exists():
+            check_folder(self.folder.parent)
         self.console: TextIO | None = sys.stdout
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
@@ -3339,6 +3387,19 @@ def return_code(
     return user._replace(code_digest=b"", older_digest=b"", tries=0), dead
 
 
+def end_proofs(user: User, ended_s: int, settings: Settings, now_s: int) -> User:
+    """Undo a verification, if the proofs of its number were ended later than it.
+
+    The number goes too, unless it is just being verified again.
+    """
+    if user.verified_s > ended_s:
+        return user
+    user = user._replace(verified_s=0, verified_by_outbox=False)
+    if is_being_sent(user, now_s) or code_waits(user, settings, now_s):
+        return user
+    return user._replace(sealed=b"", sending=False, ticket=0, code_digest=b"", older_digest=b"")
+
+
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
 
@@ -3356,7 +3417,8 @@ class Gateway:
                                                               have taken it (``arm``)
     a try                 one guess                           counted by the compare-and-set that
                                                               judges it (``return_code``)
-    a verified number     proofs                              the right code (``return_code``)
+    a verified number     proofs                              the right code (``return_code``),
+                                                              ``ended`` by none that came later
     a used nonce          one answer                          written with what the request
                                                               changes, or by ``perform``
     ====================  ==================================  ==================================
@@ -3454,6 +3516,8 @@ class Gateway:
             )
 
     def _check_payload(self, session: Session, content_type: str, body: bytes) -> None:
+        if self.settings.hawk_require_hash and not session.header.hash:
+            raise BadSignature("the Hawk header needs the hash of the body, also of an empty one")
         # Some servers invent a media type if there is no body (wsgiref: text/plain).
         types, hash = [content_type] if body else [content_type, ""], session.header.hash
         if hash and hash not in (payload_hash(kind, body) for kind in types):
@@ -3472,7 +3536,7 @@ class Gateway:
         for _ in range(COMMIT_TRIES):
             user, answer = decide(session.user)
             new = session.record if user is session.user else user.pack() if user else b""
-            verified = user and user.verified_s != session.user.verified_s
+            verified = user and user.verified_s not in (0, session.user.verified_s)
             session.outcome_unknown = True
             result = self.storage.commit(
                 session.storage_id, session.record, new,
@@ -3635,15 +3699,14 @@ class Gateway:
         """Sign a certificate for the client's key, once its number is verified."""
 
         def decide(user: User) -> tuple[User, None]:
-            # A code that the outbox showed proves a number only where the outbox is in use.
-            if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
-                raise NotVerified("the number is not verified yet: /sms/verify comes first")
+            self._expect_verified(user)
             return user, None
 
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
         require(params, "publicKey")
         decide(session.user)
         duration_s = self._duration_s(params)
+        self._expect_not_ended(session)
         key = canonical_key(params["publicKey"])
         # RECORD: only the nonce. The commit also shows that the session is still there.
         self.step(session, decide)
@@ -3651,9 +3714,19 @@ class Gateway:
         number = self._number(session, session.user)
         return self._certificate(session, number, key, duration_s)
 
-    def unregister(self, session: Session) -> None:
-        """Drop everything about the user; messages in the outbox too, if the number is theirs."""
+    def unregister(self, session: Session, params: Json) -> None:
+        """Drop everything about the user; messages in the outbox too, if the number is theirs.
+
+        With ``everywhere`` all sessions end that have verified the same number until now.
+        """
+        # VALIDATE
+        everywhere = params.get("everywhere", False)
+        if not isinstance(everywhere, bool):
+            raise InvalidParameter("everywhere must be true or false")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
+        # RECORD: what ends the others first, so that after a 503 the client can ask again
+        if everywhere:
+            self._end_all(session, number)
         try:
             self.step(session, lambda user: (None, None))
         except Unavailable:  # it may be done all the same, and then the client cannot ask again
@@ -3676,6 +3749,37 @@ class Gateway:
             return self._writable
 
     # -- What they share ------------------------------------------------------
+
+    def _expect_verified(self, user: User) -> None:
+        # A code that the outbox showed proves a number only where the outbox is in use.
+        if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
+            raise NotVerified("the number is not verified yet: /sms/verify comes first")
+
+    def _expect_not_ended(self, session: Session) -> None:
+        key = self.secrets.key_for("ended", self._number(session, session.user))
+        ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
+        if session.user.verified_s <= ended_s:
+            ended = NotVerified("somebody ended all proofs of this number: verify it again")
+            facts = (ended_s, self.settings, int(self.clock()))
+            self.step(session, lambda user: (end_proofs(user, *facts), ended))
+
+    def _end_all(self, session: Session, number: Msisdn) -> None:
+        """End the proofs of a number, for a session that has verified it just now."""
+        self._expect_verified(session.user)
+        now_s = int(self.clock())
+        if abs(now_s - session.user.verified_s) > self.settings.code_ttl_s:
+            raise NotVerified("everywhere needs a session that was verified just now: verify again")
+        self._expect_not_ended(session)
+        key = self.secrets.key_for("ended", number)
+        self.storage.create(key, b"%d" % now_s, self.settings.verified_ttl_s)
+
+    def _ask(self, session: Session, question: Callable[[], T]) -> T:
+        """Ask the store something; if it does not answer, this request asks nothing more."""
+        try:
+            return question()
+        except Unavailable:
+            session.outcome_unknown = True
+            raise
 
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
@@ -3733,13 +3837,13 @@ class Gateway:
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
-        first_paid = self.sms.paid and self.sms.is_first_paid(session.user.tried)
-        if first_paid and decide(session.user)[1].user:
-            try:
-                payments.count()
-            except Unavailable:
-                session.outcome_unknown = True
-                raise
+        first = decide(session.user)[1]
+        if first.user:
+            blocked = self.secrets.key_for("blocked", first.ask.msisdn)
+            if self._ask(session, partial(self.storage.get, blocked)) is not None:
+                raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
+        if first.user and self.sms.paid and self.sms.is_first_paid(session.user.tried):
+            self._ask(session, payments.count)
         try:
             return self.step(session, decide)
         except Unavailable:
@@ -4143,12 +4247,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return headers | {"Access-Control-Expose-Headers": EXPOSED}
 
     def preflight(self) -> None:
-        """Answer OPTIONS on any path, before routes and authentication."""
+        """Answer OPTIONS on any path, before routes and authentication; refuse an odd path."""
         if bottle.request.method == "OPTIONS":
             headers = self.common_headers()
             if "Access-Control-Allow-Origin" in headers:
                 headers |= PREFLIGHT
             raise bottle.HTTPResponse(status=204, headers=headers)
+        environ = bottle.request.environ
+        # Bottle leaves out what is not UTF-8, so that another path would name a route, too.
+        if len(environ["PATH_INFO"].encode()) < len(environ["bottle.raw_path"]):
+            raise bottle.HTTPError(404, "Not found: a path is UTF-8")
 
     def default_error_handler(self, res: bottle.HTTPError) -> bytes:
         """Bottle's own errors (no such route, and so on), in JSON like all others."""
@@ -4246,8 +4354,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def unregister(self, session: Session) -> None:
         """POST /unregister : drop everything."""
-        self.params()
-        self.gateway.unregister(session)
+        self.gateway.unregister(session, self.params())
 
     def heartbeat(self) -> Answer:
         """GET /__heartbeat__ : whether the storage takes a write."""
@@ -4329,6 +4436,10 @@ LOG_FLUSH_S: Final = 1.0
 """How long a process that ends waits for stderr to take what it has logged."""
 TASKS_SPARE: Final = 50
 """How many processes and threads we need for each worker, at most, beside its ``threads``."""
+BODY_S: Final = 10.0
+"""How long a request's body may take to come."""
+HEAD_MAX_BYTES: Final = 16384
+"""How much of a request each connection buffers. A longer head is answered 431 by Granian."""
 STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
@@ -4452,6 +4563,11 @@ def valkey_binary() -> Path:
     )
 
 
+def embedded_url(data_dir: str) -> str:
+    """Where the embedded store of a gateway with this ``data_dir`` is reached."""
+    return f"unix://{quote(str(Path(data_dir).resolve() / 'store.sock'))}"
+
+
 class EmbeddedStore:
     """A Valkey server of our own in ``data_dir``: a unix socket, an append-only file.
 
@@ -4462,13 +4578,14 @@ class EmbeddedStore:
         max_bytes: If its data need more memory than this, it refuses writes; 0 is no limit.
 
     Raises:
-        StartError: Another gateway uses ``data_dir``, or the server does not start.
+        StartError: Another gateway uses ``data_dir``, others can write there, or the server does
+            not start.
     """
 
     def __init__(self, data_dir: str, max_bytes: int = 0) -> None:
         self.folder, self._stopping = Path(data_dir).resolve(), threading.Event()
         self.socket = self.folder / "store.sock"
-        self.url = f"unix://{quote(str(self.socket))}"
+        self.url = embedded_url(data_dir)
         if len(os.fsencode(self.socket)) > UNIX_PATH_MAX_BYTES:
             raise StartError(
                 f"data_dir lies too deep: the path of its socket, {self.socket}, may have "
@@ -4476,13 +4593,14 @@ class EmbeddedStore:
             )
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_folder(self.folder)
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._take_lock()
         except OSError as error:
             raise StartError(f"cannot use data_dir {data_dir}: {error.strerror}") from None
         self._process: subprocess.Popen[bytes] | None = None
         self._client = redis.Redis.from_url(self.url, retry=Retry(NoBackoff(), 0), socket_timeout=1)
-        self._full = False
+        self._full, self._rewritten_s = False, 0.0
         program = (valkey_binary(), max_bytes)
         self._thread = threading.Thread(target=self._keep_running, args=program, daemon=True)
         self._thread.start()
@@ -4509,6 +4627,7 @@ class EmbeddedStore:
             "port": 0, "unixsocket": self.socket, "unixsocketperm": 700, "dir": self.folder,
             "logfile": self.folder / "store.log", "appendonly": "yes", "appendfsync": "no",
             "save": "", "maxmemory": max_bytes, "maxmemory-policy": "noeviction",
+            "auto-aof-rewrite-min-size": "1mb",
         }  # fmt: skip
         named = [part for n, value in options.items() for part in ("--" + n, str(value))]
         command = [str(binary), *named]
@@ -4542,6 +4661,7 @@ class EmbeddedStore:
                         os.fsync(file.fileno())
             with contextlib.suppress(OSError, redis.RedisError):
                 self._refuse_writes_on_a_full_disk()
+                self._rewrite_once_a_day()
 
     def _refuse_writes_on_a_full_disk(self) -> None:
         # By itself the server refuses writes only after it has answered one that it could not keep.
@@ -4551,6 +4671,15 @@ class EmbeddedStore:
         if self._full > was_full:
             LOG.error("the disk of data_dir is full: nothing is written until it is not")
         self._client.config_set("min-replicas-to-write", int(self._full))
+
+    def _rewrite_once_a_day(self) -> None:
+        # Until then the append-only file holds what was deleted, too. A rewrite makes a new base
+        # file, whose time tells when it was, also where a gateway restarts often.
+        bases = self.folder.glob("appendonlydir/*.base.*")
+        last_s = max([self._rewritten_s, *(path.stat().st_mtime for path in bases)])
+        if time.time() > last_s + DAY_S:
+            self._rewritten_s = time.time()  # if it fails, it is not tried each second
+            self._client.bgrewriteaof()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + STORE_START_S
@@ -4611,7 +4740,50 @@ def application() -> GatewayApp:
     return create_app(settings, url)
 
 
-def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> GatewayApp:
+class BoundedBodies:
+    """The application behind Granian, with a limit of time for bodies, and of threads that wait.
+
+    Granian calls us once a request's head is there. Its ``read`` then waits for the body in the
+    thread of the request, without a limit, and Granian 2.8.7 has no setting for that. But it
+    closes a connection whose answer is shorter than its Content-Length, and then ``read`` returns.
+    A body that takes longer than ``BODY_S`` is ended in this way, by a thread that looks once a
+    second. ``tests/test_serving.py`` shows whether this class is still needed.
+
+    Args:
+        threads: How many this process has; half of them may wait for bodies.
+    """
+
+    def __init__(self, app: GatewayApp, threads: int) -> None:
+        self._app, self._most = app, max(1, threads // 2)
+        self._waiting: dict[Any, float] = {}  # until when, by Granian's protocol object
+        threading.Thread(target=self._end_late_ones, daemon=True).start()
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request, as WSGI wants it."""
+        # Granian gives WSGI no way to this object, but it is a variable of whoever calls us.
+        protocol = sys._getframe(1).f_locals["proto"]
+        read = partial(self._read, protocol, environ["wsgi.input"].read)
+        environ["wsgi.input"] = SimpleNamespace(read=read)
+        return self._app(environ, start_response)
+
+    def _read(self, protocol: Any, read: Callable[[int], bytes], size: int) -> bytes:
+        self._waiting[protocol] = time.monotonic() + BODY_S
+        crowded = len(self._waiting) > self._most
+        content = b"" if crowded else read(size)
+        in_time = self._waiting.pop(protocol, 0.0)  # else it was ended, and its answer is lost
+        if crowded or not in_time:
+            raise Unavailable("the body came too late, or too many bodies are late; try again")
+        return content
+
+    def _end_late_ones(self) -> None:
+        while True:
+            time.sleep(1)
+            for protocol, end_s in self._waiting.copy().items():
+                if time.monotonic() > end_s and self._waiting.pop(protocol, 0.0):
+                    protocol.response_iter(408, [("content-length", "1")], iter(()))
+
+
+def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> BoundedBodies:
     """The application of one of our worker processes, which die with their parent.
 
     The keys come from the parent. If a worker that is started later read the files again, it
@@ -4627,7 +4799,7 @@ def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> Gatew
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return create_app(settings, pem=pem, token=token)
+    return BoundedBodies(create_app(settings, pem=pem, token=token), settings.threads)
 
 
 def _stop_once() -> None:
@@ -4728,6 +4900,7 @@ def serve(settings: Settings) -> int:
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
     logging.config.dictConfig(LOGGING)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
     try:
@@ -4738,7 +4911,8 @@ def serve(settings: Settings) -> int:
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
-        for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
+        storage = open_storage(settings, url, time.time, secrets.token_bytes)
+        for warning in settings.warnings + storage.check(master):
             LOG.warning(warning)
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, token)
@@ -4757,6 +4931,7 @@ def serve(settings: Settings) -> int:
 def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
+    from granian.http import HTTP1Settings
     from granian.log import LogLevels
 
     # Granian raised RLIMIT_NOFILE to its maximum. Leave descriptors for the store and providers.
@@ -4764,6 +4939,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
+        http1_settings=HTTP1Settings(max_buffer_size=HEAD_MAX_BYTES),
         workers=settings.workers, blocking_threads=settings.threads,
         backpressure=max(64, min(spare, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
@@ -4838,6 +5014,45 @@ def show_messages(settings: Settings) -> int:
     return 0
 
 
+def principal(settings: Settings, number: str) -> None:
+    """Print whom the certificates of a NUMBER are about."""
+    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    print(principal_for(Secrets.derive(master).principal, msisdn, settings.issuer))
+
+
+def forget(settings: Settings, number: str) -> None:
+    """End all proofs of a NUMBER now, as for an erasure request."""
+    storage, key = _entry_of(settings, "ended", number)
+    storage.create(key, b"%d" % time.time(), settings.verified_ttl_s)
+
+
+def block(settings: Settings, number: str) -> None:
+    """Send no more messages to a NUMBER, whose owner wants none."""
+    storage, key = _entry_of(settings, "blocked", number)
+    storage.create(key, b"", ttl_s=0)
+
+
+def unblock(settings: Settings, number: str) -> None:
+    """Send messages to a blocked NUMBER again."""
+    storage, key = _entry_of(settings, "blocked", number)
+    storage.commit(key, b"", b"")
+
+
+def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, StorageId]:
+    """The store, in which a gateway may be at work, and the key of what it keeps of a number."""
+    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    url = settings.storage_url or embedded_url(settings.data_dir)
+    storage = open_storage(settings, url, time.time, secrets.token_bytes)
+    storage.check(master)  # it raises if the store was written with another secret
+    return storage, Secrets.derive(master).key_for(kind, msisdn)
+
+
+def _master_secret_of(settings: Settings) -> bytes:
+    if not settings.master_secret and not Path(settings.keys_dir, "master.secret").exists():
+        raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: name the gateway's")
+    return load_master_secret(settings)[0]
+
+
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
@@ -4862,7 +5077,8 @@ def _lab(command: str) -> Any:
 _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
     "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
-    "settings": (show_settings, "toml"),
+    "settings": (show_settings, "toml"), "principal": (principal, "number"),
+    "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
@@ -4870,11 +5086,12 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
 def _parser() -> argparse.ArgumentParser:
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
     parser = argparse.ArgumentParser(
-        "gateway.py", usage="gateway.py [COMMAND] [--SETTING VALUE ...]", allow_abbrev=False,
+        "gateway.py", usage="gateway.py [COMMAND] [NUMBER] [--SETTING ...]", allow_abbrev=False,
         description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
+    parser.add_argument("number", nargs="?", default="", help="for some commands: +447700900123")
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
@@ -4900,12 +5117,14 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"]]
-        status = int(command(settings, *(given[name] for name in names)))
+        if given["number"] and "number" not in names:
+            parser.error(f"{given['command']} takes no number")
+        status = int(command(settings, *(given[name] for name in names)) or 0)
         print(end="", flush=True)
         return status
-    except (SettingsError, StartError) as error:
+    except (SettingsError, StartError, GatewayError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, SettingsError) else 1
+        return 2 if isinstance(error, SettingsError | InvalidParameter) else 1
     except BrokenPipeError:  # ``| head`` has ended; at exit Python must not write to it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

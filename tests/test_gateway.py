@@ -1531,7 +1531,7 @@ MOMT = ("/sms/momt", "/v1/msisdn/sms/momt")
 def test_a_path_secret_lets_in_who_knows_it(make_client: MakeClient) -> None:
     client = make_client(sms_inbound=[{"kind": "nexmo", "path_secret": "s3cret"}])
     client.register()
-    wrong_ones = ("", "/", "/wrong", "/s3cre", "/s3cret0", "/S3CRET", "/\xc3\xa9", "/\xff")
+    wrong_ones = ("", "/", "/wrong", "/s3cre", "/s3cret0", "/S3CRET", "/\xc3\xa9")
     for path in (f"{spelling}{end}" for spelling in MOMT for end in wrong_ones):
         for how in ("get", "form", "json"):
             answer = deliver(client, nexmo(client), how, path=path)

@@ -1226,7 +1226,7 @@ def test_hosts_and_paths_of_any_length_leave_no_memory_behind(session: WsgiClien
     try:
         for n in range(200):
             environ = {"HTTP_HOST": f"{n:03}" + "x" * 100_000, "HTTP_AUTHORIZATION": "Hawk"}
-            environ["PATH_INFO"] = "/unregister" + "\xff" * (10_000 + n)  # Bottle overlooks them
+            environ["QUERY_STRING"] = "x" * (10_000 + n)
             assert session.raw("POST", "/unregister", b"", environ).errno == 109
         assert tracemalloc.get_traced_memory()[0] < 2_000_000
     finally:
