@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install runserver test lint notebooks docs bench trace update-l10n
+.PHONY: help install runserver test lint notebooks docs bench attack trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ docs: .venv/done  ## build the pages in docs/, to be opened from disk
 
 bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)
+
+attack: .venv/done  ## attack a gateway in four ways, with limits enforced, recorded and off (12 minutes)
+	PYTHONPATH=.:notebooks $(BIN)/python tests/attack.py $(ARGS)
 
 trace: .venv/done  ## follow a /sms/verify and a /sms/verify_code: calls, depth, sections (ARGS=-v: each call)
 	$(BIN)/python tests/bench/calls.py $(ARGS)

@@ -241,7 +241,9 @@ class Errno(enum.IntEnum):
     LENGTH_REQUIRED = 112
     TOO_LARGE = 113
     TOO_MANY_CODES = 114
+    TOO_MANY_TO_NUMBER = 115
     TOO_MANY_MESSAGES = 116
+    TOO_MANY_FROM_ADDRESS = 117
     UNAVAILABLE = 201
     UNFORESEEN = 999
 
@@ -334,8 +336,16 @@ class TooManyCodes(GatewayError, status=429, errno=Errno.TOO_MANY_CODES):
     """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session)."""
 
 
+class TooManyToNumber(GatewayError, status=429, errno=Errno.TOO_MANY_TO_NUMBER):
+    """This number was sent as many messages as it may get, by anybody or from this address."""
+
+
 class TooManyMessages(GatewayError, status=429, errno=Errno.TOO_MANY_MESSAGES):
-    """The gateway has sent as many messages as it may in an hour (sends_per_hour)."""
+    """Too many messages to this prefix or country, or by the whole gateway (messages, money)."""
+
+
+class TooManyFromAddress(GatewayError, status=429, errno=Errno.TOO_MANY_FROM_ADDRESS):
+    """This client address asks for too many messages that nobody verifies, or for sessions."""
 
 
 class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
@@ -393,6 +403,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return None
 
 
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_network(text)
+    return None
+
+
 def origin_of(url: str) -> str:
     """Scheme, host and port of a URL, as browsers write an origin; "" if it has anything else.
 
@@ -435,6 +451,16 @@ def _about(what: str, low: int | None = None, high: int | None = None, **more: A
     return Meta(description=what, ge=low, le=high, **more)
 
 
+@lru_cache
+def multipliers() -> Mapping[str, int]:
+    """What a message costs by calling code (the longest counts), as a multiple of the cheapest.
+
+    Source: ``locale/prices.toml``, which names where it is from.
+    """
+    rows = tomllib.loads((ROOT / "locale" / "prices.toml").read_text("utf-8"))["multiplier"]
+    return {code: int(times) for times, codes in rows.items() for code in codes.split()}
+
+
 def _fresh(value: Any) -> Any:
     """A default that is copied for each instance, because lists can be changed."""
     return msgspec.field(default_factory=partial(copy.deepcopy, value))
@@ -462,8 +488,18 @@ _ByNetwork = Annotated[
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
 """An origin as a browser names it in the header Origin (but not ``null``); ``*`` is any."""
 _Origins = Annotated[list[_Origin], Meta(title='a list like ["https://app.example"], or ["*"]')]
-_Gap = Annotated[int, Meta(ge=0, le=DAY_S)]
-_Gaps = Annotated[list[_Gap], Meta(min_length=1, title=f"a list of numbers from 0 to {DAY_S}")]
+_Gap = Annotated[int, Meta(ge=0, le=HOUR_S)]
+_Gaps = Annotated[list[_Gap], Meta(min_length=1, title=f"a list of numbers from 0 to {HOUR_S}")]
+_RATE: Final = r"\A[1-9][0-9]{0,6}/(second|minute|hour|day)\Z"
+_Rate = Annotated[str, Meta(pattern=_RATE, title="N/second, N/minute, N/hour or N/day, N from 1")]
+_Region = Annotated[str, Meta(pattern=r"\A(\*|[A-Z]{2})\Z")]
+_Rates = Annotated[dict[_Region, _Rate], Meta(title='{"*": "50/day", "<ISO 3166 region>": …}')]
+_Code = Annotated[str, Meta(pattern=r"\A(\*|[A-Z]{2}|[1-9][0-9]{0,6})\Z")]
+_Price = Annotated[float, Meta(ge=0)]
+_Prices = Annotated[dict[_Code, _Price], Meta(title='{"*": 0.05, "<region or calling code>": …}')]
+_Limits = Annotated[str, Meta(pattern=r"\A(enforce|record|off)\Z", title="enforce, record, off")]
+_Money = Annotated[float, Meta(gt=0, title="an amount above 0, at least the dearest sms_price")]
+_Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
 _Bytes = Annotated[int, Meta(ge=10_000_000, le=2**50)]
 _StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS), _URI]
@@ -639,6 +675,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
     keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
     master_secret: Annotated[_Hex64, _about("openssl rand -hex 32; empty = in keys_dir")] = ""
+    trusted_proxies: Annotated[_Proxies, _about("whose X-Forwarded-For is believed")] = None
     allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
     request_max_bytes: Annotated[int, _about("largest request body", 1024, 1048576)] = 10240
     short_code_digits: Annotated[int, _about("digits of a code that people type", 6, 10)] = 6
@@ -652,7 +689,16 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     hawk_require_hash: Annotated[bool, _about("refuse a signed body without its hash")] = False
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
+    limits: Annotated[_Limits, _about("record: count, but refuse nothing")] = "enforce"
+    sends_per_number: Annotated[_Rate, _about("messages to one number")] = "5/day"
+    sends_per_number_from_address: Annotated[_Rate, _about("of one client address")] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number but for 4 digits")] = "10/day"
+    unverified_per_destination: Annotated[_Rates, _about("by country")] = _fresh({"*": "50/day"})
+    unverified_per_address: Annotated[_Rate, _about("of one client address")] = "10/day"
+    registers_per_address: Annotated[_Rate, _about("sessions of one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
+    spend_per_day: Annotated[_Money, _about("money, in the currency of sms_price")] = 20.0
+    sms_price: Annotated[_Prices, _about("of a message; * at multiplier 1")] = _fresh({"*": 0.05})
     sms_providers: Annotated[_Entries, _about("by falling priority")] = _fresh([{"kind": "outbox"}])
     sms_inbound: Annotated[_Webhooks, _about("webhooks; null = nexmo, beepsend at a desk")] = None
     sms_send_tries: Annotated[int, _about("providers tried for one message, in 12 s", 1, 10)] = 3
@@ -694,8 +740,20 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
         words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
         yield "sms_providers", self.on_loopback or real, words
+        networks = [_network(text) for text in self.trusted_proxies or ()]
+        words = "addresses and networks, but not of all addresses: 10.0.0.7, 2001:db8::/48"
+        yield "trusted_proxies", all(n and n.prefixlen for n in networks), words
         secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
+        for name in ("unverified_per_destination", "sms_price"):
+            yield name, "*" in getattr(self, name), "an entry for * too"
+        dearest = max(*self.sms_price.values(), self.sms_price["*"] * max(multipliers().values()))
+        yield "spend_per_day", self.spend_per_day >= dearest, f"at least one message: {dearest}"
+        # Where messages cost money, a proxy that nobody named would hide whom to limit.
+        near = is_loopback(urlsplit(self.base_url).hostname or "")
+        free = all(entry["kind"] == "outbox" for entry in self.sms_providers)
+        words = "with a paid provider and a public_url off loopback a list; [] if there is no proxy"
+        yield "trusted_proxies", near or free or self.trusted_proxies is not None, words
 
     def __repr__(self) -> str:
         values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
@@ -714,6 +772,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     def issuer(self) -> str:
         """Who signs our certificates: the host, with the port if the URL has one."""
         return urlsplit(self.base_url).netloc
+
+    @cached_property
+    def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """The networks of ``trusted_proxies``; an address is a network of one."""
+        return tuple(filter(None, map(_network, self.trusted_proxies or ())))
 
     @property
     def on_loopback(self) -> bool:
@@ -959,7 +1022,7 @@ def derive_credentials(token: SessionToken) -> Credentials:
 
 
 class Secrets(NamedTuple):
-    """Six secrets of 32 bytes, each derived from the master secret by its label."""
+    """Seven secrets of 32 bytes, each derived from the master secret by its label."""
 
     storage_id: bytes
     code: bytes
@@ -967,10 +1030,11 @@ class Secrets(NamedTuple):
     principal: bytes
     mask: bytes
     number: bytes
+    limits: bytes
 
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
-        """All six from the 32-byte master secret."""
+        """All seven from the 32-byte master secret."""
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
@@ -1678,8 +1742,11 @@ def _pem(key: PrivateKey) -> bytes:
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
-# "hour"                         messages of the last hour:  an hour
-#                                a random name and a time
+# "{limits}" letter 12 bytes     a counter of section 11:    until it is at rest
+#                                a time
+# "{limits}s" 12 bytes           what a session has taken    a day
+#                                from counters
+# "{limits}" outcome             counts for reports          a day
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret; the start checks it
@@ -1796,18 +1863,134 @@ in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: the
 Writes record and nonce, both or neither. Its first line lets it run on a server that is full, so
 that a session can still verify, sign and unregister. Only nonces grow then, for two minutes."""
 
-COUNT_SCRIPT: Final = """#!lua
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[3])
-local last = redis.call('ZREVRANGE', KEYS[1], ARGV[2] - 1, ARGV[2] - 1, 'WITHSCORES')[2]
-if last then return math.max(1, math.min(math.ceil(last + ARGV[3] - ARGV[1]), ARGV[3])) end
-redis.call('ZADD', KEYS[1], ARGV[1], ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-return 0
-"""
-"""KEYS: a sorted set of messages by time. ARGV: now, limit, window in seconds, name of this one.
+_COUNTERS: Final = """local now = tonumber(ARGV[1])
+if now == 0 then
+  local time = redis.call('TIME')
+  now = time[1] * 1000000 + time[2]
+end
+local function keep(key, level)
+  if level <= 0 then return redis.call('DEL', key) end
+  redis.call('SET', key, string.format('%.0f', now + level), 'PX', math.ceil(level / 1000))
+end
+local function level_of(key)
+  return math.max((tonumber(redis.call('GET', key) or 0)) - now, 0)
+end
+local function tally(outcome, row, n)
+  local counts, prefixes = '{limits}' .. outcome, '{limits}' .. outcome .. ' by prefix'
+  redis.call('HINCRBY', counts, ARGV[2] .. row, n)
+  redis.call('EXPIRE', counts, 86400, 'NX')
+  if ARGV[3] == '' then return end
+  if redis.call('ZCARD', prefixes) >= 1000 and not redis.call('ZSCORE', prefixes, ARGV[3]) then
+    redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ARGV[3])
+  end
+  redis.call('ZINCRBY', prefixes, n, ARGV[3])
+  redis.call('EXPIRE', prefixes, 86400, 'NX')
+end"""
+"""How the scripts of the limits begin. ARGV: now in µs (0: the server's own clock, which is one for
+all gateways), the destination's region, the number's prefix.
 
-Counts a message and returns 0, or returns the seconds until the next one may leave. Its first line
-makes a server that is full refuse the script before its first command, not in its middle."""
+A counter is one number, the time at which it will be at rest (GCRA), in µs since the epoch; its
+``level`` is the time until then, and its key dies at that time. Each message raises the level by
+what one message costs; a level above the row's period is refused.
+
+``tally`` counts for reports, for a day from the first of each kind: in a hash by region, and in a
+sorted set by prefix. That one holds 1,000 prefixes; if another comes, it takes the place and the
+count of the least, so that a count may be too high but a large one is never missing."""
+
+TAKE_SCRIPT: Final = """#!lua
+-- counters
+local levels, binds, wait, outstanding, answer = {}, 0, 1000, 0, {0, 0}
+local function warn(i, part)
+  local kind, percent = ARGV[4 * i + 2], part >= 1 and 100 or part >= 0.8 and 80 or 50
+  if part < 0.5 or (kind ~= 'fair' and kind ~= 'shared') then return end
+  if redis.call('SET', KEYS[i] .. percent, '', 'NX', 'EX', 3600) then
+    table.insert(answer, i - 1)
+    table.insert(answer, percent)
+  end
+end
+for i = 2, #KEYS do
+  local period, cost, kind = tonumber(ARGV[4 * i]), tonumber(ARGV[4 * i + 1]), ARGV[4 * i + 2]
+  local level = math.min(level_of(KEYS[i]), period)
+  if kind == 'address' then outstanding = level end
+  levels[i] = level + cost
+  local over = levels[i] - period
+  if kind == 'fair' then over = math.max(over, math.min(levels[i] - period / 2, outstanding)) end
+  if over > wait then binds, wait = i, over end
+end
+if binds > 0 then
+  tally(ARGV[4], ' ' .. ARGV[4 * binds + 3], 1)
+  warn(binds, levels[binds] / ARGV[4 * binds])
+  answer[1], answer[2] = binds - 1, math.ceil(wait / 1000000)
+  return answer
+end
+for i = 2, #KEYS do
+  keep(KEYS[i], levels[i])
+  warn(i, (levels[i] + 1000) / ARGV[4 * i])
+end
+if ARGV[5] ~= '' then
+  redis.call('HSET', KEYS[1], ARGV[5], '-')
+  redis.call('EXPIRE', KEYS[1], 86400)
+end
+if ARGV[6] ~= '' then
+  redis.call('HSET', KEYS[1], ARGV[6], ARGV[7])
+  tally('sent', '', 1)
+end
+return answer
+""".replace("-- counters", _COUNTERS)
+"""Takes one message from every counter, or from none if one of them refuses.
+
+KEYS: the list of what the session's round has taken; then the counters, an address' own first.
+ARGV, after those of all: what a refusal is tallied as; the names of an attempt and of a message
+(may be empty), and the keys of those counters of the message that a verification pays back. Then,
+for each counter: period and cost in µs, kind, setting. A counter of kind ``fair`` takes what would
+exceed half of it only if the address has nothing outstanding.
+
+Returns the counter that binds longest (from 1; 0: none) and the seconds until it takes the
+message; then pairs: a counter that strangers share, and of which percentage the log must warn. Its
+first line makes a server that is full refuse the script before its first command, not in its
+middle."""
+
+GIVE_BACK_SCRIPT: Final = """#!lua flags=allow-oom
+-- counters
+local entry = redis.call('HGET', KEYS[1], ARGV[4])
+redis.call('HDEL', KEYS[1], ARGV[4])
+if not entry or entry == '' then return end
+for i = 2, #KEYS do keep(KEYS[i], level_of(KEYS[i]) - ARGV[i + 3]) end
+if entry ~= '-' then tally('sent', '', -1) end
+""".replace("-- counters", _COUNTERS)
+"""Gives back what an attempt or a message has taken, once; nothing, if it was not taken, or if a
+verification has paid it back meanwhile.
+
+KEYS: the session's list; the counters. ARGV, after those of all: its name; what each counter gets
+back, in µs."""
+
+PAY_BACK_SCRIPT: Final = """#!lua flags=allow-oom
+-- counters
+local cost, entries = {}, redis.call('HGETALL', KEYS[1])
+for i = 4, #ARGV, 2 do cost[ARGV[i]] = tonumber(ARGV[i + 1]) end
+for i = 2, #entries, 2 do
+  local counters, back = entries[i], tonumber(redis.call('GET', KEYS[2]) or 0)
+  for at = 1, #counters - 12, 13 do
+    local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 12)
+    local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
+    keep(key, level_of(key) - cost[row] * part)
+  end
+  if #counters > 1 then
+    redis.call('HSET', KEYS[1], entries[i - 1], '')
+    redis.call('INCR', KEYS[2])
+    redis.call('EXPIRE', KEYS[2], 86400, 'NX')
+    tally('verified', '', 1)
+  end
+end
+redis.call('EXPIRE', KEYS[1], 60)
+""".replace("-- counters", _COUNTERS)
+"""Pays back all messages of a round, after a right code: to the unverified budgets 1.3 for the
+first message of a number and day, 1 for the others; to ``sends_per_number`` at most five a day.
+
+KEYS: the round's list; how many messages of this number were paid back in its day. ARGV, after
+those of all: pairs of a row's letter and what one message costs there, in µs.
+
+The list lives on for a minute, longer than a message that is being sent meanwhile."""
 
 
 Node = tuple[str, int]
@@ -2089,20 +2272,9 @@ class Storage:
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
         return Commit(answers[0])
 
-    def count_send(self, now_s: float, limit: int, name: bytes) -> int:
-        """Count a message and return 0, or return the seconds until the next one may leave.
-
-        Args:
-            limit: How many may leave in an hour.
-            name: Identifies the count for ``uncount_send``, even if a time-out left it unknown
-                whether it was made.
-        """
-        args = (b"hour", f"{now_s:.3f}", limit, HOUR_S, name)
-        return int(self._run("EVAL", COUNT_SCRIPT, 1, *args, key=b"hour"))
-
-    def uncount_send(self, name: bytes) -> None:
-        """Take back the count of a message that surely did not leave."""
-        self._run("ZREM", "hour", name, key=b"hour")
+    def limit(self, script: str, keys: list[bytes], *args: object) -> Any:
+        """Run one of the scripts of the limits; see there. All their keys lie in one slot."""
+        return self._run("EVAL", script, len(keys), *keys, *args, key=keys[0])
 
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
@@ -2419,21 +2591,39 @@ def _receipt_key(kind: str, message_id: str) -> StorageId:
 # =============================================================================
 
 
+def address_block(address: str, ipv6_bits: int) -> str:
+    """What one client address counts as: an IPv4 address as it is, of IPv6 its network.
+
+    Whoever has one address of IPv6 has a whole network of them: usually a /64, often a /56.
+
+    Args:
+        address: As ``GatewayApp.client_address`` returns it; "" stays "".
+        ipv6_bits: The length of the network's prefix.
+
+    >>> address_block("2001:db8:0:1ff::7", 56)
+    '2001:db8:0:100::/56'
+    """
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address, ipv6_bits), strict=False))
+
+
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    The count starts again ``session_ttl_s`` after the last message; only a verified session
-    lives that long.
+    The count starts again ``HOUR_S`` after the last message.
 
     Raises:
         TooManyCodes: It has asked for ``sends_per_session``, or for the last one too recently.
     """
     passed_s = now_s - user.asked_s
-    if not user.sends or passed_s >= settings.session_ttl_s:
+    if not user.sends or passed_s >= HOUR_S:
         return 0
+    if settings.limits != "enforce":
+        return min(user.sends, 254)  # the record has one byte for it
     if user.sends >= settings.sends_per_session:
         # If our clock was ahead, the last message is in the future: do not wait longer for that.
-        wait_s = min(settings.session_ttl_s - passed_s, settings.session_ttl_s)
+        wait_s = min(HOUR_S - passed_s, HOUR_S)
         raise TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
     gaps_s = settings.resend_gaps_s
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
@@ -2446,50 +2636,283 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     return user.sends
 
 
+class Limit(NamedTuple):
+    """A row of the table of limits, counted in the store for all workers and machines.
+
+    Attributes:
+        setting: Its budget, N at once, refilled evenly at N a period.
+        row: The letter that begins the keys of its counters.
+        keyed_by: What has a counter of its own.
+        refusal: The error of a message that it refuses, and
+        says: what that says.
+        kind: ``address`` = its counter says whether an address has anything outstanding; ``fair``,
+            ``shared`` = the counter is shared by strangers, and the log warns; from half of a
+            fair one on, only addresses that have nothing outstanding may draw on it.
+    """
+
+    setting: str
+    row: str
+    keyed_by: str
+    refusal: type[GatewayError]
+    says: str
+    kind: str = ""
+
+
+_TO_NUMBER, _FROM_ADDRESS = "this number gets no more messages now", "this client address must wait"
+LIMITS: Final = tuple(
+    Limit(*row)
+    for row in (
+        ("unverified_per_address", "a", "address", TooManyFromAddress, _FROM_ADDRESS, "address"),
+        ("sends_per_number", "n", "number", TooManyToNumber, _TO_NUMBER),
+        ("unverified_per_prefix", "p", "prefix", TooManyMessages, "numbers like this must wait"),
+        ("unverified_per_prefix", "q", "prefix and address", TooManyMessages, _FROM_ADDRESS),
+        ("unverified_per_destination", "d", "region", TooManyMessages, "this country must wait",
+         "fair"),
+        ("sends_per_number_from_address", "f", "number and address", TooManyToNumber, _TO_NUMBER),
+        ("sends_per_hour", "h", "", TooManyMessages, "the gateway may send no more now", "fair"),
+        ("spend_per_day", "m", "", TooManyMessages, "the gateway may spend no more now", "shared"),
+        ("registers_per_address", "r", "address", TooManyFromAddress, _FROM_ADDRESS),
+    )
+)  # fmt: skip
+"""Every limit but those of a session, in the order in which TAKE_SCRIPT looks at them.
+
+A row ``q`` is half of ``p``, so that one address never closes a prefix to others."""
+_PAID_BACK: Final = "anpqd"
+"""The rows that a verification pays back; the list of a session's round names their counters."""
+_OF_ATTEMPT: Final = "hm"
+"""The rows that each attempt takes from when providers fail over."""
+_OF_MESSAGE, _OF_NUMBER = "anpqdf", "npd"
+"""The rows that a message takes from once; those of them that an address has no part in."""
+_PERIODS_S: Final = {"second": 1, "minute": 60, "hour": HOUR_S, "day": DAY_S}
+
+
+def budget(settings: Settings, limit: Limit, region: str = "") -> tuple[float, int]:
+    """What a row allows, and in how many seconds: ``(5.0, 86400)``; money for ``spend_per_day``."""
+    value: Any = getattr(settings, limit.setting)
+    if isinstance(value, dict):
+        value = value.get(region) or value["*"]
+    if not isinstance(value, str):  # sends_per_hour, spend_per_day
+        value = f"{value}/{limit.setting.rpartition('_')[2]}"
+    count, _, period = value.partition("/")
+    return float(count) / (2 if limit.row == "q" else 1), _PERIODS_S[period]
+
+
+def price_of(settings: Settings, msisdn: str, region: str) -> float:
+    """What a message to a number costs: its own entry in ``sms_price``, or ``*`` × multiplier.
+
+    Every text is one segment (``measure``; the tests hold all languages to it).
+
+    Args:
+        msisdn: The number, or its calling code, with ``+``.
+    """
+    prices, table = settings.sms_price, multipliers()
+    codes = [msisdn[1:n] for n in range(8, 1, -1)]
+    if own := next((name for name in (region, *codes) if name in prices), ""):
+        return prices[own]
+    times = next((table[code] for code in codes if code in table), max(table.values()))
+    return prices["*"] * times
+
+
+class Counter(NamedTuple):
+    """A counter in the store: its row, its key; the row's period and a message's cost, in µs.
+
+    Its value takes 72 bytes with the key (Valkey 9), while it is not at rest.
+    """
+
+    limit: Limit
+    key: bytes
+    period_us: int
+    cost_us: int
+
+
+class Limits:
+    """The limits that are counted in the store; keys are HMACs, so that they reveal nothing.
+
+    Attributes:
+        mode: The setting ``limits``. ``record``: what would have been refused takes nothing, and
+            is reported; ``off``: the store is not asked.
+
+    Args:
+        secret: Of the keys.
+        clock: An injected one is passed to the store, whose own clock is used else.
+    """
+
+    def __init__(self, storage: Storage, settings: Settings, secret: bytes, clock: Clock) -> None:
+        self.mode, self.settings = settings.limits, settings
+        self._storage, self._secret, self._clock = storage, secret, clock
+
+    def key(self, row: str, what: str) -> bytes:
+        """The key of a counter: a tag that keeps all in one slot, the row, 12 bytes."""
+        digest = hmac.digest(self._secret, f"{row} {what}".encode(), "sha256")
+        return b"{limits}%b%b" % (row.encode(), digest[:12])
+
+    def counters(self, who: Mapping[str, str], region: str = "", price: float = 1) -> list[Counter]:
+        """The counters of some rows.
+
+        Args:
+            who: What keys each row; rows that are not there are left out.
+            price: What ``spend_per_day`` is charged with; the others count 1.
+        """
+        found = []
+        for limit in LIMITS:
+            if limit.row in who:
+                count, period_s = budget(self.settings, limit, region)
+                cost = (price if limit.row == "m" else 1) * period_s * 1e6 / count
+                key = self.key(limit.row, who[limit.row])
+                found.append(Counter(limit, key, period_s * 10**6, round(cost)))
+        return found
+
+    def run(self, script: str, keys: list[bytes], place: tuple[str, str], *args: object) -> Any:
+        """Run a script; ``place`` is the region and the prefix of the number, for reports."""
+        now_us = 0 if self._clock is time.time else round(self._clock() * 1e6)
+        return self._storage.limit(script, keys, now_us, *place, *args)
+
+    def take(
+        self, counters: list[Counter], place: tuple[str, str] = ("", ""),
+        taken: tuple[bytes, bytes, bytes, bytes] = (b"{limits}s", b"", b"", b""),
+    ) -> None:  # fmt: skip
+        """Take a message from all counters, or from none.
+
+        Args:
+            taken: The list that remembers it, and what TAKE_SCRIPT writes there.
+
+        Raises:
+            GatewayError: The refusal of the row that binds longest; ``retry_after_s`` is when it
+                passes.
+        """
+        if self.mode == "off":
+            return
+        outcome = "refused" if self.mode == "enforce" else "would be refused"
+        rows = [(c.period_us, c.cost_us, c.limit.kind, c.limit.setting) for c in counters]
+        args = (outcome, *taken[1:], *(value for row in rows for value in row))
+        keys = [taken[0], *(counter.key for counter in counters)]
+        binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, *args)
+        for n, percent in zip(full[::2], full[1::2], strict=True):
+            where = place[0] if counters[n - 1].limit.row == "d" else ""
+            name = f"{counters[n - 1].limit.setting} {where}".rstrip()
+            LOG.warning("limits: %s %% of %s are used", percent, name)
+        if binds and self.mode == "enforce":
+            limit = counters[binds - 1].limit
+            raise limit.refusal(f"{limit.setting}: {limit.says}", wait_s)
+        if binds:
+            LOG.info("limits: %s would refuse a request", counters[binds - 1].limit.setting)
+
+    def message(self, msisdn: Msisdn, address: str) -> tuple[tuple[str, str], list[Counter]]:
+        """The region and the prefix of a number, and the counters of a message to it."""
+        region, prefix = country_of(msisdn), msisdn[:-4]
+        who = {"n": str(msisdn), "p": prefix, "d": region, "h": "", "m": ""}
+        if address:
+            home, client = address_block(address, 56), address_block(address, 64)
+            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {client}"}
+        price = price_of(self.settings, msisdn, region)
+        return (region, prefix), self.counters(who, region, price)
+
+    def take_register(self, address: str) -> None:
+        """Count a session that a client address opens; raises TooManyFromAddress."""
+        if address:
+            self.take(self.counters({"r": address_block(address, 64)}))
+
+    def pay_back(self, session: str, msisdn: Msisdn) -> None:
+        """Pay back the messages of a round, after a right code. The store may be away."""
+        if self.mode == "off":
+            return
+        place = region, _ = country_of(msisdn), msisdn[:-4]
+        costs = self.counters(dict.fromkeys(_PAID_BACK, ""), region)
+        pairs = (part for cost in costs for part in (cost.limit.row, cost.cost_us))
+        keys = [self.key("s", session), self.key("b", msisdn)]
+        owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, *pairs))
+
+
 class Payments:
     """The messages of one request that may cost money, each counted before it may leave.
 
-    A count that is unused at the end of the ``with`` block is given back. ``SmsSender`` gives
-    back one whose message surely was not taken. Each count has a random name, and so can be
-    given back even if a time-out left it unknown whether it was made.
+    The message is taken from its limits with its first attempt, in one round trip; if providers
+    fail over, each further attempt takes from the gateway's hour and money. What is unused at the
+    end of the ``with`` block is given back. ``SmsSender`` gives back each attempt that surely
+    failed, and ``undo`` the message, if no attempt was left. Each has a random name in the list of
+    the session's round, and so can be given back even if a time-out left it unknown whether it was
+    taken, and once only.
+
+    Args:
+        session: Names the session's round: what was asked for since its number was last verified.
+        address: The client's; "" = not limited.
     """
 
     def __init__(
-        self, storage: Storage, settings: Settings, clock: Clock, random_bytes: RandomBytes
+        self, limits: Limits, session: str, address: str, random_bytes: RandomBytes
     ) -> None:
-        self._storage, self._limit = storage, settings.sends_per_hour
-        self._clock, self._random_bytes = clock, random_bytes
-        self._unused = b""
+        self._limits, self._address, self._random_bytes = limits, address, random_bytes
+        self._list, self._msisdn = limits.key("s", session), Msisdn("")
+        self._message = self._unused = b""
 
-    def count(self) -> None:
-        """Count one message in advance, unless one is counted already.
+    def bind(self, msisdn: Msisdn) -> None:
+        """Name the number that is counted for, before anything is.
 
         Raises:
-            TooManyMessages: The gateway may send no more for a while.
+            Unavailable: Another number is named meanwhile: another request changed the session.
+        """
+        if self._msisdn not in ("", msisdn):
+            raise Unavailable("another request changed this session; try again")
+        if not self._msisdn:
+            self._msisdn = msisdn
+            self._place, self._counters = self._limits.message(msisdn, self._address)
+
+    def count(self) -> None:
+        """Count one attempt in advance, unless one is counted; with the first, the message.
+
+        Raises:
+            GatewayError: A limit refuses it.
         """
         if self._unused:
             return
+        message, counters, paid_back = b"", self._counters, b""
+        if self._message:
+            counters = [c for c in counters if c.limit.row in _OF_ATTEMPT]
+        else:
+            self._message = message = self._random_bytes(8)
+            paid_back = b"".join(c.key[8:] for c in counters if c.limit.row in _PAID_BACK)
         self._unused = self._random_bytes(8)
-        if wait_s := self._storage.count_send(self._clock(), self._limit, self._unused):
-            self._unused = b""
-            raise TooManyMessages("sends_per_hour: the gateway may send no more now", wait_s)
+        try:
+            taken = (self._list, self._unused, message, paid_back)
+            self._limits.take(counters, self._place, taken)
+        except Unavailable:
+            raise
+        except GatewayError:  # nothing was taken
+            self._unused, self._message = b"", b"" if message else self._message
+            raise
 
     def use(self) -> bytes:
-        """The name of a count for a message that is to leave now; raises like ``count``."""
+        """The name of an attempt that is to leave now; raises like ``count``."""
         self.count()
         used, self._unused = self._unused, b""
         return used
 
-    def give_back(self, name: bytes, later: bool = False) -> None:
-        """Take a count back. If the store stays unavailable, it counts for the rest of an hour."""
-        owe(partial(self._storage.uncount_send, name), later)
+    def give_back(self, name: bytes, rows: str = _OF_ATTEMPT, later: bool = False) -> None:
+        """Give an attempt back. If the store stays unavailable, it counts until it is at rest."""
+        if self._limits.mode != "off":
+            back = [counter for counter in self._counters if counter.limit.row in rows]
+            keys = [self._list, *(counter.key for counter in back)]
+            costs = (counter.cost_us for counter in back)
+            owe(partial(self._limits.run, GIVE_BACK_SCRIPT, keys, self._place, name, *costs), later)
+
+    def undo(self, refused: bool = False, later: bool = False) -> None:
+        """Give the message back: it surely did not leave.
+
+        Args:
+            refused: A provider refused the number for good; the address's counts stay.
+        """
+        if self._unused:
+            self.give_back(self._unused, later=later)
+        if self._message:
+            self.give_back(self._message, _OF_NUMBER if refused else _OF_MESSAGE, later)
+        self._message = self._unused = b""
 
     def __enter__(self) -> Payments:
         return self
 
     def __exit__(self, _: object, error: object, trace: object) -> None:
         if self._unused:
-            self.give_back(self._unused, later=isinstance(error, Unavailable))
+            self.undo(later=isinstance(error, Unavailable))
 
 
 def owe(write: Callable[[], object], later: bool = False) -> None:
@@ -3221,6 +3644,7 @@ class Session:
         nonce_used: Whether its nonce is used up, as it must be before anything is answered.
         outcome_unknown: The store did not answer. What it was asked may have been done, and is
             not asked again.
+        address: The client's; "" = not limited.
     """
 
     hawk_id: HawkId
@@ -3233,6 +3657,7 @@ class Session:
     nonce_ttl_s: int
     nonce_used: bool = False
     outcome_unknown: bool = False
+    address: str = ""
 
 
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
@@ -3300,6 +3725,7 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
     sending = is_being_sent(user, now_s)
     age_s = now_s - user.code_expires_s + settings.code_ttl_s
     young = -settings.hawk_skew_s <= age_s < settings.resend_gaps_s[0] and not user.sending
+    young = young and settings.limits != "off"
     same = (user.asked_long, user.by_phone) == (ask.long, ask.by_phone) and user.again >= ask.again
     if user.sealed and same and (sending or (young and code_waits(user, settings, now_s))):
         return None
@@ -3410,9 +3836,9 @@ class Gateway:
     ====================  ==================================  ==================================
     a session             to ask for messages                 none; it ends after
                                                               ``session_ttl_s``
-    a reservation         one message                         counted in the session, the gateway
-                                                              (``reserve``, ``Payments``), with
-                                                              the nonce, before it may leave
+    a reservation         one message                         counted in the session (``reserve``,
+                                                              with the nonce) and within all limits
+                                                              (``Payments``), before it may leave
     a code that waits     ``code_tries`` guesses              a provider took its message, or may
                                                               have taken it (``arm``)
     a try                 one guess                           counted by the compare-and-set that
@@ -3445,13 +3871,17 @@ class Gateway:
         self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
         self.clock, self.random_bytes = clock, random_bytes
         self.secrets = Secrets.derive(master)
+        self.limits = Limits(storage, settings, self.secrets.limits, clock)
         self.catalogues = load_catalogues()
         self._heartbeat, self._writable, self._checked_s = threading.Lock(), False, -HEARTBEAT_S
 
     # -- Who is asking, and how an answer is committed ------------------------
 
-    def authenticate(self, authorization: str, request: HawkRequest) -> Session:
+    def authenticate(self, authorization: str, request: HawkRequest, address: str = "") -> Session:
         """Find the session that signed a request. Its nonce is not used up yet.
+
+        Args:
+            address: The client's, for the limits of addresses; "" = not limited.
 
         Raises:
             UnknownSession: No Hawk header, or no session of that id.
@@ -3472,7 +3902,8 @@ class Gateway:
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
-        return Session(hawk_id, key, user, storage_id, record, header, request, ttl_s)
+        who = (hawk_id, key, user, storage_id, record)
+        return Session(*who, header, request, ttl_s, address=address)
 
     def _user(self, hawk_id: HawkId, record: bytes) -> User:
         """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
@@ -3560,12 +3991,17 @@ class Gateway:
 
     # -- The steps ------------------------------------------------------------
 
-    def register(self, params: Json) -> Json:
-        """Open a session: its token, and the ways to verify if a network is named."""
+    def register(self, params: Json, address: str = "") -> Json:
+        """Open a session: its token, and the ways to verify if a network is named.
+
+        Args:
+            address: The client's; "" = not limited.
+        """
         # VALIDATE
         details = self.discover(params) if "mcc" in params else {}
         if "msisdn" in params and not details:
             parse_msisdn(params["msisdn"])
+        self.limits.take_register(address)
         # ACT
         token = new_session_token(self.random_bytes)
         hawk_id, hawk_key = derive_credentials(token)
@@ -3681,13 +4117,18 @@ class Gateway:
 
         # ACT, RECORD. Before the commit nothing, not even the time it takes, may depend on whether
         # the code is right: only the commit counts the try, and knows whether the nonce is fresh.
+        rounds: list[str] = []
+
         def decide(user: User) -> tuple[User, GatewayError | None]:
             self._expect_code(user)
+            rounds.append(_round(session, user))
             long, now_s = len(code) == lengths[1], int(self.clock())
             return return_code(user, digest, long, settings, now_s)
 
         self.step(session, decide)
         number = self._number(session, session.user)
+        if self.sms.paid:
+            self.limits.pay_back(rounds[-1], number)
         # ANSWER
         if client_key is None:
             return {"msisdn": number}
@@ -3800,8 +4241,8 @@ class Gateway:
         Args:
             asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
         """
-        facts = (self.storage, self.settings, self.clock, self.random_bytes)
-        with self.sms.slot(), Payments(*facts) as payments:
+        who = (_round(session, session.user), session.address, self.random_bytes)
+        with self.sms.slot(), Payments(self.limits, *who) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
             if reserved is None:  # a double click is answered like the first one
@@ -3816,7 +4257,9 @@ class Gateway:
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
-                self._give_back(session, reservation, isinstance(error, SmsRefused))
+                refused = isinstance(error, SmsRefused)
+                payments.undo(refused, later=isinstance(error, Unavailable))
+                self._give_back(session, reservation, refused)
                 if isinstance(error, GatewayError):
                     raise
                 raise _not_sent(error) from None
@@ -3832,6 +4275,8 @@ class Gateway:
 
         def decide(user: User) -> tuple[User, Reservation]:
             ask = asks(user)
+            if self.sms.paid:
+                payments.bind(ask.msisdn)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
@@ -3925,6 +4370,11 @@ class Gateway:
         email = principal_for(self.secrets.principal, number, issuer)
         who = (self.key, issuer, email, client_key, number)
         return {"cert": issue_certificate(*who, user.verified_s, now_ms, duration_s)}
+
+
+def _round(session: Session, user: User) -> str:
+    """The name of what a session asks for between two right codes, for the limits."""
+    return f"{session.storage_id.hex()} {user.verified_s}"
 
 
 def _not_sent(error: SmsFailed) -> GatewayError:
@@ -4107,6 +4557,47 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
+def _hop(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address of one entry of X-Forwarded-For, which may have brackets and a port."""
+    address = _address(re.sub(r"^\[(.*)\](:\d+)?$|^([^:]+):\d+$", r"\1\3", text.strip()))
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or ipaddress.IPv6Address(int(address))  # without a zone
+    return address
+
+
+def client_address(peer: str, forwarded: str, settings: Settings) -> str:
+    """The address that limits count: of the nearest host that is none of ``trusted_proxies``.
+
+    Each proxy adds the address that it was asked from at the end of X-Forwarded-For, and a client
+    may have written what is before that. So we go from the end to the front, and only as far as
+    a trusted proxy wrote it. If one wrote no address, the client counts as that proxy.
+
+    Args:
+        peer: Who is connected to us; "" on a unix socket, which counts as 127.0.0.1.
+        forwarded: The values of all headers X-Forwarded-For, with commas between them.
+
+    Returns:
+        "" for what is not limited: loopback, private or link-local is a proxy that nobody named.
+
+    >>> client_address("10.0.0.7", "1.2.3.4, 192.0.2.9", Settings(trusted_proxies=["10.0.0.7"]))
+    '192.0.2.9'
+    """
+    address = _hop(peer) or ipaddress.IPv4Address("127.0.0.1")
+    for entry in reversed(forwarded.split(",")):
+        before = _hop(entry)
+        if not before or not any(address in network for network in settings.proxies):
+            break
+        address = before
+    return "" if any(address in network for network in _UNLIMITED) else str(address)
+
+
+_UNLIMITED: Final = tuple(map(ipaddress.ip_network, (
+    "127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7",
+    "169.254.0.0/16", "fe80::/10",
+)))  # fmt: skip
+"""Loopback; RFC 1918; RFC 4193; link-local."""
+
+
 def _query_fields(text: str) -> Json:
     """The fields of a query or form.
 
@@ -4160,6 +4651,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """The parameters in the request's JSON body."""
         return json_params(self.body(), bottle.request.content_type)
 
+    def client_address(self) -> str:
+        """The address of the client, behind ``trusted_proxies``; "" if it is not limited."""
+        peer = bottle.request.environ.get("REMOTE_ADDR", "")
+        return client_address(peer, self.header("X_FORWARDED_FOR"), self.settings)
+
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
         environ = bottle.request.environ
@@ -4198,7 +4694,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         try:
             if hawk:
                 request = self.header("AUTHORIZATION"), self.hawk_request()
-                session = self.gateway.authenticate(*request)
+                session = self.gateway.authenticate(*request, self.client_address())
                 content_type = bottle.request.content_type
                 value = self.gateway.perform(session, content_type, self.body, handler)
             else:
@@ -4284,7 +4780,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def register(self) -> Json:
         """POST /register : open a session."""
-        answer = self._with_urls(self.gateway.register(self.params()))
+        answer = self._with_urls(self.gateway.register(self.params(), self.client_address()))
         return answer | {"verificationUrl": self.url("/sms/verify")}
 
     def _with_urls(self, answer: Json) -> Json:

@@ -26,7 +26,7 @@ from http import HTTPStatus
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import redis
@@ -67,6 +67,7 @@ class Client:
         nonce: Gives a fresh nonce for each request.
         observe: Called with each request and its reply, after the reply was checked.
         operator_token: Of that gateway: with it a ``Handset`` reads the outbox.
+        seen_from: The client's own address, as a proxy in front of the gateway would name it.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Client:
         nonce: Callable[[], str] = lambda: secrets.token_urlsafe(6),
         observe: Callable[[str, str, Any, Reply], None] = lambda *_: None,
         operator_token: str = "",
+        seen_from: str = "",
     ) -> None:
         self.address, self.public_url = address, public_url or address
+        self.seen_from = seen_from
         self.clock, self.nonce, self.observe = clock, nonce, observe
         self.operator_token = operator_token
         self.credentials: gateway.Credentials | None = None
@@ -94,6 +97,8 @@ class Client:
         kind = "application/json" if data else ""
         if data:
             headers["Content-Type"] = kind
+        if self.seen_from:
+            headers["X-Forwarded-For"] = self.seen_from
         target = gateway.hawk_target(method, self.public_url + path)
         default = 443 if self.public_url.startswith("https:") else 80
         host = f"[{target.host}]" if ":" in target.host else target.host
@@ -218,6 +223,41 @@ def serving(app: Callable[..., Any]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class PaidProvider:
+    """A provider whose messages cost money, in Vonage's shape: a server of this process.
+
+    Attributes:
+        messages: What it took: the number and the text of each, oldest first.
+        status: What it answers next; "0" is taken.
+        settings: Of a gateway that sends by it, behind a proxy that it trusts: this process.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, str]] = []
+        self.status, self._open = "0", contextlib.ExitStack()
+        entry = {"kind": "nexmo", "api_key": "key", "api_secret": "secret"}
+        entry["endpoint"] = self._open.enter_context(serving(self._answer))
+        self.settings: gateway.Json = {
+            "sms_providers": [entry], "trusted_proxies": ["127.0.0.1"], "mt_sender": "Gateway",
+        }  # fmt: skip
+
+    def _answer(self, environ: Any, start_response: Any) -> list[bytes]:
+        form = parse_qs(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])).decode())
+        if self.status == "0":
+            self.messages.append(("+" + form["to"][0], form["text"][0]))
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps({"messages": [{"status": self.status, "message-id": "1"}]}).encode()]
+
+    def code(self, msisdn: str) -> str:
+        """The code in the newest message to a number: the last word of its first line."""
+        texts = [text for number, text in self.messages if number == msisdn]
+        return texts[-1].splitlines()[0].split()[-1]
+
+    def close(self) -> None:
+        """Stop its server."""
+        self._open.close()
 
 
 class Lab:

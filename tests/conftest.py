@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 
 import lab  # noqa: E402
 import servers  # noqa: E402
-from support import AT_ONCE, GatewayProcess, WsgiClient  # noqa: E402
+from support import AT_ONCE, WIDE, GatewayProcess, WsgiClient  # noqa: E402
 
 import gateway  # noqa: E402 - it lies one folder up
 
@@ -57,7 +57,7 @@ def make_app(
     def make(**options: Any) -> gateway.GatewayApp:
         injected = {k: options.pop(k) for k in ("clock", "random_bytes") if k in options}
         values: dict[str, Any] = {"keys_dir": keys_dir, "data_dir": str(tmp_path)}
-        values |= {"resend_gaps_s": AT_ONCE, **options}
+        values |= {"resend_gaps_s": AT_ONCE, **WIDE, **options}
         app = gateway.create_app(gateway.Settings(**values), storage.url, **injected)
         if app.gateway.sms.outbox:
             app.gateway.sms.outbox.console = None

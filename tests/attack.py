@@ -1,0 +1,431 @@
+"""Attacks on a real gateway: what each costs the attacker, the operator and honest users.
+
+``make attack`` runs them for a minute each, which stands for a day: every budget of a day is
+written as one of a minute. Two worker processes answer over HTTP; a stand-in takes the messages
+as Vonage would. Client addresses are written by a proxy that the gateway trusts: this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import itertools
+import json
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import phonenumbers
+import provider
+import redis
+from support import GatewayProcess
+
+import gateway
+
+DAY_S: Final = 60
+"""How long a day of an attack lasts here."""
+HOME: Final = "GB"
+"""The country that is attacked, if it is one."""
+ABROAD: Final = ("FR", "DE", "ES", "PL", "US")
+"""Where the other honest users live."""
+SHORT: Final = {
+    name: default.replace("/day", "/minute")
+    for name in (
+        "sends_per_number",
+        "sends_per_number_from_address",
+        "unverified_per_prefix",
+        "unverified_per_address",
+    )
+    if (default := str(getattr(gateway.Settings(), name)))
+}
+SETTINGS: Final[dict[str, Any]] = {
+    **SHORT,
+    "unverified_per_destination": {"*": "50/minute"},
+    "sends_per_hour": 10**6,
+    "spend_per_day": 1e6,
+    "trusted_proxies": ["127.0.0.1"],
+    "workers": 2,
+}
+
+
+def numbers(region: str, seed: int = 0, first: int = 0) -> Iterator[str]:
+    """Mobile numbers of a country, each of another prefix, without end.
+
+    Args:
+        first: The last four digits of the first thousand.
+    """
+    example = phonenumbers.example_number_for_type(region, phonenumbers.PhoneNumberType.MOBILE)
+    assert example
+    text = phonenumbers.format_number(example, phonenumbers.PhoneNumberFormat.E164)
+    kept = len(text) - 7  # the digits before are a mobile network's
+    order = list(range(10**3))
+    random.Random(seed).shuffle(order)
+    for n in itertools.count():
+        yield f"{text[:kept]}{order[n % 1000]:03}{first + n // 1000:04}"
+
+
+def one_prefix(region: str = HOME) -> Iterator[str]:
+    """The 10,000 numbers of one prefix, again and again."""
+    base = next(numbers(region, seed=7))[:-4]
+    return (f"{base}{n % 10_000:04}" for n in itertools.count())
+
+
+class Reply(NamedTuple):
+    """An answer: its status, its errno (0 if there is none), its JSON."""
+
+    status: int
+    errno: int
+    body: Any
+
+
+class World:
+    """A gateway under attack, its provider, and everybody's way to it."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self._here, self._lock, self._read = threading.local(), threading.Lock(), 0
+        self._codes: dict[str, str] = {}
+        self._links: list[http.client.HTTPConnection] = []
+        self.sms = provider.Provider(provider.taken)
+        self.sms.__enter__()
+        chosen = SETTINGS | {"sms_providers": [self.sms.nexmo()], "mt_sender": "Gateway"}
+        if "countries" in gateway.Settings.__struct_fields__:
+            chosen["countries"] = ["*"]
+        chosen |= settings
+        self.settings = gateway.Settings(**chosen)
+        options = [
+            part
+            for name, value in chosen.items()
+            for part in (
+                "--" + name.replace("_", "-"),
+                value if isinstance(value, str) else json.dumps(value),
+            )
+        ]
+        self.gateway = GatewayProcess(folder, *options)
+        self.store = folder / "data" / "store.sock"
+
+    def close(self) -> None:
+        """Stop it all."""
+        for link in self._links:
+            link.close()
+        self.gateway.close()
+        self.sms.__exit__()
+
+    def ask(
+        self, method: str, path: str, address: str, body: Any, credentials: Any = None
+    ) -> Reply:
+        """One request of a client at some address."""
+        if not hasattr(self._here, "link"):
+            link = http.client.HTTPConnection("127.0.0.1", self.gateway.port, timeout=30)
+            self._here.link = link
+            self._links.append(link)
+        data = b"" if body is None else json.dumps(body).encode()
+        headers = {"X-Forwarded-For": address}
+        kind = "application/json" if data else ""
+        if data:
+            headers["Content-Type"] = kind
+        if credentials:
+            target = gateway.hawk_target(method, self.gateway.url + path)
+            nonce = f"{random.getrandbits(64):x}"
+            now_s = int(time.time())
+            signed = gateway.build_authorization(credentials, target, now_s, nonce, kind, data)
+            headers["Authorization"] = signed
+        link = self._here.link
+        try:
+            link.request(method, path, data, headers)
+            answer = link.getresponse()
+        except (http.client.HTTPException, OSError):  # it closed after a body that it did not read
+            link.close()
+            link.request(method, path, data, headers)
+            answer = link.getresponse()
+        text = answer.read()
+        value = json.loads(text) if text else {}
+        return Reply(answer.status, value.get("errno", 0), value)
+
+    def code(self, number: str) -> str:
+        """The newest code that the provider got for a number."""
+        with self._lock, self.sms.lock:
+            for request in self.sms.received[self._read :]:
+                form = request.form
+                self._codes["+" + form["to"]] = re.findall(r"\d{6}", form["text"])[-1]
+            self._read = len(self.sms.received)
+            return self._codes[number]
+
+    def messages(self) -> list[str]:
+        """The numbers that messages went to."""
+        with self.sms.lock:
+            return ["+" + request.form["to"] for request in self.sms.received]
+
+    def spent(self) -> float:
+        """What the messages cost by ``sms_price``."""
+        prices = (
+            gateway.price_of(self.settings, n, gateway.country_of(gateway.Msisdn(n)))
+            for n in self.messages()
+        )
+        return sum(prices)
+
+    def report(self) -> dict[str, Counter[str]]:
+        """What the gateway counted: by outcome, by region and limit, or by prefix."""
+        with redis.Redis(unix_socket_path=str(self.store)) as store:
+            found: dict[str, Counter[str]] = {}
+            for outcome in ("sent", "verified", "refused", "would be refused"):
+                key = f"{{limits}}{outcome}"
+                counts: Any = store.hgetall(key)
+                prefixes: Any = store.zrevrange(f"{key} by prefix", 0, 9, withscores=True)
+                pairs = [*counts.items(), *prefixes]
+                found[outcome] = Counter({name.decode().strip(): int(n) for name, n in pairs})
+            return found
+
+
+class Client:
+    """Somebody at an address, with a session."""
+
+    def __init__(self, world: World, address: str) -> None:
+        self.world, self.address = world, address
+        self.credentials: gateway.Credentials | None = None
+
+    def register(self) -> Reply:
+        """Open a session, if that is allowed."""
+        reply = self.world.ask("POST", "/register", self.address, None)
+        if reply.status == 200:
+            token = gateway.SessionToken(bytes.fromhex(reply.body["msisdnSessionToken"]))
+            self.credentials = gateway.derive_credentials(token)
+        return reply
+
+    def call(self, path: str, **body: Any) -> Reply:
+        """A signed request."""
+        return self.world.ask("POST", path, self.address, body or None, self.credentials)
+
+
+@dataclass
+class Outcome:
+    """What came of an attack.
+
+    Attributes:
+        asked: Requests of the attacker, by errno (0 = served).
+        messages: That left for the attacker; for honest users.
+        honest: How many were verified, did not want to be, or were refused, by place.
+        refusals: The errnos that honest users got.
+    """
+
+    name: str
+    asked: Counter[int] = field(default_factory=Counter)
+    honest: dict[str, Counter[str]] = field(default_factory=dict)
+    refusals: Counter[int] = field(default_factory=Counter)
+    attack_messages: int = 0
+    honest_messages: int = 0
+    spent: float = 0.0
+    seconds: float = 0.0
+    report: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def refused(self, place: str) -> int:
+        """How many honest users of a place were refused."""
+        return self.honest.get(place, Counter())["refused"]
+
+
+def live(world: World, outcome: Outcome, place: str, address: str, number: str, ends: bool) -> None:
+    """An honest user's way: registers, asks, and (four of five) returns the code."""
+    client = Client(world, address)
+    seen = outcome.honest.setdefault(place, Counter())
+    reply = client.register()
+    if reply.status == 200:
+        reply = client.call("/sms/verify", msisdn=number)
+    if reply.status == 200 and ends:
+        reply = client.call("/sms/verify_code", code=world.code(number))
+    if reply.status != 200:
+        outcome.refusals[reply.errno] += 1
+    seen["refused" if reply.status != 200 else "verified" if ends else "left"] += 1
+
+
+def strike(world: World, outcome: Outcome, address: str, number: str) -> None:
+    """An attacker's try to have one message sent."""
+    client = Client(world, address)
+    reply = client.register()
+    outcome.asked[reply.errno] += 1
+    if reply.status == 200:
+        outcome.asked[client.call("/sms/verify", msisdn=number).errno] += 1
+
+
+def noise(world: World, outcome: Outcome, address: str, targets: Iterator[str]) -> Iterator[None]:
+    """One address that asks for anything, a request at a time, without end."""
+    client = Client(world, address)
+    for n in itertools.count():
+        if n % 8 == 0 or client.credentials is None:
+            reply = client.register()
+        elif n % 8 in (1, 2):
+            reply = client.call("/sms/verify", msisdn=next(targets))
+        elif n % 8 == 3:
+            reply = client.call("/sms/resend_code")
+        elif n % 8 == 4:
+            reply = client.call("/sms/verify_code", code="000000")
+        elif n % 8 == 5:
+            reply = client.call("/certificate/sign", publicKey={"algorithm": "RS"})
+        elif n % 8 == 6:
+            reply = world.ask("POST", "/discover", address, {"mcc": "234"})
+        else:
+            reply = world.ask("POST", "/sms/verify", address, {"msisdn": 1})
+        outcome.asked[reply.errno] += 1
+        yield
+
+
+Attack = Callable[[World, Outcome, float, int], None]
+"""Attacks a world until a time, with a size: how many addresses, or requests, are used."""
+
+
+def one_address(world: World, outcome: Outcome, end_s: float, size: int) -> None:
+    """One address sends 4 × ``size`` requests of any kind, and another goes on slowly."""
+    loud = noise(world, outcome, "198.51.100.1", numbers(HOME, 1))
+    for _ in range(4 * size):
+        next(loud)
+    targets = numbers(HOME, 2)
+    pause_s = DAY_S / 12
+    while time.monotonic() < end_s:
+        strike(world, outcome, "198.51.100.2", next(targets))
+        time.sleep(min(pause_s, max(end_s - time.monotonic(), 0)))
+
+
+def many(targets: Callable[[], Iterator[str]]) -> Attack:
+    """An attack from ``size`` addresses, in turn, twenty numbers for each."""
+
+    def attack(world: World, outcome: Outcome, end_s: float, size: int) -> None:
+        chosen = targets()
+        for n in range(20 * size):
+            if time.monotonic() > end_s:
+                break
+            address = f"198.18.{n % size // 250}.{n % size % 250}"
+            strike(world, outcome, address, next(chosen))
+
+    return attack
+
+
+def all_countries() -> Iterator[str]:
+    """Numbers of every country in turn."""
+    regions = sorted(phonenumbers.SUPPORTED_REGIONS)
+    mobile = phonenumbers.PhoneNumberType.MOBILE
+    each = [
+        numbers(region, 3)
+        for region in regions
+        if (example := phonenumbers.example_number_for_type(region, mobile))
+        and len(str(example.national_number)) >= 7
+    ]
+    while True:
+        for one in each:
+            yield next(one)
+
+
+ATTACKS: Final[dict[str, Attack]] = {
+    "one address": one_address,
+    "500 addresses, one prefix": many(one_prefix),
+    "500 addresses, one country": many(lambda: numbers(HOME, 3)),
+    "500 addresses, all countries": many(all_countries),
+}
+
+
+def run(
+    name: str, folder: Path, size: int = 500, honest: int = 200, seconds: float = DAY_S, **more: Any
+) -> Outcome:
+    """Attack a new gateway while honest users come; half of them after refusals began.
+
+    Args:
+        size: Addresses of the attacker.
+        honest: Honest users: half of them in the country that is attacked, four fifths return
+            their code.
+    """
+    world, outcome = World(folder, **more), Outcome(name)
+    started_s = time.monotonic()
+    try:
+        with ThreadPoolExecutor(1) as bad, ThreadPoolExecutor(4) as good:
+            end_s = started_s + seconds
+            attack = bad.submit(ATTACKS[name], world, outcome, end_s, size)
+            people = list(_people(honest))
+            for n, (place, address, number) in enumerate(people):
+                if n == honest // 2:  # the second half waits until somebody was refused
+                    while not attack.done() and not _limited(outcome):
+                        time.sleep(0.05)
+                good.submit(live, world, outcome, place, address, number, n % 5 != 4).result()
+                time.sleep(max(0.0, seconds / honest / 2))
+            attack.result()
+        to_honest = {number for _, _, number in people}
+        messages = world.messages()
+        outcome.honest_messages = sum(number in to_honest for number in messages)
+        outcome.attack_messages = len(messages) - outcome.honest_messages
+        outcome.spent, outcome.report = world.spent(), world.report()
+    finally:
+        world.close()
+    outcome.seconds = time.monotonic() - started_s
+    return outcome
+
+
+def _limited(outcome: Outcome) -> bool:
+    return any(errno in (114, 115, 116, 117) for errno in outcome.asked)
+
+
+def _people(count: int) -> Iterator[tuple[str, str, str]]:
+    home = numbers(HOME, 9, first=9000)
+    abroad = [numbers(region, 9, first=9000) for region in ABROAD]
+    for n in range(count):
+        address = f"203.0.113.{n}" if n < 250 else f"192.0.2.{n - 250}"
+        away = n // 2 % len(ABROAD)
+        yield ("here", address, next(home)) if n % 2 else ("elsewhere", address, next(abroad[away]))
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A folder with a short path, for a gateway's data."""
+    with tempfile.TemporaryDirectory(prefix="attack") as path:
+        yield Path(path)
+
+
+HEAD: Final = (
+    "| attack | limits | requests | refused | messages | honest messages | spent | "
+    "honest refused: there | elsewhere |"
+)
+
+
+def row(outcome: Outcome, limits: str) -> str:
+    """A line of the table."""
+    cells = [
+        outcome.name,
+        limits,
+        sum(outcome.asked.values()),
+        sum(n for errno, n in outcome.asked.items() if errno in (114, 115, 116, 117)),
+        outcome.attack_messages,
+        outcome.honest_messages,
+        f"{outcome.spent:.2f}",
+        outcome.refused("here"),
+        outcome.refused("elsewhere"),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> int:
+    """Run the attacks and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=DAY_S, help="how long each attack lasts")
+    parser.add_argument("--size", type=int, default=500, help="addresses of the attacker")
+    parser.add_argument("--only", default="", help="attacks whose name has this in it")
+    given = parser.parse_args()
+    print(HEAD)
+    print("|---|---|" + "--:|" * 7)
+    for limits in ("enforce", "record", "off"):
+        for name in ATTACKS:
+            if given.only in name:
+                with folder() as path:
+                    outcome = run(name, path, given.size, 200, given.seconds, limits=limits)
+                print(row(outcome, limits), flush=True)
+                if limits == "record":
+                    print("  would be refused:", outcome.report["would be refused"].most_common(5))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
