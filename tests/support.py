@@ -37,6 +37,8 @@ WIDE: Final[dict[str, Any]] = {
     "spend_per_day": 1e9,
 }
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
+OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
+"""Both."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
 
@@ -342,7 +344,7 @@ def give_back(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -
     storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], *args)
 
 
-def taken(storage: gateway.Storage) -> set[bytes]:
+def names_taken(storage: gateway.Storage) -> set[bytes]:
     """The names in that list."""
     return set(storage._run("HKEYS", LIST, key=LIST))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import servers
 from redis.crc import key_slot
 from servers import Server, wait_for
-from support import AT_ONCE, HOUR, ROOT, WIDE, WsgiClient, give_back, take, taken
+from support import HOUR, OPEN, ROOT, WsgiClient, give_back, names_taken, take
 
 import gateway
 
@@ -117,11 +118,7 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
     store = store_of(fault)
     break_it, heal = FAULTS[fault]
     settings = gateway.Settings(
-        keys_dir=keys_dir,
-        data_dir=str(tmp_path),
-        storage_url=store.url,
-        resend_gaps_s=AT_ONCE,
-        **WIDE,
+        keys_dir=keys_dir, data_dir=str(tmp_path), storage_url=store.url, **OPEN
     )
     client = WsgiClient(gateway.create_app(settings))
     assert client.gateway.sms.outbox
@@ -261,7 +258,7 @@ def test_no_write_is_repeated_after_it_timed_out(tmp_path: Path) -> None:
         # Nobody knew whether it was counted: it is given back, and nothing else is.
         give_back(storage, 1.7e9, 9, b"b")
         give_back(storage, 1.7e9, 9, b"b")
-        assert taken(storage) == {b"a", b"c"}
+        assert names_taken(storage) == {b"a", b"c"}
         assert int(server.call("GET", HOUR)) == (1_700_000_000 + 2 * 400) * 10**6
 
 
@@ -274,7 +271,7 @@ def test_a_restart_is_not_noticed_by_who_asks_later(tmp_path: Path) -> None:
         server.start()
         wait_for(lambda: server.call("PING"), "its data")
         assert take(storage, 1.7e9, 9, b"b") == 0
-        assert taken(storage) == {b"a", b"b"}
+        assert names_taken(storage) == {b"a", b"b"}
 
 
 # -- The start -----------------------------------------------------------------

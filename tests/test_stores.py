@@ -14,7 +14,7 @@ import lab
 import pytest
 import servers
 from redis.crc import key_slot
-from support import AT_ONCE, HOUR, NUMBER, WIDE, WsgiClient, give_back, take, taken
+from support import HOUR, NUMBER, OPEN, WsgiClient, give_back, names_taken, take
 
 import gateway
 from gateway import Commit, SplitStorage, Storage, StorageId
@@ -121,7 +121,7 @@ def make(backend: Backend, keys_dir: str, tmp_path: Path) -> Callable[..., WsgiC
             "certificate_store": backend.certificates,
             "clock": lambda: backend.now_s,
         }
-        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE, **WIDE}
+        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), **OPEN}
         given |= options
         injected = {name: given.pop(name) for name in ("clock", "random_bytes") if name in given}
         app = gateway.create_app(gateway.Settings(**given), backend.home.url, **injected)
@@ -255,7 +255,7 @@ def test_messages_are_counted(storage: Storage) -> None:
     assert take(storage, CLOCK + 4, 3, b"4") == 0
     assert take(storage, CLOCK + 5, 3, b"5") == 1195
     assert take(storage, CLOCK + 1200, 3, b"6") == 0
-    assert taken(storage) == {b"0", b"2", b"4", b"6"}
+    assert names_taken(storage) == {b"0", b"2", b"4", b"6"}
     assert 3590 < life_s(storage, HOUR) <= 3600
 
 
