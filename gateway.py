@@ -2574,17 +2574,27 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     The count starts again ``HOUR_S`` after the last message.
 
     Raises:
-        TooManyCodes: It has asked for ``sends_per_session``, or for the last one too recently.
+        TooManyCodes: What ``session_refusal`` says, where limits are enforced.
+    """
+    refusal = session_refusal(user, settings, now_s)
+    if refusal and settings.limits == "enforce":
+        raise refusal
+    # The record has one byte for it. It gets there only where limits are not enforced.
+    return min(user.sends, 254) if now_s - user.asked_s < HOUR_S else 0
+
+
+def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
+    """What the session's own limits say against another message, if anything.
+
+    It has asked for ``sends_per_session``, or for the last one too recently.
     """
     passed_s = now_s - user.asked_s
     if not user.sends or passed_s >= HOUR_S:
-        return 0
-    if settings.limits != "enforce":
-        return min(user.sends, 254)  # the record has one byte for it
+        return None
     if user.sends >= settings.sends_per_session:
         # If our clock was ahead, the last message is in the future: do not wait longer for that.
         wait_s = min(HOUR_S - passed_s, HOUR_S)
-        raise TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
+        return TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
     gaps_s = settings.resend_gaps_s
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
     # There is no gap after a message that did not leave: then no number is bound any more, or
@@ -2592,8 +2602,8 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
     if early and user.sealed and not user.sending:
         wait_s = min(gap_s - passed_s, gap_s)
-        raise TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
-    return user.sends
+        return TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
+    return None
 
 
 class Limit(NamedTuple):
@@ -2852,25 +2862,28 @@ class Payments:
         used, self._unused = self._unused, b""
         return used
 
-    def give_back(self, name: bytes, rows: str = _OF_ATTEMPT, later: bool = False) -> None:
-        """Give an attempt back. If the store stays unavailable, it counts until it is at rest."""
-        if self._limits.mode != "off":
-            back = [counter for counter in self._counters if counter.limit.row in rows]
-            keys = [self._list, *(counter.key for counter in back)]
-            costs = (counter.cost_us for counter in back)
-            owe(partial(self._limits.run, GIVE_BACK_SCRIPT, keys, self._place, name, *costs), later)
+    def give_back(self, name: bytes) -> None:
+        """Give an attempt back. If the store stays away, it counts until the counter is at rest."""
+        owe(partial(self._give_back, (name, _OF_ATTEMPT)))
 
     def undo(self, refused: bool = False, later: bool = False) -> None:
-        """Give the message back: it surely did not leave.
+        """Give the message back, and an attempt that is unused: it surely did not leave.
 
         Args:
             refused: A provider refused the number for good; the address's counts stay.
+            later: The store has just failed, so do not ask it again in this thread.
         """
-        if self._unused:
-            self.give_back(self._unused, later=later)
-        if self._message:
-            self.give_back(self._message, _OF_NUMBER if refused else _OF_MESSAGE, later)
+        message = self._message, _OF_NUMBER if refused else _OF_MESSAGE
+        owe(partial(self._give_back, (self._unused, _OF_ATTEMPT), message), later)
         self._message = self._unused = b""
+
+    def _give_back(self, *parts: tuple[bytes, str]) -> None:
+        for name, rows in parts:
+            if name and self._limits.mode != "off":
+                back = [counter for counter in self._counters if counter.limit.row in rows]
+                keys = [self._list, *(counter.key for counter in back)]
+                costs = (counter.cost_us for counter in back)
+                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, name, *costs)
 
     def __enter__(self) -> Payments:
         return self
@@ -4160,6 +4173,7 @@ class Gateway:
         with self.sms.slot(), Payments(self.limits, *who) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
+            self._report(before)
             if reserved is None:  # a double click is answered like the first one
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
@@ -4180,6 +4194,12 @@ class Gateway:
                 raise _not_sent(error) from None
             self._arm(session, reservation, code, sent)
         return sender
+
+    def _report(self, user: User) -> None:
+        """Log what the session's own limits would have refused, if they only record."""
+        refusal = session_refusal(user, self.settings, int(self.clock()))
+        if refusal and self.limits.mode == "record":
+            LOG.info("limits: %s would refuse a request", refusal.message.partition(":")[0])
 
     def _reserve(
         self, session: Session, asks: Callable[[User], Ask], payments: Payments
