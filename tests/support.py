@@ -333,7 +333,7 @@ HOUR: Final = b"{limits}h" + b"h" * 12
 
 def take(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> int:
     """Take an attempt from an hour's counter; gives 0, or the seconds until it can be taken."""
-    row = (3_600_000_000, round(3_600_000_000 / limit), "", "sends_per_hour")
+    row = (3_600_000_000, round(3_600_000_000 / limit), "")
     args = (round(now_s * 1e6), "", "", "refused", name, "", "", *row)
     return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], *args)[1])
 

@@ -422,7 +422,7 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 
 ACL = (
-    "user gateway on >pass-word ~* -@all +get +set +del +exists +incr +expire +hget +hset "
+    "user gateway on >pass-word ~* -@all +get +mget +set +del +exists +incr +expire +hget +hset "
     "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +time +eval +evalsha +info "
     "+dbsize +role +wait"
 )

@@ -485,17 +485,18 @@ def test_reports(client: From, stand_in: Provider) -> None:
     client.at(THERE).ask("+33612345678")
     assert tally(client, "sent") == {"GB": 3, "+44770090": 3, "FR": 0, "+3361234": 0}
     assert tally(client, "verified") == {"GB": 3, "+44770090": 3}
-    refusals = {"GB sends_per_number_from_address": 2, "+44770090": 2}
+    refusals = {"GB f": 2, "+44770090": 2}
     assert tally(client, "refused") == refusals
     assert tally(client, "would be refused") == {}
 
 
-def test_reports_by_prefix_are_bounded(client: From) -> None:
+def test_reports_by_prefix_are_bounded(make_client: Client) -> None:
     """1,000 prefixes; one with many messages is among them, whatever came before and after."""
+    client = make_client(sends_per_hour=10**6)
     limits, run = client.gateway.limits, client.gateway.storage._run
     for n in range(3000):
         prefix = "+44770090" if 1000 < n < 1050 else f"+4479{n:04}"
-        limits.take([], ("GB", prefix), (b"{limits}s", b"a", b"m", b""))
+        limits.take(limits.counters({"h": ""}), ("GB", prefix), (b"{limits}s", b"a", b"m", b""))
     assert run("ZCARD", "{limits}sent by prefix") == 1000
     assert 49 <= tally(client, "sent")["+44770090"] <= 60
     assert tally(client, "sent")["GB"] == 3000
@@ -513,7 +514,7 @@ def test_record_refuses_nothing(
         assert client.at(f"192.0.2.{n}").ask().status == 200
     assert len(stand_in.received) == 5
     assert level(client, "n", NUMBER) == level(client, "h", "") == 2.0
-    assert tally(client, "would be refused") == {"GB sends_per_number": 3, "+44770090": 3}
+    assert tally(client, "would be refused") == {"GB n": 3, "+44770090": 3}
     assert tally(client, "refused") == {}
     assert caplog.text.count("limits: sends_per_number would refuse a request") == 3
     one = client.at(THERE)
@@ -548,11 +549,11 @@ def test_warnings_of_shared_budgets(
     for n in range(14):
         clients[n % 2].at(f"192.0.2.{n}").ask()
     assert [line for line in caplog.messages if line.startswith("limits: ")] == [
-        "limits: 50 % of sends_per_hour are used",
-        "limits: 80 % of sends_per_hour are used",
-        "limits: 50 % of unverified_per_destination GB are used",
-        "limits: 100 % of sends_per_hour are used",
-        "limits: 50 % of spend_per_day are used",
+        "limits: 50 % of sends_per_hour are used, now for GB",
+        "limits: 80 % of sends_per_hour are used, now for GB",
+        "limits: 50 % of unverified_per_destination are used, now for GB",
+        "limits: 100 % of sends_per_hour are used, now for GB",
+        "limits: 50 % of spend_per_day are used, now for GB",
     ]
 
 
