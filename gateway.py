@@ -1872,19 +1872,20 @@ local function keep(key, level)
   if level <= 0 then return redis.call('DEL', key) end
   redis.call('SET', key, string.format('%.0f', now + level), 'PX', math.ceil(level / 1000))
 end
-local function level_of(key)
-  return math.max((tonumber(redis.call('GET', key) or 0)) - now, 0)
+local function level(at_rest)
+  return math.max(tonumber(at_rest or 0) - now, 0)
 end
 local function tally(outcome, row, n)
   local counts, prefixes = '{limits}' .. outcome, '{limits}' .. outcome .. ' by prefix'
-  redis.call('HINCRBY', counts, ARGV[2] .. row, n)
-  redis.call('EXPIRE', counts, 86400, 'NX')
-  if ARGV[3] == '' then return end
-  if redis.call('ZCARD', prefixes) >= 1000 and not redis.call('ZSCORE', prefixes, ARGV[3]) then
+  local known = redis.call('ZSCORE', prefixes, ARGV[3])
+  if not known and redis.call('ZCARD', prefixes) >= 1000 then
     redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ARGV[3])
   end
   redis.call('ZINCRBY', prefixes, n, ARGV[3])
-  redis.call('EXPIRE', prefixes, 86400, 'NX')
+  if redis.call('HINCRBY', counts, ARGV[2] .. row, n) == n or not known then
+    redis.call('EXPIRE', counts, 86400, 'NX')
+    redis.call('EXPIRE', prefixes, 86400, 'NX')
+  end
 end"""
 """How the scripts of the limits begin. ARGV: now in µs (0: the server's own clock, which is one for
 all gateways), the destination's region, the number's prefix.
@@ -1893,39 +1894,40 @@ A counter is one number, the time at which it will be at rest (GCRA), in µs sin
 ``level`` is the time until then, and its key dies at that time. Each message raises the level by
 what one message costs; a level above the row's period is refused.
 
-``tally`` counts for reports, for a day from the first of each kind: in a hash by region, and in a
-sorted set by prefix. That one holds 1,000 prefixes; if another comes, it takes the place and the
+``tally`` counts for reports, for a day from the first of each kind: in a hash by region (of what is
+refused, by region and row), and in a sorted set by prefix ("": /register). That one holds 1,000 prefixes; if another comes, it takes the place and the
 count of the least, so that a count may be too high but a large one is never missing."""
 
 TAKE_SCRIPT: Final = """#!lua
 -- counters
 local levels, binds, wait, outstanding, answer = {}, 0, 1000, 0, {0, 0}
 local function warn(i, part)
-  local kind, percent = ARGV[4 * i + 2], part >= 1 and 100 or part >= 0.8 and 80 or 50
+  local kind, percent = ARGV[3 * i + 4], part >= 1 and 100 or part >= 0.8 and 80 or 50
   if part < 0.5 or (kind ~= 'fair' and kind ~= 'shared') then return end
   if redis.call('SET', KEYS[i] .. percent, '', 'NX', 'EX', 3600) then
     table.insert(answer, i - 1)
     table.insert(answer, percent)
   end
 end
+local at_rest = redis.call('MGET', unpack(KEYS, 2))
 for i = 2, #KEYS do
-  local period, cost, kind = tonumber(ARGV[4 * i]), tonumber(ARGV[4 * i + 1]), ARGV[4 * i + 2]
-  local level = math.min(level_of(KEYS[i]), period)
-  if kind == 'address' then outstanding = level end
-  levels[i] = level + cost
+  local period, kind = tonumber(ARGV[3 * i + 2]), ARGV[3 * i + 4]
+  local before = math.min(level(at_rest[i - 1]), period)
+  if kind == 'address' then outstanding = before end
+  levels[i] = before + ARGV[3 * i + 3]
   local over = levels[i] - period
   if kind == 'fair' then over = math.max(over, math.min(levels[i] - period / 2, outstanding)) end
   if over > wait then binds, wait = i, over end
 end
 if binds > 0 then
-  tally(ARGV[4], ' ' .. ARGV[4 * binds + 3], 1)
-  warn(binds, levels[binds] / ARGV[4 * binds])
+  tally(ARGV[4], ' ' .. KEYS[binds]:sub(9, 9), 1)
+  warn(binds, levels[binds] / ARGV[3 * binds + 2])
   answer[1], answer[2] = binds - 1, math.ceil(wait / 1000000)
   return answer
 end
 for i = 2, #KEYS do
   keep(KEYS[i], levels[i])
-  warn(i, (levels[i] + 1000) / ARGV[4 * i])
+  warn(i, (levels[i] + 1000) / ARGV[3 * i + 2])
 end
 if ARGV[5] ~= '' then
   redis.call('HSET', KEYS[1], ARGV[5], '-')
@@ -1942,7 +1944,7 @@ return answer
 KEYS: the list of what the session's round has taken; then the counters, an address' own first.
 ARGV, after those of all: what a refusal is tallied as; the names of an attempt and of a message
 (may be empty), and the keys of those counters of the message that a verification pays back. Then,
-for each counter: period and cost in µs, kind, setting. A counter of kind ``fair`` takes what would
+for each counter: period and cost in µs, kind. A counter of kind ``fair`` takes what would
 exceed half of it only if the address has nothing outstanding.
 
 Returns the counter that binds longest (from 1; 0: none) and the seconds until it takes the
@@ -1955,7 +1957,7 @@ GIVE_BACK_SCRIPT: Final = """#!lua flags=allow-oom
 local entry = redis.call('HGET', KEYS[1], ARGV[4])
 redis.call('HDEL', KEYS[1], ARGV[4])
 if not entry or entry == '' then return end
-for i = 2, #KEYS do keep(KEYS[i], level_of(KEYS[i]) - ARGV[i + 3]) end
+for i = 2, #KEYS do keep(KEYS[i], level(redis.call('GET', KEYS[i])) - ARGV[i + 3]) end
 if entry ~= '-' then tally('sent', '', -1) end
 """.replace("-- counters", _COUNTERS)
 """Gives back what an attempt or a message has taken, once; nothing, if it was not taken, or if a
@@ -1973,7 +1975,7 @@ for i = 2, #entries, 2 do
   for at = 1, #counters - 12, 13 do
     local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 12)
     local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
-    keep(key, level_of(key) - cost[row] * part)
+    keep(key, level(redis.call('GET', key)) - cost[row] * part)
   end
   if #counters > 1 then
     redis.call('HSET', KEYS[1], entries[i - 1], '')
@@ -2614,17 +2616,27 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     The count starts again ``HOUR_S`` after the last message.
 
     Raises:
-        TooManyCodes: It has asked for ``sends_per_session``, or for the last one too recently.
+        TooManyCodes: What ``session_refusal`` says, where limits are enforced.
+    """
+    refusal = session_refusal(user, settings, now_s)
+    if refusal and settings.limits == "enforce":
+        raise refusal
+    # The record has one byte for it. It gets there only where limits are not enforced.
+    return min(user.sends, 254) if now_s - user.asked_s < HOUR_S else 0
+
+
+def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
+    """What the session's own limits say against another message, if anything.
+
+    It has asked for ``sends_per_session``, or for the last one too recently.
     """
     passed_s = now_s - user.asked_s
     if not user.sends or passed_s >= HOUR_S:
-        return 0
-    if settings.limits != "enforce":
-        return min(user.sends, 254)  # the record has one byte for it
+        return None
     if user.sends >= settings.sends_per_session:
         # If our clock was ahead, the last message is in the future: do not wait longer for that.
         wait_s = min(HOUR_S - passed_s, HOUR_S)
-        raise TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
+        return TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
     gaps_s = settings.resend_gaps_s
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
     # There is no gap after a message that did not leave: then no number is bound any more, or
@@ -2632,51 +2644,44 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
     if early and user.sealed and not user.sending:
         wait_s = min(gap_s - passed_s, gap_s)
-        raise TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
-    return user.sends
+        return TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
+    return None
 
 
 class Limit(NamedTuple):
     """A row of the table of limits, counted in the store for all workers and machines.
 
     Attributes:
-        setting: Its budget, N at once, refilled evenly at N a period.
+        setting: Its budget: N at once, refilled evenly at N a period.
         row: The letter that begins the keys of its counters.
-        keyed_by: What has a counter of its own.
-        refusal: The error of a message that it refuses, and
-        says: what that says.
-        kind: ``address`` = its counter says whether an address has anything outstanding; ``fair``,
-            ``shared`` = the counter is shared by strangers, and the log warns; from half of a
+        refusal: The error of a message that it refuses.
+        kind: ``address``: its counter says whether an address has anything outstanding.
+            ``fair``, ``shared``: strangers share its counter, and the log warns. From half of a
             fair one on, only addresses that have nothing outstanding may draw on it.
     """
 
     setting: str
     row: str
-    keyed_by: str
     refusal: type[GatewayError]
-    says: str
     kind: str = ""
 
 
-_TO_NUMBER, _FROM_ADDRESS = "this number gets no more messages now", "this client address must wait"
-LIMITS: Final = tuple(
-    Limit(*row)
-    for row in (
-        ("unverified_per_address", "a", "address", TooManyFromAddress, _FROM_ADDRESS, "address"),
-        ("sends_per_number", "n", "number", TooManyToNumber, _TO_NUMBER),
-        ("unverified_per_prefix", "p", "prefix", TooManyMessages, "numbers like this must wait"),
-        ("unverified_per_prefix", "q", "prefix and address", TooManyMessages, _FROM_ADDRESS),
-        ("unverified_per_destination", "d", "region", TooManyMessages, "this country must wait",
-         "fair"),
-        ("sends_per_number_from_address", "f", "number and address", TooManyToNumber, _TO_NUMBER),
-        ("sends_per_hour", "h", "", TooManyMessages, "the gateway may send no more now", "fair"),
-        ("spend_per_day", "m", "", TooManyMessages, "the gateway may spend no more now", "shared"),
-        ("registers_per_address", "r", "address", TooManyFromAddress, _FROM_ADDRESS),
-    )
-)  # fmt: skip
+LIMITS: Final = (
+    Limit("unverified_per_address", "a", TooManyFromAddress, "address"),
+    Limit("sends_per_number", "n", TooManyToNumber),
+    Limit("unverified_per_prefix", "p", TooManyMessages),
+    Limit("unverified_per_prefix", "q", TooManyMessages),
+    Limit("unverified_per_destination", "d", TooManyMessages, "fair"),
+    Limit("sends_per_number_from_address", "f", TooManyToNumber),
+    Limit("sends_per_hour", "h", TooManyMessages, "fair"),
+    Limit("spend_per_day", "m", TooManyMessages, "shared"),
+    Limit("registers_per_address", "r", TooManyFromAddress),
+)
 """Every limit but those of a session, in the order in which TAKE_SCRIPT looks at them.
 
-A row ``q`` is half of ``p``, so that one address never closes a prefix to others."""
+A counter belongs to an address (a, r), a number (n), its prefix (p), a prefix and an address (q),
+a region (d), a number and an address (f), or the whole gateway (h, m). Row q has half of p's
+budget, so that one address never closes a prefix to others."""
 _PAID_BACK: Final = "anpqd"
 """The rows that a verification pays back; the list of a session's round names their counters."""
 _OF_ATTEMPT: Final = "hm"
@@ -2686,7 +2691,7 @@ _OF_MESSAGE, _OF_NUMBER = "anpqdf", "npd"
 _PERIODS_S: Final = {"second": 1, "minute": 60, "hour": HOUR_S, "day": DAY_S}
 
 
-def budget(settings: Settings, limit: Limit, region: str = "") -> tuple[float, int]:
+def budget(settings: Settings, limit: Limit, region: str) -> tuple[float, int]:
     """What a row allows, and in how many seconds: ``(5.0, 86400)``; money for ``spend_per_day``."""
     value: Any = getattr(settings, limit.setting)
     if isinstance(value, dict):
@@ -2740,6 +2745,7 @@ class Limits:
     def __init__(self, storage: Storage, settings: Settings, secret: bytes, clock: Clock) -> None:
         self.mode, self.settings = settings.limits, settings
         self._storage, self._secret, self._clock = storage, secret, clock
+        self._budget, self._shared_key = lru_cache(partial(budget, settings)), lru_cache(self.key)
 
     def key(self, row: str, what: str) -> bytes:
         """The key of a counter: a tag that keeps all in one slot, the row, 12 bytes."""
@@ -2756,9 +2762,10 @@ class Limits:
         found = []
         for limit in LIMITS:
             if limit.row in who:
-                count, period_s = budget(self.settings, limit, region)
+                count, period_s = self._budget(limit, region)
                 cost = (price if limit.row == "m" else 1) * period_s * 1e6 / count
-                key = self.key(limit.row, who[limit.row])
+                shared = limit.kind in ("fair", "shared")  # a few hundred keys, of no person
+                key = (self._shared_key if shared else self.key)(limit.row, who[limit.row])
                 found.append(Counter(limit, key, period_s * 10**6, round(cost)))
         return found
 
@@ -2783,19 +2790,19 @@ class Limits:
         if self.mode == "off":
             return
         outcome = "refused" if self.mode == "enforce" else "would be refused"
-        rows = [(c.period_us, c.cost_us, c.limit.kind, c.limit.setting) for c in counters]
+        rows = [(c.period_us, c.cost_us, c.limit.kind) for c in counters]
         args = (outcome, *taken[1:], *(value for row in rows for value in row))
         keys = [taken[0], *(counter.key for counter in counters)]
         binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, *args)
         for n, percent in zip(full[::2], full[1::2], strict=True):
-            where = place[0] if counters[n - 1].limit.row == "d" else ""
-            name = f"{counters[n - 1].limit.setting} {where}".rstrip()
-            LOG.warning("limits: %s %% of %s are used", percent, name)
-        if binds and self.mode == "enforce":
-            limit = counters[binds - 1].limit
-            raise limit.refusal(f"{limit.setting}: {limit.says}", wait_s)
-        if binds:
-            LOG.info("limits: %s would refuse a request", counters[binds - 1].limit.setting)
+            name = counters[n - 1].limit.setting
+            LOG.warning("limits: %s %% of %s are used, now for %s", percent, name, place[0])
+        if not binds:
+            return
+        limit = counters[binds - 1].limit
+        if self.mode == "enforce":
+            raise limit.refusal(f"{limit.setting}: used up for now, nothing was sent", wait_s)
+        LOG.info("limits: %s would refuse a request", limit.setting)
 
     def message(self, msisdn: Msisdn, address: str) -> tuple[tuple[str, str], list[Counter]]:
         """The region and the prefix of a number, and the counters of a message to it."""
@@ -2887,25 +2894,28 @@ class Payments:
         used, self._unused = self._unused, b""
         return used
 
-    def give_back(self, name: bytes, rows: str = _OF_ATTEMPT, later: bool = False) -> None:
-        """Give an attempt back. If the store stays unavailable, it counts until it is at rest."""
-        if self._limits.mode != "off":
-            back = [counter for counter in self._counters if counter.limit.row in rows]
-            keys = [self._list, *(counter.key for counter in back)]
-            costs = (counter.cost_us for counter in back)
-            owe(partial(self._limits.run, GIVE_BACK_SCRIPT, keys, self._place, name, *costs), later)
+    def give_back(self, name: bytes) -> None:
+        """Give an attempt back. If the store stays away, it counts until the counter is at rest."""
+        owe(partial(self._give_back, (name, _OF_ATTEMPT)))
 
     def undo(self, refused: bool = False, later: bool = False) -> None:
-        """Give the message back: it surely did not leave.
+        """Give the message back, and an attempt that is unused: it surely did not leave.
 
         Args:
             refused: A provider refused the number for good; the address's counts stay.
+            later: The store has just failed, so do not ask it again in this thread.
         """
-        if self._unused:
-            self.give_back(self._unused, later=later)
-        if self._message:
-            self.give_back(self._message, _OF_NUMBER if refused else _OF_MESSAGE, later)
+        message = self._message, _OF_NUMBER if refused else _OF_MESSAGE
+        owe(partial(self._give_back, (self._unused, _OF_ATTEMPT), message), later)
         self._message = self._unused = b""
+
+    def _give_back(self, *parts: tuple[bytes, str]) -> None:
+        for name, rows in parts:
+            if name and self._limits.mode != "off":
+                back = [counter for counter in self._counters if counter.limit.row in rows]
+                keys = [self._list, *(counter.key for counter in back)]
+                costs = (counter.cost_us for counter in back)
+                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, name, *costs)
 
     def __enter__(self) -> Payments:
         return self
@@ -4248,6 +4258,7 @@ class Gateway:
             if reserved is None:  # a double click is answered like the first one
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
+            self._report(before)
             sender = self._sender(ask.network, ask.msisdn)
             if ask.long:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
@@ -4265,6 +4276,12 @@ class Gateway:
                 raise _not_sent(error) from None
             self._arm(session, reservation, code, sent)
         return sender
+
+    def _report(self, user: User) -> None:
+        """Log what the session's own limits would have refused, if they only record."""
+        refusal = session_refusal(user, self.settings, int(self.clock()))
+        if refusal and self.limits.mode == "record":
+            LOG.info("limits: %s would refuse a request", refusal.message.partition(":")[0])
 
     def _reserve(
         self, session: Session, asks: Callable[[User], Ask], payments: Payments

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import json
+import math
 import os
 import secrets
 import signal
@@ -36,6 +37,8 @@ WIDE: Final[dict[str, Any]] = {
     "spend_per_day": 1e9,
 }
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
+OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
+"""Both."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
 
@@ -309,6 +312,41 @@ class GatewayProcess:
         _, alive = psutil.wait_procs(left, 5)
         for process in alive:
             process.kill()
+
+
+def counted(app: gateway.Gateway, row: str = "h", who: str = "", region: str = "") -> int:
+    """How many messages a counter holds that is not refilled while we look; of money, units of it.
+
+    Args:
+        row: Its letter in ``gateway.LIMITS``; by default that of the gateway's hour.
+    """
+    (counter,) = app.limits.counters({row: who}, region)
+    at_rest_us = int(app.storage._run("GET", counter.key) or 0)
+    return math.ceil(max(0, at_rest_us - app.clock() * 1e6 - 1000) / counter.cost_us)
+
+
+LIST: Final = b"{limits}s" + b"l" * 12
+"""The list of a session, for ``take``."""
+HOUR: Final = b"{limits}h" + b"h" * 12
+"""The counter, likewise."""
+
+
+def take(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> int:
+    """Take an attempt from an hour's counter; gives 0, or the seconds until it can be taken."""
+    row = (3_600_000_000, round(3_600_000_000 / limit), "")
+    args = (round(now_s * 1e6), "", "", "refused", name, "", "", *row)
+    return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], *args)[1])
+
+
+def give_back(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> None:
+    """Give an attempt back."""
+    args = (round(now_s * 1e6), "", "", name, round(3_600_000_000 / limit))
+    storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], *args)
+
+
+def names_taken(storage: gateway.Storage) -> set[bytes]:
+    """The names in that list."""
+    return set(storage._run("HKEYS", LIST, key=LIST))
 
 
 def host_of(url: str) -> str:

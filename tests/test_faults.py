@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import servers
 from redis.crc import key_slot
 from servers import Server, wait_for
-from support import AT_ONCE, ROOT, WsgiClient
+from support import HOUR, OPEN, ROOT, WsgiClient, give_back, names_taken, take
 
 import gateway
 
@@ -117,7 +118,7 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
     store = store_of(fault)
     break_it, heal = FAULTS[fault]
     settings = gateway.Settings(
-        keys_dir=keys_dir, data_dir=str(tmp_path), storage_url=store.url, resend_gaps_s=AT_ONCE
+        keys_dir=keys_dir, data_dir=str(tmp_path), storage_url=store.url, **OPEN
     )
     client = WsgiClient(gateway.create_app(settings))
     assert client.gateway.sms.outbox
@@ -246,31 +247,31 @@ def test_where_the_replica_does_not_confirm_nobody_is_told_yes(tmp_path: Path) -
 def test_no_write_is_repeated_after_it_timed_out(tmp_path: Path) -> None:
     with contextlib.closing(Server(tmp_path / "s")) as server:
         storage = gateway.Storage(server.url)
-        assert storage.count_send(1.0, 9, b"a") == 0
+        assert take(storage, 1.7e9, 9, b"a") == 0
         server.process.send_signal(signal.SIGSTOP)
         with pytest.raises(gateway.Unavailable):
-            storage.count_send(2.0, 9, b"b")
+            take(storage, 1.7e9, 9, b"b")
         server.process.send_signal(signal.SIGCONT)
-        assert storage.count_send(3.0, 9, b"c") == 0
-        scored = [b"a", b"1", b"b", b"2", b"c", b"3"]
-        assert server.call("ZRANGE", "hour", 0, -1, "WITHSCORES") == scored
-        assert b"cmdstat_zadd:calls=3," in server.call("INFO", "commandstats")
-        # Nobody knew whether it was counted: it is taken back, and nothing else is.
-        storage.uncount_send(b"b")
-        storage.uncount_send(b"b")
-        assert server.call("ZRANGE", "hour", 0, -1) == [b"a", b"c"]
+        assert take(storage, 1.7e9, 9, b"c") == 0
+        assert int(server.call("GET", HOUR)) == (1_700_000_000 + 3 * 400) * 10**6
+        assert b"cmdstat_hset:calls=3," in server.call("INFO", "commandstats")
+        # Nobody knew whether it was counted: it is given back, and nothing else is.
+        give_back(storage, 1.7e9, 9, b"b")
+        give_back(storage, 1.7e9, 9, b"b")
+        assert names_taken(storage) == {b"a", b"c"}
+        assert int(server.call("GET", HOUR)) == (1_700_000_000 + 2 * 400) * 10**6
 
 
 def test_a_restart_is_not_noticed_by_who_asks_later(tmp_path: Path) -> None:
     """Every connection is stale then; not even a write that cannot be repeated fails."""
     with contextlib.closing(Server(tmp_path / "s", "--appendonly", "yes")) as server:
         storage = gateway.Storage(server.url)
-        assert storage.count_send(1.0, 9, b"a") == 0
+        assert take(storage, 1.7e9, 9, b"a") == 0
         server.kill()
         server.start()
         wait_for(lambda: server.call("PING"), "its data")
-        assert storage.count_send(2.0, 9, b"b") == 0
-        assert server.call("ZRANGE", "hour", 0, -1) == [b"a", b"b"]
+        assert take(storage, 1.7e9, 9, b"b") == 0
+        assert names_taken(storage) == {b"a", b"b"}
 
 
 # -- The start -----------------------------------------------------------------
@@ -421,8 +422,9 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 
 ACL = (
-    "user gateway on >pass-word ~* -@all +get +set +del +exists +zadd +zrem +zremrangebyscore "
-    "+zrevrange +expire +eval +info +dbsize +role +wait"
+    "user gateway on >pass-word ~* -@all +get +mget +set +del +exists +incr +expire +hget +hset "
+    "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +time +eval +info "
+    "+dbsize +role +wait"
 )
 """README.md names the same commands."""
 
@@ -437,9 +439,16 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         storage.create(key, b"\x01a", 1000)
         assert storage.commit(key, b"\x01a", b"\x01b", 1000, "n", 60) is gateway.Commit.DONE
         assert storage.commit(key, b"\x01b", b"", -1, "m", 60) is gateway.Commit.DONE
-        assert storage.count_send(1.0, 1, b"a") == 0
-        assert storage.count_send(2.0, 1, b"b") == 3599
-        storage.uncount_send(b"a")
+        settings = gateway.Settings(keys_dir=str(tmp_path), sends_per_hour=2)
+        limits = gateway.Limits(storage, settings, bytes(32), time.time)
+        payments = gateway.Payments(limits, "session", "198.51.100.7", os.urandom)
+        payments.bind(gateway.Msisdn("+447700900123"))
+        payments.use()
+        payments.give_back(payments.use())
+        with pytest.raises(gateway.TooManyMessages):
+            [payments.use() for _ in range(2)]
+        limits.pay_back("session", gateway.Msisdn("+447700900123"))
+        payments.undo()
         storage.ping(1)
         with pytest.raises(gateway.StartError, match="refuses our login") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()

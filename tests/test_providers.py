@@ -33,7 +33,7 @@ import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from provider import Provider, after, drip, flood, hang, nexmo, reply, taken
-from support import NUMBER, GatewayProcess, WsgiClient
+from support import NUMBER, GatewayProcess, WsgiClient, counted
 
 import gateway
 
@@ -456,7 +456,7 @@ def test_what_may_have_left_is_counted_each_time(
     sent = len(provider.received)
     assert [answer.status for answer in answers] == [200] * sent + [429] * (12 - sent)
     assert sent == 5  # which is what one session may
-    assert client.gateway.storage._run("ZCARD", "hour") == sent
+    assert counted(client.gateway) == sent
 
 
 def test_nobody_listens() -> None:
@@ -1038,7 +1038,7 @@ def test_each_paid_attempt_is_counted(
     else:
         assert answer.status == 200
     assert counts(three) == tried
-    assert client.gateway.storage._run("ZCARD", "hour") == held
+    assert counted(client.gateway) == held
 
 
 @pytest.mark.parametrize("kinds", [("outbox", "nexmo"), ("nexmo", "outbox")])
@@ -1056,7 +1056,7 @@ def test_only_attempts_that_cost_money_are_counted(
     client.register()
     assert client.ask().status == 200
     by_nexmo = kinds[taken_by == "second"] == "nexmo"
-    assert client.gateway.storage._run("ZCARD", "hour") == by_nexmo
+    assert counted(client.gateway) == by_nexmo
     assert len(provider.received) == (by_nexmo or kinds[0] == "nexmo")
 
 
@@ -1073,7 +1073,7 @@ def test_a_further_attempt_that_cannot_be_paid_for_is_not_made(
     other.register()
     assert other.ask("+447700900456").errno == 116
     assert counts(three) == [1, 1, 0]  # nobody was called
-    assert client.gateway.storage._run("ZCARD", "hour") == 1
+    assert counted(client.gateway) == 1
 
 
 @pytest.mark.parametrize("sends", [True, False])
@@ -1090,7 +1090,7 @@ def test_a_count_ahead_that_is_not_used_is_given_back(
     answer = client.ask()
     assert answer.status == (200 if sends else 401)
     monkeypatch.undo()
-    assert client.gateway.storage._run("ZCARD", "hour") == sends
+    assert counted(client.gateway) == sends
     assert len(provider.received) == sends
 
 
@@ -1111,7 +1111,7 @@ def test_a_final_refusal_is_told_and_counts_for_the_session(
         one.answer = taken
     assert client.ask().errno == 114
     assert counts(three) == [2, 2, 2]
-    assert client.gateway.storage._run("ZCARD", "hour") == 0
+    assert counted(client.gateway) == 0
 
 
 def test_all_failed_is_given_back(three: list[Provider], make_client: MakeClient) -> None:

@@ -487,7 +487,7 @@ def test_a_failure_does_not_count_for_the_whole_gateway(
     answer.register()
     refusal = answer.ask(OTHER)
     assert (refusal.status, refusal.errno) == (429, 116)
-    assert 3500 < int(refusal.headers["retry-after"]) <= 3600
+    assert 1700 < int(refusal.headers["retry-after"]) <= 1800
     assert len(api.received) == called
     assert verify(client, api.code()) == (200, None)
 

@@ -17,7 +17,7 @@ import pytest
 import servers
 from botocore.exceptions import ClientError
 from servers import assert_refused, wait_for
-from support import AT_ONCE, NUMBER, ROOT, WsgiClient
+from support import AT_ONCE, NUMBER, ROOT, WIDE, WsgiClient
 from test_storage import OldSession, version_1
 from test_stores import KEY, NEW, OLD, new_id, together
 
@@ -47,7 +47,7 @@ def make(
 
     def build(**options: Any) -> WsgiClient:
         given = {"certificate_store": dynalite.store("phones"), "keys_dir": keys_dir}
-        folder = {"data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE}
+        folder = {"data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE, **WIDE}
         settings = gateway.Settings(**{**given, **folder, **options})
         client = WsgiClient(gateway.create_app(settings, store.url))
         assert client.gateway.sms.outbox

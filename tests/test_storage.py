@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,19 @@ from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from provider import Provider, taken
-from support import AT_ONCE, NUMBER, Clock, GatewayProcess, WsgiClient
+from support import (
+    HOUR,
+    LIST,
+    NUMBER,
+    OPEN,
+    Clock,
+    GatewayProcess,
+    WsgiClient,
+    counted,
+    give_back,
+    names_taken,
+    take,
+)
 
 import gateway
 from gateway import Commit, StorageId
@@ -54,15 +67,9 @@ def contents(storage: gateway.Storage) -> dict[bytes, Any]:
     """Every key and its value."""
     found: dict[bytes, Any] = {}
     for key in storage._run("KEYS", "*"):
-        ranked = storage._run("TYPE", key) == b"zset"
-        found[key] = counted(storage) if ranked else storage._run("GET", key)
+        hashed = storage._run("TYPE", key) == b"hash"
+        found[key] = storage._run("HGETALL" if hashed else "GET", key)
     return found
-
-
-def counted(storage: gateway.Storage) -> list[bytes]:
-    """The names of the messages that count now."""
-    names: list[bytes] = storage._run("ZRANGE", "hour", 0, -1)
-    return names
 
 
 def another(code: str) -> str:
@@ -578,7 +585,7 @@ def life_s(storage: gateway.Storage, key: bytes = ID) -> float:
 
 def nonces(storage: gateway.Storage) -> list[bytes]:
     """The keys of used nonces."""
-    return [key for key in storage._run("KEYS", "*") if key.startswith(b"{")]
+    return [key for key in storage._run("KEYS", "{*") if not key.startswith(b"{limits}")]
 
 
 def test_done(storage: gateway.Storage) -> None:
@@ -716,8 +723,8 @@ def test_script_cache_is_lost(storage: gateway.Storage) -> None:
         result = storage.commit(ID, b"%d" % number, b"%d" % (number + 1), -1, f"{number}", 50)
         assert result is Commit.DONE
         storage._run("SCRIPT", "FLUSH")
-        assert storage.count_send(1.7e9, 9, b"%d" % number) == 0
-    assert counted(storage) == [b"0", b"1", b"2"]
+        assert take(storage, 1.7e9, 9, b"%d" % number) == 0
+    assert names_taken(storage) == {b"0", b"1", b"2"}
     assert len(nonces(storage)) == 3
 
 
@@ -768,110 +775,98 @@ def test_threads_race_delete_against_change(storage: gateway.Storage, patient: N
 @given(
     limit=st.integers(1, 4),
     steps=st.lists(
-        st.tuples(st.sampled_from([0, 1, 4, 7200, 14_399, 14_400, 14_401, 28_800]), st.booleans()),
+        st.tuples(st.sampled_from([0, 1, 4, 3600, 7200, 14_399, 14_400, 28_800]), st.booleans()),
         max_size=14,
     ),
 )
 @examples(max_examples=40, deadline=None)
-def test_sliding_window(
+def test_a_budget_that_refills_evenly(
     store: gateway.EmbeddedStore, limit: int, steps: list[tuple[int, bool]]
 ) -> None:
-    """Against a list kept here: never more than ``limit`` in an hour, and no less.
+    """Against a tank kept here, of which a message takes one part of ``limit``.
 
-    Gaps are quarters of a second; where a step says so, the message is taken back, twice.
+    Gaps are quarters of a second; where a step says so, the message is given back, twice.
     """
     storage = gateway.Storage(store.url)
-    storage._run("DEL", "hour")
-    now, sent = 1_700_000_000.0, list[float]()
-    for number, (quarters, taken_back) in enumerate(steps):
-        now, name = now + quarters / 4, b"%d" % number
-        recent = [moment for moment in sent if moment > now - 3600]
-        wait_s = storage.count_send(now, limit, name)
-        if len(recent) < limit:
+    storage._run("DEL", HOUR, LIST)
+    now_s, used = 1_700_000_000.0, Fraction(0)
+    for number, (quarters, given_back) in enumerate(steps):
+        now_s, name = now_s + quarters / 4, b"%d" % number
+        used = max(Fraction(0), used - Fraction(quarters * limit, 4 * 3600))
+        wait_s = take(storage, now_s, limit, name)
+        if used + 1 <= limit:
             assert wait_s == 0
-            sent.append(now)
-            if taken_back:
-                storage.uncount_send(name)
-                storage.uncount_send(name)
-                sent.pop()
+            if given_back:
+                give_back(storage, now_s, limit, name)
+                give_back(storage, now_s, limit, name)
+            else:
+                used += 1
         else:
-            assert wait_s == math.ceil(recent[-limit] + 3600 - now)
-            assert wait_s >= 1
-        assert len(counted(storage)) <= limit
+            assert wait_s == math.ceil((used + 1 - limit) * 3600 / limit) >= 1
 
 
 @pytest.mark.parametrize("limit", [1, 10])
 def test_threads_race_for_messages(storage: gateway.Storage, patient: None, limit: int) -> None:
     """Never more than the limit; all others are told how long to wait."""
-    now = time.time()
+    now_s = time.time()
     names = [[os.urandom(8) for _ in range(3)] for _ in range(40)]
-    found = together(40, lambda n: [storage.count_send(now, limit, name) for name in names[n]])
+    found = together(40, lambda n: [take(storage, now_s, limit, name) for name in names[n]])
     waits = list(itertools.chain(*found))
     assert waits.count(0) == limit
-    assert set(waits) == {0, 3600}
-    assert len(counted(storage)) == limit
-    assert set(counted(storage)) <= set(itertools.chain(*names))
-    assert 3590 < life_s(storage, b"hour") <= 3600
+    assert set(waits) == {0, 3600 // limit}
+    assert len(names_taken(storage)) == limit
+    assert names_taken(storage) <= set(itertools.chain(*names))
+    assert 3590 < life_s(storage, HOUR) <= 3600
 
 
-def test_taking_back_is_exact(storage: gateway.Storage) -> None:
-    """The one that is named goes, wherever it stands; the others keep their times."""
-    assert [storage.count_send(1.7e9 + t, 3, b"%d" % t) for t in (0, 10, 20)] == [0, 0, 0]
-    storage.uncount_send(b"10")
-    assert counted(storage) == [b"0", b"20"]
-    assert [storage.count_send(1.7e9 + t, 3, b"%d" % t) for t in (30, 40)] == [0, 3560]
-    storage.uncount_send(b"0")
-    assert [storage.count_send(1.7e9 + t, 3, b"%d" % t) for t in (40, 50)] == [0, 3570]
-
-
-def test_taking_back_is_idempotent(storage: gateway.Storage) -> None:
-    """It may be repeated after a time-out, and may name what was never counted: nothing else goes.
-
-    Catches the list of before, whose newest message went, whoever's it was.
-    """
-    storage.uncount_send(b"never")
+def test_giving_back_is_idempotent(storage: gateway.Storage) -> None:
+    """It may be repeated after a time-out, and may name what was never taken: nothing else goes."""
+    give_back(storage, 1.7e9, 2, b"never")
     assert contents(storage) == {}
-    assert storage.count_send(1.7e9, 2, b"mine") == storage.count_send(1.7e9, 2, b"other") == 0
-    assert storage.count_send(1.7e9, 2, b"refused") == 3600
+    assert take(storage, 1.7e9, 2, b"mine") == take(storage, 1.7e9, 2, b"other") == 0
+    assert take(storage, 1.7e9, 2, b"refused") == 1800
     for name in (b"mine", b"mine", b"refused", b"never", b""):
-        storage.uncount_send(name)
-        assert counted(storage) == [b"other"]
+        give_back(storage, 1.7e9, 2, name)
+        assert names_taken(storage) == {b"other"}
+    assert take(storage, 1.7e9, 2, b"another") == 0
+    assert take(storage, 1.7e9, 2, b"refused") == 1800
 
 
-def test_counting_is_idempotent_too(storage: gateway.Storage) -> None:
-    """A count that was made although its answer was lost, and is made again, is one."""
-    assert storage.count_send(1.7e9, 9, b"mine") == storage.count_send(1.7e9 + 1, 9, b"mine") == 0
-    assert counted(storage) == [b"mine"]
-
-
-def test_threads_race_to_take_back(storage: gateway.Storage, patient: None) -> None:
-    """Each one twice, while others count: what is left is exactly what nobody took back."""
+def test_threads_race_to_give_back(storage: gateway.Storage, patient: None) -> None:
+    """Each one twice, while others take: what is left is exactly what nobody gave back."""
     names = [b"%d" % n for n in range(40)]
 
     def one(n: int) -> None:
-        assert storage.count_send(1.7e9, 1000, names[n]) == 0
+        assert take(storage, 1.7e9, 1000, names[n]) == 0
         if n % 2:
-            storage.uncount_send(names[n])
-            storage.uncount_send(names[n])
+            give_back(storage, 1.7e9, 1000, names[n])
+            give_back(storage, 1.7e9, 1000, names[n])
 
     together(40, one)
-    assert set(counted(storage)) == set(names[::2])
+    assert names_taken(storage) == set(names[::2])
+    assert int(storage._run("GET", HOUR)) == (1_700_000_000 + 20 * 3.6) * 1e6
+
+
+def test_a_counter_is_deleted_with_its_last_message(storage: gateway.Storage) -> None:
+    assert take(storage, 1.7e9, 3, b"mine") == 0
+    give_back(storage, 1.7e9 + 5, 3, b"mine")
+    assert storage._run("EXISTS", HOUR, LIST) == 0
 
 
 def test_limit_that_was_changed(storage: gateway.Storage) -> None:
     """After a restart with other settings: lower holds at once, higher gives room."""
-    assert [storage.count_send(1.7e9 + t, 3, b"%d" % t) for t in range(3)] == [0, 0, 0]
-    assert storage.count_send(1.7e9 + 3, 1, b"3") == 3599
-    assert storage.count_send(1.7e9 + 3, 4, b"4") == 0
-    assert storage.count_send(1.7e9 + 3, 1_000_000, b"5") == 0
+    assert [take(storage, 1.7e9, 3, b"%d" % n) for n in range(3)] == [0, 0, 0]
+    assert take(storage, 1.7e9, 1, b"3") == 3600
+    assert take(storage, 1.7e9, 4, b"4") == 900
+    assert take(storage, 1.7e9 + 900, 4, b"5") == 0
 
 
 def test_clock_that_was_set_back(storage: gateway.Storage) -> None:
-    """Nobody is told to wait longer than an hour, and what was counted counts."""
-    assert storage.count_send(1.7e9, 1, b"1") == 0
-    assert storage.count_send(1.7e9 - 100_000, 1, b"2") == 3600
-    assert storage.count_send(1.7e9 + 3599.5, 1, b"3") == 1
-    assert storage.count_send(1.7e9 + 3600, 1, b"4") == 0
+    """Nobody is told to wait longer than the period, and what was counted counts."""
+    assert take(storage, 1.7e9, 1, b"1") == 0
+    assert take(storage, 1.7e9 - 100_000, 1, b"2") == 3600
+    assert take(storage, 1.7e9 + 3599.5, 1, b"3") == 1
+    assert take(storage, 1.7e9 + 3600, 1, b"4") == 0
 
 
 # -- A message that nobody took -----------------------------------------------
@@ -908,7 +903,7 @@ def test_message_that_nobody_took_gives_everything_back(
             assert user_of(client) == before
         assert client.call("/sms/resend_code").errno == 111
         assert client.call("/sms/verify_code", {"code": "123456"}).errno == 111
-    assert counted(storage) == []
+    assert counted(client.gateway) == 0
     assert client.ask("+447700900124").status == 200
     assert user_of(client).sends == 1
     code = client.code("+447700900124")
@@ -927,12 +922,12 @@ def test_paid_message_that_nobody_took_gives_everything_back(
     client = make_client(sms_providers=entries, sends_per_hour=2)
     client.register()
     before = user_of(client)
-    assert storage.count_send(client.gateway.clock(), 2, b"another's") == 0
+    assert take(storage, client.gateway.clock(), 2, b"another's") == 0
     for _ in range(3):
         answer = client.ask()
         assert (answer.status, answer.errno) == (503, 201)
         assert user_of(client) == before
-        assert counted(storage) == [b"another's"]
+        assert counted(client.gateway) == 0
     assert client.call("/sms/resend_code").errno == 111
 
 
@@ -959,8 +954,8 @@ def calls_of(storage: gateway.Storage) -> list[Callable[[], Any]]:
         lambda: storage.get(ID),
         lambda: storage.create(ID, b"new", 9),
         lambda: storage.commit(ID, b"old", b"new", -1, "n", 9),
-        lambda: storage.count_send(1.7e9, 9, b"name"),
-        lambda: storage.uncount_send(b"name"),
+        lambda: take(storage, 1.7e9, 9, b"name"),
+        lambda: give_back(storage, 1.7e9, 9, b"name"),
         lambda: storage.ping(1.7e9),
     ]
 
@@ -1121,9 +1116,10 @@ def test_key_of_another_type(storage: gateway.Storage) -> None:
     storage._run("LPUSH", ID, "x")
     assert is_unavailable_soon(lambda: storage.get(ID))
     assert is_unavailable_soon(lambda: storage.commit(ID, b"old", b"new"))
-    storage._run("SET", "hour", "x")
-    assert is_unavailable_soon(lambda: storage.count_send(1.7e9, 9, b"name"))
-    assert is_unavailable_soon(lambda: storage.uncount_send(b"name"))
+    storage._run("LPUSH", HOUR, "x")
+    assert is_unavailable_soon(lambda: take(storage, 1.7e9, 9, b"name"))
+    storage._run("SET", LIST, "x")
+    assert is_unavailable_soon(lambda: give_back(storage, 1.7e9, 9, b"name"))
 
 
 # -- A store that is gone -----------------------------------------------------
@@ -1212,23 +1208,23 @@ def test_write_that_timed_out_is_not_repeated(
     monkeypatch.setattr(gateway, "STORAGE_TIMEOUT_S", 0.1)
     storage, watcher = gateway.Storage(own_store.url), gateway.Storage(own_store.url)
     watcher.create(ID, b"old", 100)
-    watcher.count_send(1.7e9, 9, b"first")
+    take(watcher, 1.7e9, 9, b"first")
     watcher.commit(ID, b"old", b"old")
     watcher._run("CONFIG", "RESETSTAT")
     if known:
         storage.get(ID)
     os.kill(pid_of(own_store), signal.SIGSTOP)
     with ThreadPoolExecutor(2) as pool:
-        count = pool.submit(is_unavailable_soon, lambda: storage.count_send(1.7e9, 9, b"second"))
+        count = pool.submit(is_unavailable_soon, lambda: take(storage, 1.7e9, 9, b"second"))
         assert is_unavailable_soon(lambda: storage.commit(ID, b"old", b"new", -1, "n", 9))
         assert count.result()
     os.kill(pid_of(own_store), signal.SIGCONT)
     until(lambda: not is_unavailable_soon(lambda: watcher.ping(1.7e9)))
     assert executions(watcher, "exists") <= 1  # which a commit asks once: is the nonce used?
-    assert executions(watcher, "zadd") == len(counted(watcher)) - 1 <= 1
-    # Whether it was made or not, who counted can take it back.
-    watcher.uncount_send(b"second")
-    assert counted(watcher) == [b"first"]
+    assert executions(watcher, "hset") == len(names_taken(watcher)) - 1 <= 1
+    # Whether it was made or not, who counted can give it back.
+    give_back(watcher, 1.7e9, 9, b"second")
+    assert names_taken(watcher) == {b"first"}
 
 
 @pytest.mark.parametrize(
@@ -1259,13 +1255,14 @@ def test_stall_between_reading_and_writing(
             timers[0].start()
         return time.time()
 
-    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), resend_gaps_s=AT_ONCE)
+    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), **OPEN)
     client = WsgiClient(gateway.create_app(settings, own_store.url, clock))
     storage = gateway.Storage(own_store.url)
     client.register()
     client.ask()
-    if paid:  # the first that it writes is the count of the hour
+    if paid:  # the first that it writes are the counters of the limits
         monkeypatch.setattr(gateway.OutboxSms, "paid", True)
+        client.gateway.sms.paid = True
     storage._run("CONFIG", "RESETSTAT")
     now_s, before = int(time.time()), user_of(client)
     stalls.set()
@@ -1278,8 +1275,8 @@ def test_stall_between_reading_and_writing(
     until(lambda: not is_unavailable_soon(lambda: storage.ping(1.7e9)))
     assert (answer.status, answer.errno) == (503, 201)
     assert executions(storage, "exists") <= 1  # which a commit with a nonce asks once
-    if not stall_s:  # what the first may have reserved or counted is taken back
-        until(lambda: user_of(client) == before and counted(storage) == [])
+    if not stall_s:  # what the first may have reserved or counted is given back
+        until(lambda: user_of(client) == before and counted(client.gateway) == 0)
     assert took_s < 1
     again = client.call(path, {"code": "x" * 6})
     assert again.status == 200 or again.errno == 105
@@ -1289,7 +1286,7 @@ def test_hung_server_over_http(
     own_store: gateway.EmbeddedStore, keys_dir: str, tmp_path: Path
 ) -> None:
     """503/201 for every step, and 503 with its body for the health check; then all is as before."""
-    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), resend_gaps_s=AT_ONCE)
+    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), **OPEN)
     client = WsgiClient(gateway.create_app(settings, own_store.url))
     client.verified()
     os.kill(pid_of(own_store), signal.SIGSTOP)
@@ -1586,7 +1583,7 @@ def test_store_and_its_file_reveal_nothing(
 ) -> None:
     """Number, codes, token and Hawk id in no form, at any time of a session's life."""
     settings = gateway.Settings(
-        keys_dir=keys_dir, data_dir=str(tmp_path), sends_per_session=9, resend_gaps_s=AT_ONCE
+        keys_dir=keys_dir, data_dir=str(tmp_path), sends_per_session=9, **OPEN
     )
     app = gateway.create_app(settings, own_store.url)
     client, storage = WsgiClient(app), gateway.Storage(own_store.url)
@@ -1630,7 +1627,7 @@ def test_phone_first_flow_reveals_nothing(
     own_store: gateway.EmbeddedStore, keys_dir: str, tmp_path: Path
 ) -> None:
     """There the Hawk id comes by SMS, and the number from the provider."""
-    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), resend_gaps_s=AT_ONCE)
+    settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), **OPEN)
     client = WsgiClient(gateway.create_app(settings, own_store.url))
     token = client.register().json["msisdnSessionToken"]
     assert client.credentials

@@ -15,7 +15,7 @@ import lab
 import pytest
 import servers
 from redis.crc import key_slot
-from support import AT_ONCE, NUMBER, WsgiClient
+from support import HOUR, NUMBER, OPEN, WsgiClient, give_back, names_taken, take
 
 import gateway
 from gateway import Commit, SplitStorage, Storage, StorageId
@@ -123,7 +123,7 @@ def make(backend: Backend, keys_dir: str, tmp_path: Path) -> Callable[..., WsgiC
             "certificate_store": backend.certificates,
             "clock": lambda: backend.now_s,
         }
-        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), "resend_gaps_s": AT_ONCE}
+        given |= {"keys_dir": keys_dir, "data_dir": str(tmp_path), **OPEN}
         given |= options
         injected = {name: given.pop(name) for name in ("clock", "random_bytes") if name in given}
         app = gateway.create_app(gateway.Settings(**given), backend.home.url, **injected)
@@ -250,15 +250,15 @@ def together(*calls: Callable[[], Any]) -> None:
 
 
 def test_messages_are_counted(storage: Storage) -> None:
-    assert [storage.count_send(CLOCK + n, 3, b"%d" % n) for n in range(3)] == [0, 0, 0]
-    assert storage.count_send(CLOCK + 3, 3, b"3") == 3597
+    assert [take(storage, CLOCK + n, 3, b"%d" % n) for n in range(3)] == [0, 0, 0]
+    assert take(storage, CLOCK + 3, 3, b"3") == 1197
     for _ in range(2):  # the one that is named goes, and no other
-        storage.uncount_send(b"1")
-    assert storage.count_send(CLOCK + 4, 3, b"4") == 0
-    assert storage.count_send(CLOCK + 5, 3, b"5") == 3595
-    assert storage.count_send(CLOCK + 3601, 3, b"6") == 0
-    assert storage._run("ZRANGE", "hour", 0, -1, key=b"hour") == [b"2", b"4", b"6"]
-    assert 3590 < life_s(storage, b"hour") <= 3600
+        give_back(storage, CLOCK + 3, 3, b"1")
+    assert take(storage, CLOCK + 4, 3, b"4") == 0
+    assert take(storage, CLOCK + 5, 3, b"5") == 1195
+    assert take(storage, CLOCK + 1200, 3, b"6") == 0
+    assert names_taken(storage) == {b"0", b"2", b"4", b"6"}
+    assert 3590 < life_s(storage, HOUR) <= 3600
 
 
 def test_scripts_that_a_server_forgot_are_sent_again(storage: Storage, backend: Backend) -> None:
