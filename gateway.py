@@ -392,6 +392,12 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return None
 
 
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_network(text)
+    return None
+
+
 def origin_of(url: str) -> str:
     """Scheme, host and port of a URL, as browsers write an origin; "" if it has anything else.
 
@@ -461,6 +467,7 @@ _ByNetwork = Annotated[
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
 """An origin as a browser names it in the header Origin (but not ``null``); ``*`` is any."""
 _Origins = Annotated[list[_Origin], Meta(title='a list like ["https://app.example"], or ["*"]')]
+_Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
 _Gap = Annotated[int, Meta(ge=0, le=DAY_S)]
 _Gaps = Annotated[list[_Gap], Meta(min_length=1, title=f"a list of numbers from 0 to {DAY_S}")]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
@@ -638,6 +645,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
     keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
     master_secret: Annotated[_Hex64, _about("openssl rand -hex 32; empty = in keys_dir")] = ""
+    trusted_proxies: Annotated[_Proxies, _about("whose X-Forwarded-For is believed")] = None
     allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
     request_max_bytes: Annotated[int, _about("largest request body", 1024, 1048576)] = 10240
     short_code_digits: Annotated[int, _about("digits of a code that people type", 6, 10)] = 6
@@ -692,8 +700,16 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
         words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
         yield "sms_providers", self.on_loopback or real, words
+        networks = [_network(text) for text in self.trusted_proxies or ()]
+        words = "addresses and networks, but not of all addresses: 10.0.0.7, 2001:db8::/48"
+        yield "trusted_proxies", all(n and n.prefixlen for n in networks), words
         secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
+        # Where messages cost money, a proxy that nobody named would hide whom to limit.
+        near = is_loopback(urlsplit(self.base_url).hostname or "")
+        free = all(entry["kind"] == "outbox" for entry in self.sms_providers)
+        words = "with a paid provider and a public_url off loopback a list; [] if there is no proxy"
+        yield "trusted_proxies", near or free or self.trusted_proxies is not None, words
 
     def __repr__(self) -> str:
         values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
@@ -712,6 +728,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     def issuer(self) -> str:
         """Who signs our certificates: the host, with the port if the URL has one."""
         return urlsplit(self.base_url).netloc
+
+    @cached_property
+    def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """The networks of ``trusted_proxies``; an address is a network of one."""
+        return tuple(filter(None, map(_network, self.trusted_proxies or ())))
 
     @property
     def on_loopback(self) -> bool:
@@ -2417,6 +2438,23 @@ def _receipt_key(kind: str, message_id: str) -> StorageId:
 # =============================================================================
 
 
+def address_block(address: str, ipv6_bits: int) -> str:
+    """What one client address counts as: an IPv4 address as it is, of IPv6 its network.
+
+    Whoever has one address of IPv6 has a whole network of them: usually a /64, often a /56.
+
+    Args:
+        address: As ``GatewayApp.client_address`` returns it; "" stays "".
+        ipv6_bits: The length of the network's prefix.
+
+    >>> address_block("2001:db8:0:1ff::7", 56)
+    '2001:db8:0:100::/56'
+    """
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address, ipv6_bits), strict=False))
+
+
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
@@ -4055,6 +4093,47 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
+def _hop(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address of one entry of X-Forwarded-For, which may have brackets and a port."""
+    address = _address(re.sub(r"^\[(.*)\](:\d+)?$|^([^:]+):\d+$", r"\1\3", text.strip()))
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or ipaddress.IPv6Address(int(address))  # without a zone
+    return address
+
+
+def client_address(peer: str, forwarded: str, settings: Settings) -> str:
+    """The address that limits count: of the nearest host that is none of ``trusted_proxies``.
+
+    Each proxy adds the address that it was asked from at the end of X-Forwarded-For, and a client
+    may have written what is before that. So we go from the end to the front, and only as far as
+    a trusted proxy wrote it. If one wrote no address, the client counts as that proxy.
+
+    Args:
+        peer: Who is connected to us; "" on a unix socket, which counts as 127.0.0.1.
+        forwarded: The values of all headers X-Forwarded-For, with commas between them.
+
+    Returns:
+        "" for what is not limited: loopback, private or link-local is a proxy that nobody named.
+
+    >>> client_address("10.0.0.7", "1.2.3.4, 192.0.2.9", Settings(trusted_proxies=["10.0.0.7"]))
+    '192.0.2.9'
+    """
+    address = _hop(peer) or ipaddress.IPv4Address("127.0.0.1")
+    for entry in reversed(forwarded.split(",")):
+        before = _hop(entry)
+        if not before or not any(address in network for network in settings.proxies):
+            break
+        address = before
+    return "" if any(address in network for network in _UNLIMITED) else str(address)
+
+
+_UNLIMITED: Final = tuple(map(ipaddress.ip_network, (
+    "127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7",
+    "169.254.0.0/16", "fe80::/10",
+)))  # fmt: skip
+"""Loopback; RFC 1918; RFC 4193; link-local."""
+
+
 def _query_fields(text: str) -> Json:
     """The fields of a query or form.
 
@@ -4107,6 +4186,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def params(self) -> Json:
         """The parameters in the request's JSON body."""
         return json_params(self.body(), bottle.request.content_type)
+
+    def client_address(self) -> str:
+        """The address of the client, behind ``trusted_proxies``; "" if it is not limited."""
+        peer = bottle.request.environ.get("REMOTE_ADDR", "")
+        return client_address(peer, self.header("X_FORWARDED_FOR"), self.settings)
 
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""

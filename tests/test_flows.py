@@ -169,7 +169,8 @@ def test_a_deployment_behind_a_proxy(make_client: MakeClient) -> None:
     near = {"HTTP_HOST": "10.0.0.5:5000", "HTTP_X_FORWARDED_FOR": "192.0.2.9"}
     with lab.serving(provider) as url:
         entry = {"kind": "nexmo", "endpoint": url, "api_key": "k", "api_secret": "s"}
-        made = make_client(public_url="https://id.example", sms_providers=[entry])
+        there = {"public_url": "https://id.example", "trusted_proxies": []}
+        made = make_client(**there, sms_providers=[entry])
         client = Proxied(made.app)
         opened = client.register(mcc="234", msisdn=NUMBER).json
         assert opened["verificationUrl"] == "https://id.example/sms/verify"

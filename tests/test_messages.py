@@ -133,6 +133,7 @@ def test_a_bad_catalogue_is_found(tmp_path: Path, sentence: str, named: str) -> 
 def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     nexmo = '[{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]'
     options = ["--public-url", "https://id.example.com", "--sms-providers", nexmo]
+    options += ["--trusted-proxies", "[]"]
     assert gateway.main(["messages", *options]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(TAGS) >= 40
@@ -201,6 +202,7 @@ def test_host_line_is_dropped_before_a_second_segment() -> None:
 
 
 NEXMO = [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]
+PAID: dict[str, Any] = {"sms_providers": NEXMO, "trusted_proxies": []}
 
 
 @pytest.mark.parametrize(
@@ -209,8 +211,8 @@ NEXMO = [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]
         ({}, ""),
         ({"sms_host_line": "on"}, "127.0.0.1"),
         ({"public_url": "http://localhost:5000"}, ""),
-        ({"public_url": "https://id.example:8443", "sms_providers": NEXMO}, "id.example"),
-        ({"public_url": "https://id.example", "sms_providers": NEXMO, "sms_host_line": "off"}, ""),
+        ({"public_url": "https://id.example:8443", **PAID}, "id.example"),
+        ({"public_url": "https://id.example", **PAID, "sms_host_line": "off"}, ""),
     ],
 )
 def test_host_line_is_for_https_unless_told(settings: gateway.Json, host: str) -> None:

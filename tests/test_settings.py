@@ -32,6 +32,7 @@ CONTRACT: dict[str, Any] = {
     "workers": len(os.sched_getaffinity(0)),
     "threads": 64,
     "public_url": "",
+    "trusted_proxies": None,
     "storage_url": "",
     "certificate_store": "",
     "data_dir": "data",
@@ -63,6 +64,7 @@ README = (lab.ROOT / "README.md").read_text("utf-8")
 ABROAD: dict[str, Any] = {
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
     "sms_inbound": [],
+    "trusted_proxies": [],
 }
 """What a gateway needs that is not on loopback."""
 
@@ -1086,7 +1088,7 @@ def test_toml_with_its_marks_removed_loads_back(
     run: Callable[..., Ended], toml: Callable[[str], str]
 ) -> None:
     """Somebody who makes every line active gets the gateway that was described."""
-    names = gateway.declared(Settings).keys() - {"sms_inbound"}
+    names = gateway.declared(Settings).keys() - {"sms_inbound", "trusted_proxies"}
     lines = [line.removeprefix("# ") for line in run("settings", "--toml").out.splitlines()]
     text = "\n".join(line for line in lines if line.split(" = ")[0] in names)
     assert gateway.load_settings({}, {}, toml(text)) == Settings()

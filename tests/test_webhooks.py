@@ -22,6 +22,7 @@ FORM = {"CONTENT_TYPE": "application/x-www-form-urlencoded"}
 ABROAD: dict[str, Any] = {
     "public_url": "https://id.example",
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
+    "trusted_proxies": [],
 }
 
 
