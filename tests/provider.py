@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 256
+    request_queue_size = 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The gateway has hung up."""
