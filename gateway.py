@@ -191,7 +191,10 @@ STORAGE_TIMEOUT_S: Final = 0.5
 STORAGE_CONNECTIONS: Final = 16
 """Connections of each worker to each server of the store. If all are in use, a thread waits."""
 STORAGE_WAIT_S: Final = 0.35
-"""How long it waits. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S that is less than a second."""
+"""How long it waits, since the server answered anybody. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S
+that is less than a second, so that a server that hangs is noticed within a second."""
+STORAGE_QUEUE_S: Final = 5.0
+"""How long it waits while the server answers others: more wait than can be served in that time."""
 STORAGE_IDLE_S: Final = 1.0
 """A connection idle for longer is checked by a PING before use: a proxy may have dropped it."""
 STORAGE_PROBE_S: Final = 0.1
@@ -1824,6 +1827,7 @@ class Pool:
         factory: Any = redis.ConnectionPool(**options)
         self._idle = deque(factory.make_connection() for _ in range(factory.max_connections))
         self._free = threading.BoundedSemaphore(factory.max_connections)
+        self._worked_s = 0.0  # when one was last given back open, so its server had answered
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Any]:
@@ -1833,9 +1837,12 @@ class Pool:
             redis.RedisError: The server is not there, or refuses our login. No command was sent.
             Unavailable: Other threads have all connections.
         """
-        if not self._free.acquire(timeout=STORAGE_WAIT_S):
-            LOG.warning("storage: all connections are in use")
-            raise Unavailable("the storage is busy; try again")
+        begun_s, wait_s = time.monotonic(), STORAGE_WAIT_S
+        while not self._free.acquire(timeout=wait_s):
+            until_s = min(self._worked_s, begun_s + STORAGE_QUEUE_S) + STORAGE_WAIT_S
+            if (wait_s := until_s - time.monotonic()) <= 0:
+                LOG.warning("storage: all connections are in use")
+                raise Unavailable("the storage is busy; try again")
         connection = self._idle.pop()
         try:
             if connection.is_connected and not _is_alive(connection):
@@ -1843,6 +1850,8 @@ class Pool:
             connection.connect()  # does nothing if it is open
             yield connection
         finally:
+            if connection.is_connected:
+                self._worked_s = time.monotonic()
             (self._idle.append if connection.is_connected else self._idle.appendleft)(connection)
             self._free.release()
 
@@ -3559,6 +3568,29 @@ def return_code(
     return user._replace(code_digest=b"", older_digest=b"", tries=0), dead
 
 
+def next_action(user: User, settings: Settings, now_s: int) -> Json:
+    """What a client may do next, as answers tell it.
+
+    Returns:
+        ``resendIn``: in how many seconds it may ask for another message (0: now); ``sendsLeft``:
+        how many it may ask for in all; ``triesLeft``, ``expiresIn``: how many wrong codes the one
+        that waits still bears, and how many seconds it lives (0: none waits); ``verified``.
+    """
+    sending, waits = is_being_sent(user, now_s), code_waits(user, settings, now_s)
+    wait_s, sends = int(sending), user.sends
+    try:  # as if it had left: then its gap begins
+        sends = session_sends(user._replace(sending=user.sending and not sending), settings, now_s)
+    except TooManyCodes as error:
+        wait_s = max(wait_s, error.retry_after_s or 0)
+    return {
+        "resendIn": wait_s,
+        "sendsLeft": max(0, settings.sends_per_session - sends),
+        "triesLeft": settings.code_tries - user.tries if waits else 0,
+        "expiresIn": user.code_expires_s - now_s if waits else 0,
+        "verified": bool(user.verified_s),
+    }
+
+
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
 
@@ -3891,6 +3923,22 @@ class Gateway:
         if verified:
             self.sms.forget(number)
 
+    def session_state(self, session: Session) -> Json:
+        """Tell where a session stands; only its nonce is used up."""
+        self.step(session, lambda user: (user, None))
+        next_step = self.next_action(session)
+        number = {"msisdn": self._number(session, session.user)} if next_step["verified"] else {}
+        return {**number, "next": next_step}
+
+    def next_action(self, session: Session) -> Json:
+        """What the client may do next, as far as this request knows (see the function)."""
+        user = session.user
+        if not self.sms.outbox:  # what one that is gone has shown proves nothing
+            digest = b"" if user.by_outbox else user.code_digest
+            verified_s = 0 if user.verified_by_outbox else user.verified_s
+            user = user._replace(code_digest=digest, verified_s=verified_s)
+        return next_action(user, self.settings, int(self.clock()))
+
     def is_storage_writable(self) -> bool:
         """Whether the store takes a write; the result is reused for ``HEARTBEAT_S``."""
         with self._heartbeat:
@@ -4014,16 +4062,19 @@ class Gateway:
             The user as it is then; ``None`` if they have unregistered.
         """
         user, record = session.user, session.record
+        session.outcome_unknown = True
         for _ in range(2 * COMMIT_TRIES):
             if is_reserved(user, reserved):
                 new = settled(user)
                 if self.storage.commit(session.storage_id, record, new.pack()) is Commit.DONE:
+                    session.user, session.outcome_unknown = new, False
                     return new
             latest = self.storage.get(session.storage_id)
             if latest is None:
                 return None
             user, record = self._user(session.hawk_id, latest), latest
             if not is_reserved(user, reserved):
+                session.user, session.outcome_unknown = user, False
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
@@ -4101,6 +4152,7 @@ ROUTES: Final = (
     Route("GET POST", "/sms/receipt/", "sms_receipt"),
     Route("GET POST", "/sms/receipt/<secret>", "sms_receipt"),
     Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
+    Route("GET", "/session", "session_state", hawk=True),
     Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
     Route("POST", "/unregister", "unregister", hawk=True),
     Route("GET", "/__heartbeat__", "heartbeat"),
@@ -4151,8 +4203,12 @@ def html_answer(title: str, body: str) -> Answer:
     return Answer(200, page.encode(), "text/html; charset=utf-8")
 
 
-def error_answer(error: GatewayError, base_url: str) -> Answer:
-    """The one place where the body of an error is written."""
+def error_answer(error: GatewayError, base_url: str, next_step: Json | None = None) -> Answer:
+    """The one place where the body of an error is written.
+
+    Args:
+        next_step: Of ``next_action``, about the session that asked, as far as that is known.
+    """
     phrase = HTTPStatus(error.status).phrase
     body: Json = {"code": error.status, "error": phrase, "message": error.message}
     headers = dict(error.headers)
@@ -4161,6 +4217,9 @@ def error_answer(error: GatewayError, base_url: str) -> Answer:
     if error.retry_after_s is not None:
         body["retryAfter"] = error.retry_after_s
         headers["Retry-After"] = str(error.retry_after_s)
+    if next_step:
+        least_s = error.retry_after_s or 0 if error.status == 429 else 0
+        body["next"] = next_step | {"resendIn": max(next_step["resendIn"], least_s)}
     if error.status == 401:
         headers.setdefault("WWW-Authenticate", "Hawk")
     return json_answer(body, error.status, headers)
@@ -4375,15 +4434,17 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             else:
                 value = handler(**args)
             answer = value if isinstance(value, Answer) else json_answer(value)
-        except GatewayError as error:
-            answer = error_answer(error, self.settings.base_url)
         except bottle.HTTPResponse:
             raise
         except Exception as error:
-            # The text of a foreign exception may quote a code or a number: leave it out.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            LOG.error("unforeseen %s\n%s", type(error).__name__, where)
-            answer = error_answer(UNFORESEEN, self.settings.base_url)
+            if not isinstance(error, GatewayError):
+                # The text of a foreign exception may quote a code or a number: leave it out.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                LOG.error("unforeseen %s\n%s", type(error).__name__, where)
+                error = UNFORESEEN
+            known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
+            next_step = self.gateway.next_action(session) if session and known else None
+            answer = error_answer(error, self.settings.base_url, next_step)
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -4468,12 +4529,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """POST /sms/verify : send a PIN, and tell from where it comes."""
         language = self.header("ACCEPT_LANGUAGE")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
-        return {"mtSender": sender}
+        return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
         language = self.header("ACCEPT_LANGUAGE")
-        return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
+        sender = self.gateway.resend_code(session, self.params(), language)
+        return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def webhook(self, secret: str) -> tuple[str, Json]:
         """The provider that calls us, and its parameters, if secret and signature are right."""
@@ -4518,6 +4580,10 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def certificate_sign(self, session: Session) -> Json:
         """POST /certificate/sign : a certificate for the client's key."""
         return self.gateway.sign_certificate(session, self.params())
+
+    def session_state(self, session: Session) -> Json:
+        """GET /session : where it stands, without a change."""
+        return self.gateway.session_state(session)
 
     def unregister(self, session: Session) -> None:
         """POST /unregister : drop everything."""

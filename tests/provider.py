@@ -42,8 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
         provider: Provider = self.server.provider  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
         headers = {name.lower(): value for name, value in self.headers.items()}
+        self.got = Request(self.command, self.path, headers, body)
         with provider.lock:
-            provider.received.append(Request(self.command, self.path, headers, body))
+            provider.received.append(self.got)
             provider.open += 1
         with contextlib.suppress(OSError):  # the gateway has given up
             provider.answer(self)

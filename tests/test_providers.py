@@ -529,7 +529,7 @@ def test_a_long_answer_costs_no_memory(provider: Provider) -> None:
     [one] = sender_of({"kind": "http", "endpoint": provider.url, "success": "^OK"}).providers
     assert isinstance(one, gateway.HttpSms)
     started = time.monotonic()
-    status, body = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
+    status, body, _ = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
     assert (status, len(body)) == (200, gateway.ANSWER_MAX_BYTES)
     assert one.send("Gateway", TO, "text", 9.0) == []
     assert time.monotonic() - started < 5  # no more is read
