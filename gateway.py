@@ -71,6 +71,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import contextlib
 import copy
 import enum
@@ -184,12 +185,17 @@ DAY_S: Final = 86400
 """How long the id of an inbound message, and the outcome of one of ours, is remembered."""
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
+SEND_LAST_S: Final = 0.5
+"""A provider is not asked any more if less of that is left: it could hardly answer in time."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
 """Connections of each worker to each server of the store. If all are in use, a thread waits."""
 STORAGE_WAIT_S: Final = 0.35
-"""How long it waits. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S that is less than a second."""
+"""How long it waits, since the server answered anybody. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S
+that is less than a second, so that a server that hangs is noticed within a second."""
+STORAGE_QUEUE_S: Final = 5.0
+"""How long it waits while the server answers others: more wait than can be served in that time."""
 STORAGE_IDLE_S: Final = 1.0
 """A connection idle for longer is checked by a PING before use: a proxy may have dropped it."""
 STORAGE_PROBE_S: Final = 0.1
@@ -667,7 +673,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     host: Annotated[_Text, _about("address to listen on")] = "127.0.0.1"
     port: Annotated[int, _about("port to listen on", 1, 65535)] = 5000
     workers: Annotated[int, _about("server processes; default: cores", 1, 512)] = _cpus()
-    threads: Annotated[int, _about("threads in each process", 1, 512)] = 64
+    threads: Annotated[int, _about("threads in each, made when needed", 1, 4096)] = 1024
     public_url: Annotated[_Text, _URI, _about("what clients call us; empty = host, port")] = ""
     storage_url: Annotated[_StorageUrl, _about("Redis or Valkey; empty = embedded")] = ""
     certificate_store: Annotated[_Table, _about("dynamodb://… for users; empty = same store")] = ""
@@ -2021,6 +2027,7 @@ class Pool:
         factory: Any = redis.ConnectionPool(**options)
         self._idle = deque(factory.make_connection() for _ in range(factory.max_connections))
         self._free = threading.BoundedSemaphore(factory.max_connections)
+        self._worked_s = 0.0  # when one was last given back open, so its server had answered
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Any]:
@@ -2030,9 +2037,12 @@ class Pool:
             redis.RedisError: The server is not there, or refuses our login. No command was sent.
             Unavailable: Other threads have all connections.
         """
-        if not self._free.acquire(timeout=STORAGE_WAIT_S):
-            LOG.warning("storage: all connections are in use")
-            raise Unavailable("the storage is busy; try again")
+        begun_s, wait_s = time.monotonic(), STORAGE_WAIT_S
+        while not self._free.acquire(timeout=wait_s):
+            until_s = min(self._worked_s, begun_s + STORAGE_QUEUE_S) + STORAGE_WAIT_S
+            if (wait_s := until_s - time.monotonic()) <= 0:
+                LOG.warning("storage: all connections are in use")
+                raise Unavailable("the storage is busy; try again")
         connection = self._idle.pop()
         try:
             if connection.is_connected and not _is_alive(connection):
@@ -2040,6 +2050,8 @@ class Pool:
             connection.connect()  # does nothing if it is open
             yield connection
         finally:
+            if connection.is_connected:
+                self._worked_s = time.monotonic()
             (self._idle.append if connection.is_connected else self._idle.appendleft)(connection)
             self._free.release()
 
@@ -2972,7 +2984,14 @@ class SmsFailed(Exception):
 
     It is raised only where that is certain (``MEANINGS``), because the message's count is then
     given back. The text holds nothing secret.
+
+    Args:
+        retry_after_s: How long the provider asks us to wait; 0 if it does not say.
     """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SmsRefused(SmsFailed):
@@ -2981,6 +3000,10 @@ class SmsRefused(SmsFailed):
 
 class SmsUnknown(SmsFailed):
     """The provider did not say, or not in time: it may have taken the message, or a part."""
+
+
+class SmsThrottled(SmsFailed):
+    """The provider says "slower": it did not take the message, and would take it later."""
 
 
 class SmsProvider:
@@ -3176,17 +3199,17 @@ class HttpSms(SmsProvider):
             request = self._request(values)
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
-        status, body = self._exchange(request, timeout_s)
+        status, body, retry_after_s = self._exchange(request, timeout_s)
         if not 200 <= status < 300:
-            raise MEANINGS.get(status, SmsUnknown)(f"{self.kind} answered {status}")
+            raise MEANINGS.get(status, SmsUnknown)(f"{self.kind} answered {status}", retry_after_s)
         try:
             ids = self.taken(body, values["id"])
             return ids if self.receipt_url else []
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise SmsUnknown(f"{self.kind} answered {status} without a result") from None
 
-    def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes]:
-        """Status and body of the answer; of a long body the first ``ANSWER_MAX_BYTES``."""
+    def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes, int]:
+        """Status, body (the first ``ANSWER_MAX_BYTES``) and Retry-After, in seconds or 0."""
         begun, answer = [], bytearray()
 
         def begin(*_: Any) -> Any:
@@ -3213,10 +3236,11 @@ class HttpSms(SmsProvider):
                 raise SmsUnknown(f"{self.kind}: no answer, curl error {error.args[0]}") from None
         finally:
             status: int = curl.getinfo(pycurl.RESPONSE_CODE)
+            retry_after_s: int = curl.getinfo(pycurl.RETRY_AFTER)
             connection = curl.getinfo(pycurl.ACTIVESOCKET)  # -1: it did not stay open
             curl.reset()  # forget the options; the connection stays open
             self._idle.append((curl, connection))
-        return status, bytes(answer)
+        return status, bytes(answer), retry_after_s
 
     def _handle(self) -> pycurl.Curl:
         """An idle libcurl handle with its open connection, or a new one.
@@ -3259,7 +3283,7 @@ _IDLE_CONNECTIONS_MAX: Final = 64
 _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 _NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
-MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused}
+MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled}
 """The error that an HTTP status other than 2xx stands for; one that is not here: SmsUnknown.
 
 The count of a message is given back only if it surely did not leave. Otherwise somebody who makes
@@ -3300,6 +3324,8 @@ class NexmoSms(HttpSms):
             return [str(part.get("message-id", "")) for part in parts]
         if not codes or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in codes):
             raise SmsUnknown("nexmo took a part of it, or did not say")
+        if codes == {"1"}:
+            raise SmsThrottled("nexmo: status 1: faster than the account may send")
         raise (SmsRefused if codes <= self.REFUSED else SmsFailed)(f"nexmo: status {max(codes)}")
 
 
@@ -3390,8 +3416,9 @@ class SnsSms(SmsProvider):
             raise SmsUnknown(f"sns did not answer in {timeout_s:.1f} s") from None
         except self.client.exceptions.ClientError as error:
             code = re.sub("[^A-Za-z.]", "", str(error.response.get("Error", {}).get("Code")))
-            fault = _NOT_TAKEN.get(error.response["ResponseMetadata"]["HTTPStatusCode"], SmsUnknown)
-            refused = code.startswith(("InvalidParameter", "OptedOut"))  # 400 alone may be a limit
+            faults = MEANINGS | {400: SmsFailed}  # 400 alone may be a limit
+            fault = faults.get(error.response["ResponseMetadata"]["HTTPStatusCode"], SmsUnknown)
+            refused = code.startswith(("InvalidParameter", "OptedOut"))
             raise (SmsRefused if refused else fault)(f"sns answered: error {code}") from None
         except self.surely_not as error:
             raise SmsFailed(f"sns cannot be reached: {type(error).__name__}") from None
@@ -3418,6 +3445,108 @@ class Sent(NamedTuple):
     tried: int
 
 
+class Pace:
+    """How fast a provider takes messages: as fast as they come, until it says "slower".
+
+    From then on they leave one after another, the one that came first before the others, as many
+    in a second as it took in the last one, and ``PACE_GROWTH`` more with each second that passes,
+    until it says so again. So we find its limit, and ask only a little more often than it allows.
+    Workers that share the limit come to like parts of it, because each grows by as much.
+
+    No thread holds the lock, or anything of the store, while it waits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._line: list[float] = []  # when the messages that wait came, in order
+        self._taken: deque[float] = deque()  # when those of the last SEND_BUDGET_S were taken
+        self._rate, self._pause_s = PACE_MIN, 0.0  # when it last said "slower"
+        self._from_s = -math.inf  # and the end of that pause
+        self._since_s = math.inf  # when it first said so; PACE_QUIET_S without it end that time
+        self._next_s = self._promised_s = 0.0
+
+    def send(self, send: Callable[[float], T], end_s: float) -> T:
+        """Call ``send`` when it is this message's turn, again as often as it is throttled.
+
+        Args:
+            send: Takes the time when it begins, of ``time.monotonic``.
+            end_s: The latest such time.
+
+        Raises:
+            SmsThrottled: No turn before ``end_s``; ``retry_after_s`` says when it is worth it.
+        """
+        came_s = time.monotonic()
+        while True:
+            with self._lock:
+                bisect.insort(self._line, came_s)
+            while (wait_s := self._turn(came_s, end_s)) > 0:
+                time.sleep(min(wait_s, PACE_LOOK_S))
+            try:
+                result = send(time.monotonic())
+                self._note_taken()
+                return result
+            except SmsThrottled as error:
+                self._slow_down(error.retry_after_s)
+
+    def _turn(self, came_s: float, end_s: float) -> float:
+        """The seconds until a message's turn. If that is now, 0, and it has left the line."""
+        with self._lock:
+            now_s, place = time.monotonic(), bisect.bisect_left(self._line, came_s)
+            gap_s = 1 / (self._rate + PACE_GROWTH * max(0.0, now_s - self._from_s))
+            next_s = max(self._next_s, now_s - max(self._pause_s, PACE_LOOK_S))  # made up for
+            at_s = max(self._from_s, next_s + place * gap_s)
+            if self._is_hopeless(place, now_s, end_s):
+                del self._line[place]
+                # Whoever is turned away is told a time of its own, so that all pass who come then.
+                self._promised_s = max(self._promised_s + gap_s, at_s)
+                raise SmsThrottled("too many messages wait for it", self._promised_s - now_s)
+            if at_s <= now_s:
+                del self._line[place]
+                self._next_s = next_s + gap_s
+            return max(0.0, at_s - now_s)
+
+    def _is_hopeless(self, place: int, now_s: float, end_s: float) -> bool:
+        """Whether the turn of a place in the line cannot come in time.
+
+        What it took in the last ``SEND_BUDGET_S`` tells that, once it has throttled us for as long.
+        """
+        left_s = end_s - max(now_s, self._from_s)
+        known = self._since_s + SEND_BUDGET_S < now_s < self._from_s + PACE_QUIET_S
+        likely = len(self._taken) * left_s / SEND_BUDGET_S
+        return left_s < 0 or (known and place > PACE_HOPE * likely)
+
+    def _note_taken(self) -> None:
+        with self._lock:
+            self._taken.append(time.monotonic())
+            while self._taken[0] < self._taken[-1] - SEND_BUDGET_S:
+                self._taken.popleft()
+
+    def _slow_down(self, retry_after_s: float) -> None:
+        with self._lock:
+            now_s = time.monotonic()
+            self._rate = max(PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
+            pause_s = min(retry_after_s, PACE_PAUSE_MAX_S)
+            if now_s > self._from_s + PACE_QUIET_S:
+                self._since_s = now_s
+            self._from_s, self._pause_s = max(self._from_s, now_s + pause_s), min(pause_s, 1.0)
+
+
+PACE_MIN: Final = 5.0
+"""How many messages a second a provider that says "slower" is asked to take, at least."""
+PACE_GROWTH: Final = 20.0
+"""How many more it is asked to take with each second in which it does not say so."""
+PACE_QUIET_S: Final = 3.0
+"""If it has not said so for longer, we do not know how many it takes."""
+PACE_LOOK_S: Final = 0.1
+"""How often a message that waits looks whether its turn comes sooner than it seemed."""
+PACE_HOPE: Final = 1.5
+"""How many times as many messages as seem possible may wait."""
+PACE_PAUSE_MAX_S: Final = 60.0
+"""How long a provider is left alone at its wish (Retry-After), at most."""
+THREADS_SPARE: Final = 64
+"""How many threads of each worker are never in sends, if it has twice as many; else half."""
+
+
 class SmsSender:
     """The providers of a gateway, by falling priority; those that failed lately come last.
 
@@ -3434,16 +3563,18 @@ class SmsSender:
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
-        self._slots = threading.BoundedSemaphore(max(1, settings.threads // 2))
+        self._paces = [Pace() for _ in self.providers]
+        most = max(1, settings.threads // 2, settings.threads - THREADS_SPARE)
+        self._slots = threading.BoundedSemaphore(most)
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """A place for one send; half of our threads stay free for everything else.
+        """A place for one send; ``THREADS_SPARE`` threads stay free for everything else.
 
         Raises:
-            Unavailable: All are taken. Nobody waits for one.
+            Unavailable: All are taken. Nobody waits for one: that would take another thread.
         """
         if not self._slots.acquire(blocking=False):
             raise Unavailable("too many messages are being sent at once; try again")
@@ -3467,50 +3598,66 @@ class SmsSender:
 
         Raises:
             SmsRefused: Every provider that was asked refused this one message for good.
+            SmsThrottled: Nobody took it, and one would have later.
             SmsFailed: Surely nobody took it. If somebody may have, that counts as sent.
             TooManyMessages, Unavailable: The first attempt cannot be counted, or the next one,
                 after others surely failed.
         """
-        refused, unknown, end_s = True, False, time.monotonic() + SEND_BUDGET_S
-        once_round = 2 ** len(self.providers) - 1
-        for n in self._order(tried)[: self.settings.sms_send_tries]:
-            if (left_s := end_s - time.monotonic()) < 1:
+        refused, unknown, throttled = True, False, None
+        end_s, once_round = time.monotonic() + SEND_BUDGET_S, 2 ** len(self.providers) - 1
+        order = self._order(tried)[: self.settings.sms_send_tries]
+        for others, n in enumerate(order):
+            if (left_s := end_s - time.monotonic()) < SEND_LAST_S:
                 break
             tried |= 1 << n
+            # While others could take it, it waits for its turn only for a part of the time.
+            turn_s = end_s - left_s + (left_s - SEND_LAST_S) / (len(order) - others)
             try:
-                ids = self._attempt(n, (sender, to, text), left_s, payments)
+                ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
                 return Sent(self.providers[n].kind, ids, tried % once_round)
             except SmsFailed as error:
                 LOG.warning("sms: %s", error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
+                throttled = error if isinstance(error, SmsThrottled) else throttled
             except GatewayError:  # this attempt cannot be paid for
                 if unknown:
                     break
                 raise
         if unknown:
             return Sent("", [], tried % once_round)
-        raise (SmsRefused if refused else SmsFailed)("no provider took the message")
+        raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
 
     def _attempt(
-        self, n: int, message: tuple[str, Msisdn, str], left_s: float, payments: Payments | None
-    ) -> list[str]:
-        """Have one provider send a message, once that is counted; raises like a provider."""
+        self, n: int, message: tuple[str, Msisdn, str], ends_s: tuple[float, float],
+        payments: Payments | None,
+    ) -> list[str]:  # fmt: skip
+        """Have one provider send a message, once that is counted; raises like a provider.
+
+        Args:
+            ends_s: By when its turn must have come, and by when the provider must have answered.
+        """
         provider, to = self.providers[n], message[1]
         paid = payments.use() if payments and provider.paid else b""
-        started_s, timeout_s = time.monotonic(), min(provider.entry["timeout_s"], left_s)
-        if n in self.resting:  # this one message tries whether it works again
-            self.resting[n] = started_s + self.settings.sms_cool_down_s
         try:
-            ids = _send_by(provider, *message, timeout_s)
+            return self._paces[n].send(partial(self._try, n, message, ends_s[1]), ends_s[0])
         except SmsFailed as error:
-            if not isinstance(error, SmsRefused):
+            if not isinstance(error, SmsRefused | SmsThrottled):
                 self._note_failure(n, to)
             if payments and paid and not isinstance(error, SmsUnknown):
                 payments.give_back(paid)
             raise
+
+    def _try(
+        self, n: int, message: tuple[str, Msisdn, str], end_s: float, started_s: float
+    ) -> list[str]:
+        provider = self.providers[n]
+        timeout_s = min(provider.entry["timeout_s"], end_s - started_s)
+        if n in self.resting:  # this one message tries whether it works again
+            self.resting[n] = started_s + self.settings.sms_cool_down_s
+        ids = _send_by(provider, *message, timeout_s)
         if time.monotonic() - started_s > timeout_s / 2:
-            self._note_failure(n, to)  # slow
+            self._note_failure(n, message[1])  # slow
         else:
             self.resting.pop(n, None)
             self._failed_for.pop(n, None)
@@ -3834,6 +3981,29 @@ def end_proofs(user: User, ended_s: int, settings: Settings, now_s: int) -> User
     if is_being_sent(user, now_s) or code_waits(user, settings, now_s):
         return user
     return user._replace(sealed=b"", sending=False, ticket=0, code_digest=b"", older_digest=b"")
+
+
+def next_action(user: User, settings: Settings, now_s: int) -> Json:
+    """What a client may do next, as answers tell it.
+
+    Returns:
+        ``resendIn``: in how many seconds it may ask for another message (0: now); ``sendsLeft``:
+        how many it may ask for in all; ``triesLeft``, ``expiresIn``: how many wrong codes the one
+        that waits still bears, and how many seconds it lives (0: none waits); ``verified``.
+    """
+    sending, waits = is_being_sent(user, now_s), code_waits(user, settings, now_s)
+    wait_s, sends = int(sending), user.sends
+    try:  # as if it had left: then its gap begins
+        sends = session_sends(user._replace(sending=user.sending and not sending), settings, now_s)
+    except TooManyCodes as error:
+        wait_s = max(wait_s, error.retry_after_s or 0)
+    return {
+        "resendIn": wait_s,
+        "sendsLeft": max(0, settings.sends_per_session - sends),
+        "triesLeft": settings.code_tries - user.tries if waits else 0,
+        "expiresIn": user.code_expires_s - now_s if waits else 0,
+        "verified": bool(user.verified_s),
+    }
 
 
 class Gateway:
@@ -4187,6 +4357,22 @@ class Gateway:
         if verified:
             self.sms.forget(number)
 
+    def session_state(self, session: Session) -> Json:
+        """Tell where a session stands; only its nonce is used up."""
+        self.step(session, lambda user: (user, None))
+        next_step = self.next_action(session)
+        number = {"msisdn": self._number(session, session.user)} if next_step["verified"] else {}
+        return {**number, "next": next_step}
+
+    def next_action(self, session: Session) -> Json:
+        """What the client may do next, as far as this request knows (see the function)."""
+        user = session.user
+        if not self.sms.outbox:  # what one that is gone has shown proves nothing
+            digest = b"" if user.by_outbox else user.code_digest
+            verified_s = 0 if user.verified_by_outbox else user.verified_s
+            user = user._replace(code_digest=digest, verified_s=verified_s)
+        return next_action(user, self.settings, int(self.clock()))
+
     def is_storage_writable(self) -> bool:
         """Whether the store takes a write; the result is reused for ``HEARTBEAT_S``."""
         with self._heartbeat:
@@ -4352,16 +4538,19 @@ class Gateway:
             The user as it is then; ``None`` if they have unregistered.
         """
         user, record = session.user, session.record
+        session.outcome_unknown = True
         for _ in range(2 * COMMIT_TRIES):
             if is_reserved(user, reserved):
                 new = settled(user)
                 if self.storage.commit(session.storage_id, record, new.pack()) is Commit.DONE:
+                    session.user, session.outcome_unknown = new, False
                     return new
             latest = self.storage.get(session.storage_id)
             if latest is None:
                 return None
             user, record = self._user(session.hawk_id, latest), latest
             if not is_reserved(user, reserved):
+                session.user, session.outcome_unknown = user, False
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
@@ -4397,7 +4586,8 @@ def _round(session: Session, user: User) -> str:
 def _not_sent(error: SmsFailed) -> GatewayError:
     if isinstance(error, SmsRefused):
         return InvalidParameter("no SMS can reach this number: check it, or use another one")
-    return Unavailable("no SMS provider took the message; try again")
+    wait_s = max(1, math.ceil(error.retry_after_s)) if isinstance(error, SmsThrottled) else 0
+    return Unavailable("no SMS provider took the message; try again", wait_s or RETRY_AFTER_S)
 
 
 def require(params: Json, *names: str) -> None:
@@ -4443,6 +4633,7 @@ ROUTES: Final = (
     Route("GET POST", "/sms/receipt/", "sms_receipt"),
     Route("GET POST", "/sms/receipt/<secret>", "sms_receipt"),
     Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
+    Route("GET", "/session", "session_state", hawk=True),
     Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
     Route("POST", "/unregister", "unregister", hawk=True),
     Route("GET", "/__heartbeat__", "heartbeat"),
@@ -4493,8 +4684,12 @@ def html_answer(title: str, body: str) -> Answer:
     return Answer(200, page.encode(), "text/html; charset=utf-8")
 
 
-def error_answer(error: GatewayError, base_url: str) -> Answer:
-    """The one place where the body of an error is written."""
+def error_answer(error: GatewayError, base_url: str, next_step: Json | None = None) -> Answer:
+    """The one place where the body of an error is written.
+
+    Args:
+        next_step: Of ``next_action``, about the session that asked, as far as that is known.
+    """
     phrase = HTTPStatus(error.status).phrase
     body: Json = {"code": error.status, "error": phrase, "message": error.message}
     headers = dict(error.headers)
@@ -4503,6 +4698,9 @@ def error_answer(error: GatewayError, base_url: str) -> Answer:
     if error.retry_after_s is not None:
         body["retryAfter"] = error.retry_after_s
         headers["Retry-After"] = str(error.retry_after_s)
+    if next_step:
+        least_s = error.retry_after_s or 0 if error.status == 429 else 0
+        body["next"] = next_step | {"resendIn": max(next_step["resendIn"], least_s)}
     if error.status == 401:
         headers.setdefault("WWW-Authenticate", "Hawk")
     return json_answer(body, error.status, headers)
@@ -4717,15 +4915,17 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             else:
                 value = handler(**args)
             answer = value if isinstance(value, Answer) else json_answer(value)
-        except GatewayError as error:
-            answer = error_answer(error, self.settings.base_url)
         except bottle.HTTPResponse:
             raise
         except Exception as error:
-            # The text of a foreign exception may quote a code or a number: leave it out.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            LOG.error("unforeseen %s\n%s", type(error).__name__, where)
-            answer = error_answer(UNFORESEEN, self.settings.base_url)
+            if not isinstance(error, GatewayError):
+                # The text of a foreign exception may quote a code or a number: leave it out.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                LOG.error("unforeseen %s\n%s", type(error).__name__, where)
+                error = UNFORESEEN
+            known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
+            next_step = self.gateway.next_action(session) if session and known else None
+            answer = error_answer(error, self.settings.base_url, next_step)
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -4814,12 +5014,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """POST /sms/verify : send a PIN, and tell from where it comes."""
         language = self.header("ACCEPT_LANGUAGE")
         sender = self.gateway.send_code(session, self.params(), short=True, language=language)
-        return {"mtSender": sender}
+        return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
         language = self.header("ACCEPT_LANGUAGE")
-        return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
+        sender = self.gateway.resend_code(session, self.params(), language)
+        return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def webhook(self, secret: str) -> tuple[str, Json]:
         """The provider that calls us, and its parameters, if secret and signature are right."""
@@ -4864,6 +5065,10 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def certificate_sign(self, session: Session) -> Json:
         """POST /certificate/sign : a certificate for the client's key."""
         return self.gateway.sign_certificate(session, self.params())
+
+    def session_state(self, session: Session) -> Json:
+        """GET /session : where it stands, without a change."""
+        return self.gateway.session_state(session)
 
     def unregister(self, session: Session) -> None:
         """POST /unregister : drop everything."""
@@ -5448,13 +5653,14 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     from granian.log import LogLevels
 
     # Granian raised RLIMIT_NOFILE to its maximum. Leave descriptors for the store and providers.
-    spare = _limit(resource.RLIMIT_NOFILE) - 2 * settings.threads - 128
+    spare = _limit(resource.RLIMIT_NOFILE) - 128
+    connections = max(spare // 2, spare - settings.threads)  # each that is in a send needs two
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,
         http1_settings=HTTP1Settings(max_buffer_size=HEAD_MAX_BYTES),
         workers=settings.workers, blocking_threads=settings.threads,
-        backpressure=max(64, min(spare, _CONNECTIONS_MAX)),
+        backpressure=max(64, min(connections, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
         log_level=LogLevels.error, log_dictconfig=LOGGING,
     )  # fmt: skip

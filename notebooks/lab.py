@@ -104,7 +104,8 @@ class Client:
         host = f"[{target.host}]" if ":" in target.host else target.host
         headers["Host"] = host + (f":{target.port}" if target.port != default else "")
         sent = ""
-        public = method == "GET" or path.endswith(("/register", "/discover"))
+        public = method == "GET" and not path.endswith("/session")
+        public |= path.endswith(("/register", "/discover"))
         if self.credentials and not public and "Authorization" not in headers:
             ts, nonce = int(self.clock()), self.nonce()
             sent = gateway.build_authorization(self.credentials, target, ts, nonce, kind, data)

@@ -42,8 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
         provider: Provider = self.server.provider  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
         headers = {name.lower(): value for name, value in self.headers.items()}
+        self.got = Request(self.command, self.path, headers, body)
         with provider.lock:
-            provider.received.append(Request(self.command, self.path, headers, body))
+            provider.received.append(self.got)
             provider.open += 1
         with contextlib.suppress(OSError):  # the gateway has given up
             provider.answer(self)
@@ -58,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 256
+    request_queue_size = 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """The gateway has hung up."""

@@ -178,6 +178,8 @@ class WsgiClient:
             assert self.credentials
             key, kind = self.credentials.hawk_key, answer.headers.get("content-type", "")
             assert lab.check_answer(key, sent, seal, target, kind, answer.data)
+            if answer.status >= 400 and answer.json.get("errno") not in (110, 201):
+                assert_next_action(answer)
         return answer
 
     def get(self, path: str, **environ: Any) -> Answer:
@@ -211,6 +213,17 @@ class WsgiClient:
         assert self.ask(msisdn).status == 200
         assert self.call("/sms/verify_code", {"code": self.code(msisdn)}).status == 200
         return self
+
+
+def assert_next_action(answer: Answer) -> None:
+    """Every error about a session says what its client may do next."""
+    told = answer.json["next"]
+    assert told.keys() == {"resendIn", "sendsLeft", "triesLeft", "expiresIn", "verified"}
+    assert all(type(told[n]) is int and told[n] >= 0 for n in told if n != "verified")
+    assert type(told["verified"]) is bool
+    assert (told["triesLeft"] > 0) == (told["expiresIn"] > 0)
+    if answer.status == 429:
+        assert told["resendIn"] >= answer.json["retryAfter"]
 
 
 class GatewayProcess:

@@ -97,7 +97,7 @@ def test_the_registration_flow(make_client: MakeClient, prefix: str) -> None:
     client.credentials = gateway.derive_credentials(token)
 
     asked = client.call(url.path, {"msisdn": "+44 7700 900-123", **network})
-    assert asked.json == {"mtSender": "+447700900001"}
+    assert asked.json["mtSender"] == "+447700900001"
     (message,) = client.outbox()  # the device catches the message by its sender
     assert message["from"] == asked.json["mtSender"]
     found = re.fullmatch("Your verification code is: ([0-9]{6})", message["text"])
@@ -175,7 +175,7 @@ def test_a_deployment_behind_a_proxy(make_client: MakeClient) -> None:
         opened = client.register(mcc="234", msisdn=NUMBER).json
         assert opened["verificationUrl"] == "https://id.example/sms/verify"
         asked = client.call("/sms/verify", {"msisdn": NUMBER}, environ=near)
-        assert asked.json == {"mtSender": "Gateway"}
+        assert asked.json["mtSender"] == "Gateway"
     sentence, bound = forms[0]["text"].splitlines()
     code = sentence.split()[-1]
     assert bound == f"@id.example #{code}"

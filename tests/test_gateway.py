@@ -230,7 +230,7 @@ def test_only_json_true_and_false_choose_the_kind_of_code(
 ) -> None:
     answer = session.call(path, {"msisdn": NUMBER, **choice})
     if path == "/sms/verify":
-        assert (answer.status, answer.json) == (200, {"mtSender": "Gateway"})
+        assert (answer.status, answer.json["mtSender"]) == (200, "Gateway")
     else:
         assert (answer.status, answer.data) == (204, b"")
     (message,) = session.outbox()
@@ -305,9 +305,9 @@ def test_the_sender_is_that_of_the_network(
 ) -> None:
     client = mapped.another()
     client.register()
-    assert client.ask(number, **network).json == {"mtSender": sender}
+    assert client.ask(number, **network).json["mtSender"] == sender
     assert client.outbox(number)[-1]["from"] == sender
-    assert client.call("/sms/resend_code").json == {"mtSender": sender}
+    assert client.call("/sms/resend_code").json["mtSender"] == sender
     assert client.outbox(number)[-1]["from"] == sender
 
 
@@ -561,7 +561,7 @@ def test_resend_kills_the_old_code_and_counts_its_tries_on(session: WsgiClient) 
     session.ask()
     old = session.code()
     assert [give(session, wrong(old)).errno for _ in range(2)] == [105, 105]
-    assert session.call("/sms/resend_code").json == {"mtSender": "Gateway"}
+    assert session.call("/sms/resend_code").json["mtSender"] == "Gateway"
     new = session.code()
     assert new != old
     assert give(session, old).errno == 105  # dead
@@ -876,7 +876,7 @@ def test_resend_keeps_the_network_last_used(mapped: WsgiClient) -> None:
     number = "+34612345679"
     client.ask(number, mcc="214")
     client.ask(number, mcc="214", mnc="07")
-    assert client.call("/sms/resend_code", {"mcc": "222"}).json == {"mtSender": "+34600000002"}
+    assert client.call("/sms/resend_code", {"mcc": "222"}).json["mtSender"] == "+34600000002"
 
 
 def test_after_success_resend_starts_a_new_round(client: WsgiClient, clock: Clock) -> None:
@@ -884,7 +884,7 @@ def test_after_success_resend_starts_a_new_round(client: WsgiClient, clock: Cloc
     client.ask()
     assert give(client, client.code()).status == 200
     clock.now_s += 100
-    assert client.call("/sms/resend_code").json == {"mtSender": "Gateway"}
+    assert client.call("/sms/resend_code").json["mtSender"] == "Gateway"
     code = client.code()
     assert [give(client, wrong(code)).errno for _ in range(2)] == [105, 105]
     signed = client.call("/certificate/sign", {"publicKey": KEY})
@@ -1196,7 +1196,7 @@ def test_a_message_of_unknown_fate_may_still_be_used(make_client: MakeClient) ->
         client = make_client(sms_providers=[entry], random_bytes=remember)
         client.register()
         answer = client.ask(shortVerificationCode=False)
-    assert (answer.status, answer.json) == (200, {"mtSender": "Gateway"})
+    assert (answer.status, answer.json["mtSender"]) == (200, "Gateway")
     assert give(client, codes[-1].hex()).json == {"msisdn": NUMBER}
 
 

@@ -142,8 +142,8 @@ def test_the_whole_flow_in_either_spelling(client: WsgiClient, spelling: int) ->
     assert client.call(path("/discover"), {"mcc": "234"}).status == 200
     client.register()
     assert client.call(path("/sms/mt/verify"), {"msisdn": NUMBER}).status == 204
-    assert client.call(path("/sms/verify"), {"msisdn": NUMBER}).json == {"mtSender": "Gateway"}
-    assert client.call(path("/sms/resend_code")).json == {"mtSender": "Gateway"}
+    assert client.call(path("/sms/verify"), {"msisdn": NUMBER}).json["mtSender"] == "Gateway"
+    assert client.call(path("/sms/resend_code")).json["mtSender"] == "Gateway"
     verified = client.call(path("/sms/verify_code"), {"code": client.code()})
     assert verified.json == {"msisdn": NUMBER}
     signed = client.call(path("/certificate/sign"), {"publicKey": RSA_JSON})

@@ -737,7 +737,7 @@ def test_a_double_click_is_one_message(
         elif again in ("mt",):
             assert (answer.status, answer.data) == (204, b"")
         else:
-            assert (answer.status, answer.json) == (200, {"mtSender": "Gateway"})
+            assert (answer.status, answer.json["mtSender"]) == (200, "Gateway")
     sent = len(provider.forms) if paid_for else len(client.outbox())
     assert sent == (2 if errno == 0 else 1)
     assert counted(client.gateway) == sent * paid_for
@@ -757,7 +757,7 @@ def test_two_double_clicks_on_resend_are_one_message(
     before = records(client)
     for later_s in (0, 29):
         clock.now_s += later_s
-        assert client.call("/sms/resend_code").json == {"mtSender": "Gateway"}
+        assert client.call("/sms/resend_code").json["mtSender"] == "Gateway"
         assert client.ask().status == 200
     assert (records(client), len(client.outbox())) == (before, 2)
     assert refused(client.call("/sms/resend_code", {"shortVerificationCode": False}), 114) == 31
@@ -817,9 +817,9 @@ def test_a_double_click_is_answered_like_the_first(
     senders = {"214": "+34600000001", "21407": "+34600000002"}
     client = make_client(resend_gaps_s=[30], mt_sender_map=senders, clock=clock)
     client.register()
-    assert client.ask(mcc="214", mnc="07").json == {"mtSender": "+34600000002"}
+    assert client.ask(mcc="214", mnc="07").json["mtSender"] == "+34600000002"
     for network in ({"mcc": "214", "mnc": "07"}, {"mcc": "214"}, {"mcc": "222"}, {}):
-        assert client.ask(**network).json == {"mtSender": "+34600000002"}
+        assert client.ask(**network).json["mtSender"] == "+34600000002"
     assert [message["from"] for message in client.outbox()] == ["+34600000002"]
 
 

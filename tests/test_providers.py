@@ -365,6 +365,9 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (NEXMO, nexmo("6", "0"), "Unknown"),
         (NEXMO, nexmo("6", "x"), "Unknown"),
         (NEXMO, nexmo("4"), "Failed"),  # bad credentials: 200 all the same
+        (NEXMO, nexmo("1"), "Throttled"),
+        (NEXMO, nexmo("1", "1"), "Throttled"),
+        (NEXMO, nexmo("1", "5"), "Failed"),
         (NEXMO, nexmo("3"), "Refused"),  # this number
         (NEXMO, nexmo("3", "4"), "Failed"),
         (NEXMO, nexmo("3", "7"), "Refused"),
@@ -380,7 +383,7 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (TWILIO, reply({"sid": "SM1", "status": "failed"}, 201), "Failed"),
         (TWILIO, reply({"code": 21211, "message": "bad +447700900123"}, 400), "Refused"),
         (TWILIO, reply({"code": 20003}, 401), "Failed"),
-        (TWILIO, reply({"code": 20429}, 429), "Failed"),
+        (TWILIO, reply({"code": 20429}, 429), "Throttled"),
         (TWILIO, reply({}, 201), "Unknown"),
         (KANNEL, reply("0: Accepted for delivery", 202), None),
         (KANNEL, reply("3: Queued for later delivery", 202), "Unknown"),
@@ -413,7 +416,7 @@ def test_what_an_answer_means(
 
 
 REFUSALS = {400: "Refused", 422: "Refused", 501: "Failed", 503: "Failed"}
-REFUSALS |= dict.fromkeys([401, 402, 403, 404, 405, 407, 409, 413, 420, 429, 451, 499], "Failed")
+REFUSALS |= dict.fromkeys([401, 402, 403, 404, 405, 407, 409, 413, 420, 451, 499], "Failed")
 OPEN = [300, 301, 302, 303, 307, 308, 408, 500, 502, 504, 505, 507, 511, 520, 524, 599, 600]
 
 
@@ -526,7 +529,7 @@ def test_a_long_answer_costs_no_memory(provider: Provider) -> None:
     [one] = sender_of({"kind": "http", "endpoint": provider.url, "success": "^OK"}).providers
     assert isinstance(one, gateway.HttpSms)
     started = time.monotonic()
-    status, body = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
+    status, body, _ = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
     assert (status, len(body)) == (200, gateway.ANSWER_MAX_BYTES)
     assert one.send("Gateway", TO, "text", 9.0) == []
     assert time.monotonic() - started < 5  # no more is read
@@ -857,11 +860,11 @@ def counts(three: list[Provider]) -> list[int]:
 def test_a_failed_provider_is_tried_last_for_a_while(three: list[Provider]) -> None:
     """Once it has failed for two numbers: one alone may be what is wrong."""
     sender = sender_of(*entries(three))
-    three[0].answer = nexmo("1")
+    three[0].answer = nexmo("5")
     for to in (TO, OTHER, TO):
         sender.send("Gateway", to, "text")
     assert counts(three) == [2, 3, 0]
-    three[1].answer = nexmo("1")
+    three[1].answer = nexmo("5")
     for to in (OTHER, TO):
         sender.send("Gateway", to, "text")
     assert counts(three) == [2, 5, 2]
@@ -884,7 +887,7 @@ def test_a_provider_rests_after_failures_for_two_numbers(
     """
     sender = sender_of(*entries(three, timeout_s=0.5))
     three[0].answer = {
-        "failed": nexmo("1"), "unknown": cut(b""), "refused": nexmo("3"), "slow": after(0.3),
+        "failed": nexmo("5"), "unknown": cut(b""), "refused": nexmo("3"), "slow": after(0.3),
         "says nothing": hang,
     }[fault]  # fmt: skip
     tried = 0 if fault == "refused" else bad
@@ -904,7 +907,7 @@ def test_a_success_in_between_ends_the_count_of_failures(three: list[Provider]) 
     """Two bad numbers a week apart are no sign of anything."""
     sender = sender_of(*entries(three))
     for to in (TO, OTHER):
-        three[0].answer = nexmo("1")
+        three[0].answer = nexmo("5")
         sender.send("Gateway", to, "text")
         three[0].answer = taken
         assert sender.send("Gateway", TO, "text").kind == "nexmo"
@@ -954,7 +957,7 @@ def test_a_slow_provider_is_tried_after_the_others(three: list[Provider]) -> Non
 @pytest.mark.parametrize("tries", [1, 2, 3])
 def test_at_most_sms_send_tries(three: list[Provider], tries: int) -> None:
     for one in three:
-        one.answer = nexmo("1")
+        one.answer = nexmo("5")
     with pytest.raises(gateway.SmsFailed):
         sender_of(*entries(three), sms_send_tries=tries).send("Gateway", TO, "text")
     assert sum(counts(three)) == tries
@@ -977,7 +980,7 @@ def test_a_resend_goes_to_another_provider(three: list[Provider], make_client: M
 def test_an_unknown_among_them_is_answered_as_sent(
     three: list[Provider], make_client: MakeClient
 ) -> None:
-    three[0].answer, three[1].answer, three[2].answer = nexmo("1"), cut(b""), nexmo("1")
+    three[0].answer, three[1].answer, three[2].answer = nexmo("5"), cut(b""), nexmo("1")
     client = make_client(sms_providers=entries(three), sends_per_hour=2)
     client.register()
     assert client.ask().status == 200
@@ -1003,7 +1006,7 @@ def test_an_unknown_is_answered_as_sent_though_no_further_try_can_be_paid_for(
     assert client.call("/sms/verify_code", {"code": code}).status == 200
 
 
-FAILED, REFUSED, UNKNOWN = nexmo("1"), nexmo("3"), cut(b"")
+FAILED, REFUSED, UNKNOWN = nexmo("5"), nexmo("3"), cut(b"")
 
 
 @pytest.mark.parametrize(
@@ -1116,7 +1119,7 @@ def test_a_final_refusal_is_told_and_counts_for_the_session(
 
 def test_all_failed_is_given_back(three: list[Provider], make_client: MakeClient) -> None:
     for one in three:
-        one.answer = nexmo("1")
+        one.answer = nexmo("5")
     client = make_client(sms_providers=entries(three), sends_per_hour=1, sends_per_session=1)
     client.register()
     for _ in range(3):
