@@ -420,6 +420,8 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
+_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
+"""What is known about numbering plans, and from which sources."""
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
 """How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
 STORAGE_URLS: Final = (
@@ -701,8 +703,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
         words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
         yield "sms_providers", self.on_loopback or real, words
-        known = phonenumbers.SUPPORTED_REGIONS | {"*"}
-        yield "countries", known.issuperset(self.countries), 'ISO 3166 regions, ["GB"], or ["*"]'
+        known = {"*", *_NUMBERING["mccs"]}.issuperset(self.countries)
+        yield "countries", known, allowed(declared(Settings)["countries"])
         secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
 
@@ -846,7 +848,6 @@ class Network(NamedTuple):
         return Network(f"{mcc - 1:03}" if mcc else "", digits)
 
 
-_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
 MCCS_BY_REGION: Final[Mapping[str, list[str]]] = _NUMBERING["mccs"]
 """Mobile country codes by ISO 3166 region (``locale/numbering.toml``)."""
 LIVING_FORMS: Final[Mapping[str, list[list[str]]]] = _NUMBERING["living_forms"]
