@@ -27,6 +27,8 @@ import gateway
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE: Final = [0]
 """``resend_gaps_s`` of most tests: a session may ask again without waiting."""
+NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway"]
+"""What a start with a provider that costs money must name."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
 
@@ -228,7 +230,7 @@ class GatewayProcess:
         self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
         command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
-        command += ["--resend-gaps-s", json.dumps(AT_ONCE)]
+        command += ["--resend-gaps-s", json.dumps(AT_ONCE), *NAMED]
         if files:
             command = ["/bin/sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
