@@ -769,11 +769,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _check_named(settings: Settings, named: Collection[str]) -> None:
+def _check_named(settings: Settings, named: Json) -> None:
     """Check that the operator chose what has no right default once messages cost money."""
     paid = any(entry["kind"] != "outbox" for entry in settings.sms_providers)
     for name in ("countries", "mt_sender"):
-        if paid and (name not in named or not getattr(settings, name)):
+        if paid and not named.get(name):
             right = allowed(declared(Settings)[name])
             raise SettingsError(f"{name} must be named, as messages cost money; allowed: {right}")
 
@@ -921,7 +921,7 @@ def parse_msisdn(value: object) -> Msisdn:
 
 
 def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
-    """Check that a number can get SMS from here. Costs about 70 µs, 120 with ``countries``.
+    """Check that a number can get SMS from here. Costs about 50 µs, 90 with ``countries``.
 
     Args:
         countries: The regions that are served; none or ``*``: all.
@@ -3655,9 +3655,8 @@ class Gateway:
     def register(self, params: Json) -> Json:
         """Open a session: its token, and the ways to verify if a network is named."""
         # VALIDATE
-        msisdn, details = self._msisdn(params), Json()
-        if "mcc" in params:
-            details = self._ways(params, msisdn)
+        msisdn = self._msisdn(params)
+        details = self._ways(params, msisdn) if "mcc" in params else {}
         # ACT
         token = new_session_token(self.random_bytes)
         hawk_id, hawk_key = derive_credentials(token)
