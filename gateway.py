@@ -105,9 +105,10 @@ import threading
 import time
 import tomllib
 import traceback
+import unicodedata
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -123,7 +124,8 @@ import msgspec
 import phonenumbers
 import pycurl
 import redis
-from babel.languages import get_official_languages
+from babel.core import get_global
+from babel.languages import get_territory_language_info
 from babel.support import NullTranslations, Translations
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -441,6 +443,8 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
+_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
+"""What is known about numbering plans, and from which sources."""
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
 """How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
 STORAGE_URLS: Final = (
@@ -483,14 +487,20 @@ _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
 _Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
 _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
-_Switch = Annotated[str, Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off")]
 _Url = Annotated[str, Meta(title="a URL that begins with http:// or https://"), _HIDDEN, _URI]
 _Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
 _Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
+_SENDERS: Final = "1 to 11 of A-Z a-z 0-9 space & . - _ with a letter, or 3 to 15 digits, or MG…"
+"""What operators take as a sender: a name, a number, or a messaging service of Twilio."""
+_SENDER: Final = r"\A((?=.*[A-Za-z])[A-Za-z0-9 &._-]{1,11}|\+?[0-9]{3,15}|MG[0-9a-f]{32})\Z"
+_Sender = Annotated[str, Meta(pattern=_SENDER, title=_SENDERS)]
 _ByNetwork = Annotated[
-    dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
-    _about("the same by MCC or MCC+MNC", title='{"<MCC or MCC+MNC>": "<number or name>"}'),
+    dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Sender],
+    _about("the same by MCC or MCC+MNC", title=f'{{"<MCC or MCC+MNC>": "<{_SENDERS}>"}}'),
 ]
+_Regions = Annotated[list[str], Meta(title='ISO 3166 regions, ["GB", "IE"], or ["*"] for all')]
+_HOST_LINE: Final = r"(?ai)\A(auto|off|([\w-]+\.)+[a-z][\w-]*)\Z"
+_HostLine = Annotated[str, Meta(pattern=_HOST_LINE, title="auto, off, or a host name")]
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
 """An origin as a browser names it in the header Origin (but not ``null``); ``*`` is any."""
 _Origins = Annotated[list[_Origin], Meta(title='a list like ["https://app.example"], or ["*"]')]
@@ -709,9 +719,10 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     sms_inbound: Annotated[_Webhooks, _about("webhooks; null = nexmo, beepsend at a desk")] = None
     sms_send_tries: Annotated[int, _about("providers tried for one message, in 12 s", 1, 10)] = 3
     sms_cool_down_s: Annotated[int, _about("seconds a failed or slow one rests", 1, HOUR_S)] = 30
-    sms_host_line: Annotated[_Switch, _about("@host #code as last line; auto = for https")] = "auto"
+    sms_host_line: Annotated[_HostLine, _about("@host #code; auto = the page's host")] = "auto"
     language_by_country: Annotated[bool, _about("by the number if no Accept-Language")] = False
-    mt_sender: Annotated[_Text, _about("what messages are sent from")] = "Gateway"
+    countries: Annotated[_Regions, _about("regions that may be texted")] = _fresh([])
+    mt_sender: Annotated[_Sender, _about("what messages are sent from")] = "Gateway"
     mt_sender_map: _ByNetwork = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
     mo_verifier_map: _ByNetwork = {}
@@ -749,6 +760,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         networks = [_network(text) for text in self.trusted_proxies or ()]
         words = "addresses and networks, but not of all addresses: 10.0.0.7, 2001:db8::/48"
         yield "trusted_proxies", all(n and n.prefixlen for n in networks), words
+        known = {"*", *_NUMBERING["mccs"]}.issuperset(self.countries)
+        yield "countries", known, allowed(declared(Settings)["countries"])
         secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
         for name in ("unverified_per_destination", "sms_price"):
@@ -806,12 +819,17 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         """
         return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
 
-    @cached_property
-    def line_host(self) -> str:
-        """The host in the last line of short messages, or "" for none."""
-        url = urlsplit(self.base_url)
-        on = url.scheme == "https" if self.sms_host_line == "auto" else self.sms_host_line == "on"
-        return (url.hostname or "") if on else ""
+    def line_host(self, origin: str) -> str:
+        """The host in the last line of short messages that a page of ``origin`` asks for, or "".
+
+        A browser offers the code on this host only. So it is never one that the settings do not
+        name, and no address, to which browsers bind no code.
+        """
+        if self.sms_host_line != "auto":
+            return "" if self.sms_host_line == "off" else self.sms_host_line.lower()
+        url = urlsplit(origin_of(origin) if origin in self.allowed_origins else "")
+        host = (url.hostname or "") if url.scheme == "https" else ""
+        return "" if _address(host) else host
 
     @property
     def inbound(self) -> list[Json]:
@@ -830,6 +848,15 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def _check_named(settings: Settings, named: Json) -> None:
+    """Check that the operator chose what has no right default once messages cost money."""
+    paid = any(entry["kind"] != "outbox" for entry in settings.sms_providers)
+    for name in ("countries", "mt_sender"):
+        if paid and not named.get(name):
+            right = allowed(declared(Settings)[name])
+            raise SettingsError(f"{name} must be named, as messages cost money; allowed: {right}")
+
+
 def load_settings(
     options: Mapping[str, str], environ: Mapping[str, str], config: str = ""
 ) -> Settings:
@@ -841,7 +868,8 @@ def load_settings(
         config: Path of the TOML file, if there is one.
 
     Raises:
-        SettingsError: An unknown name, an impossible value, an unreadable file.
+        SettingsError: An unknown name, an impossible value, an unreadable file, or no
+            ``countries`` or ``mt_sender`` with a provider that costs money.
     """
     values, texts = Json(), dict[str, str]()
     if path := config or environ.get("GATEWAY_CONFIG", ""):
@@ -873,6 +901,7 @@ def load_settings(
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
         LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+    _check_named(settings, values)
     return settings
 
 
@@ -903,48 +932,106 @@ class Network(NamedTuple):
         return Network(f"{mcc - 1:03}" if mcc else "", digits)
 
 
-def parse_msisdn(value: object) -> Msisdn:
-    """Read an international number; spaces, dashes, dots and brackets are tolerated.
+MCCS_BY_REGION: Final[Mapping[str, list[str]]] = _NUMBERING["mccs"]
+"""Mobile country codes by ISO 3166 region (``locale/numbering.toml``)."""
+LIVING_FORMS: Final[Mapping[str, list[list[str]]]] = _NUMBERING["living_forms"]
+"""By country code: patterns of forms that a plan has left behind, and what these became."""
+_MCCS: Final = frozenset(mcc for mccs in MCCS_BY_REGION.values() for mcc in mccs)
+_FAULTS: Final[Mapping[str, str]] = _NUMBERING["faults"]
+_NO_SMS: Final[Mapping[str, str]] = _NUMBERING["no_sms"]
 
-    Raises:
-        InvalidParameter: Not ``+`` and a country code, or no possible number.
-
-    Source: E.164; the lengths possible in each country are libphonenumber's.
-
-    >>> parse_msisdn("+44 (7700) 900-123")
-    '+447700900123'
-    """
-    if isinstance(value, str) and re.fullmatch(r"\s*\+[0-9 ().\-]{5,40}", value):
-        with contextlib.suppress(phonenumbers.NumberParseException):
-            number = phonenumbers.parse(value)
-            e164 = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
-            possible = phonenumbers.is_possible_number_with_reason(number)
-            # If a digit was dropped (a trunk prefix, as in +44 (0)…), the result must be stable.
-            stable = e164[1:] == re.sub("[^0-9]", "", value) or phonenumbers.parse(e164) == number
-            # A number that is possible "local only" lacks the area code; E.164 ends at 15 digits.
-            if possible == phonenumbers.ValidationResult.IS_POSSIBLE and stable and len(e164) <= 16:
-                return Msisdn(e164)
-    raise InvalidParameter(
-        "msisdn is no possible phone number: write it with + and country code, +447700900123"
-    )
+_UNSEEN: Final = re.compile("[\\s\u2212\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""White space, the minus sign, and variation selectors."""
 
 
-def parse_network(mcc: object, mnc: object, lenient: bool = False) -> Network:
-    """Read MCC and MNC, strings of digits; ``None`` and "" mean not named.
+def fold(value: object, dropped: str = "") -> str:
+    """What people type or paste, as it is meant: ASCII digits, small letters, nothing between.
+
+    Decimal digits of every script become ASCII's. White space, line ends, dashes, format characters
+    (which keyboards and address books add unseen) and variation selectors are dropped. What is no
+    text becomes "".
 
     Args:
-        lenient: A malformed MNC counts as absent, as /discover wants it.
+        dropped: Further characters to drop.
+
+    >>> fold("１４６–١٩٣ ")
+    '146193'
+    """
+    text = _UNSEEN.sub("", value) if isinstance(value, str) else ""
+    seen = (char for char in text if char not in dropped)
+    kept = (char for char in seen if unicodedata.category(char) not in ("Pd", "Cf"))
+    return "".join(str(unicodedata.decimal(char, char)) for char in kept).replace("＋", "+").lower()
+
+
+def _living(number: phonenumbers.PhoneNumber) -> str:
+    """A number in E.164 form, rewritten if its numbering plan has left that form behind."""
+    e164 = phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+    code = str(number.country_code)
+    for old, new in LIVING_FORMS.get(code, ()):
+        if found := re.fullmatch(old, e164[1 + len(code) :]):
+            return f"+{code}{found.expand(new)}"
+    return e164
+
+
+def parse_msisdn(value: object) -> Msisdn:
+    """Read an international number as people write it; the form that lives in its plan.
 
     Raises:
-        InvalidParameter: ``mcc`` is not 3 digits, or ``mnc`` not 2 or 3.
+        InvalidParameter: Not ``+`` with country code and number, or no possible number. The text
+            says what is wrong, and does not quote it.
+
+    Source: E.164, RFC 3966 (``tel:``); the lengths possible in each country are libphonenumber's.
+
+    >>> parse_msisdn("tel:+44 (7700) 900-123"), parse_msisdn("+52 1 55 5555 0123")
+    ('+447700900123', '+525555550123')
     """
-    if mcc not in (None, "") and not (isinstance(mcc, str) and re.fullmatch("[0-9]{3}", mcc)):
-        raise InvalidParameter('mcc must be a string of three digits, like "234"')
-    if mnc not in (None, "") and not (isinstance(mnc, str) and re.fullmatch("[0-9]{2,3}", mnc)):
-        if not lenient:
-            raise InvalidParameter('mnc must be a string of two or three digits, like "15"')
-        mnc = None
-    return Network(str(mcc or ""), str(mnc or "") if mcc else "")
+    text = fold(value, "()./").removeprefix("tel:")
+    if not re.fullmatch(r"\+[0-9]+", text):
+        raise InvalidParameter("msisdn must be + with country code and number: +447700900123")
+    try:
+        number = phonenumbers.parse(text)
+        if (e164 := _living(number)) != text:  # a trunk prefix was dropped, or a form was old
+            number = phonenumbers.parse(e164)
+        possible = phonenumbers.is_possible_number_with_reason(number)
+        fault = phonenumbers.ValidationResult.to_string(possible)
+        # What was read must be read again as itself; E.164 ends at 15 digits.
+        if fault == "IS_POSSIBLE" and _living(number) == e164 and len(e164) <= 16:
+            return Msisdn(e164)
+    except phonenumbers.NumberParseException as error:
+        fault = "TOO_LONG" if len(text) > 16 else "TOO_SHORT"
+        if error.error_type == error.INVALID_COUNTRY_CODE:
+            fault = "INVALID_COUNTRY_CODE"
+    raise InvalidParameter(f"msisdn {_FAULTS[fault]}; it is written like +447700900123")
+
+
+def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
+    """Check that a number can get SMS from here. Costs about 50 µs, 90 with ``countries``.
+
+    Args:
+        countries: The regions that are served; none or ``*``: all.
+
+    Raises:
+        InvalidParameter: It is of a kind that never gets SMS, or of another country.
+
+    Source: the kinds of numbers are libphonenumber's.
+    """
+    kind = phonenumbers.number_type(phonenumbers.parse(msisdn))
+    if what := _NO_SMS.get(phonenumbers.PhoneNumberType.to_string(kind)):
+        raise InvalidParameter(f"msisdn cannot get SMS: it is {what}; use a mobile number")
+    if countries and "*" not in countries and country_of(msisdn) not in countries:
+        raise InvalidParameter("msisdn cannot get SMS from here: its country is not served")
+
+
+def parse_network(mcc: object, mnc: object) -> Network:
+    """Read MCC and MNC: texts of digits, or integers.
+
+    What is malformed counts as absent: these fields are optional, and some phones fill them with
+    junk (iOS 16.4 and later: ``65535``).
+    """
+    mcc, mnc = (str(value) if type(value) in (str, int) else "" for value in (mcc, mnc))
+    if not re.fullmatch("[0-9]{3}", mcc):
+        return Network()
+    return Network(mcc, mnc if re.fullmatch("[0-9]{2,3}", mnc) else "")
 
 
 def country_of(msisdn: Msisdn) -> str:
@@ -958,41 +1045,19 @@ def country_of(msisdn: Msisdn) -> str:
 
 def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
     """The mobile country codes of a number's country; empty if the country is unknown."""
-    entry = re.search(rf"\b{country_of(msisdn) or 'none'}([0-9,]+)", MCCS_BY_REGION)
-    return tuple(entry[1].split(",")) if entry else ()
+    return tuple(MCCS_BY_REGION.get(country_of(msisdn), ()))
 
 
 def number_for(table: Mapping[str, str], default: str, network: Network, msisdn: str = "") -> str:
     """Look up a sender or verifier: by MCC+MNC, by MCC, else the default.
 
-    Without a network, each MCC of the country of ``msisdn`` is looked up.
+    Without a network, or with an MCC that nobody has, each MCC of the country of ``msisdn`` is
+    looked up.
     """
     keys = [network.mcc + network.mnc, network.mcc]
-    if table and not network.mcc and msisdn:
+    if table and network.mcc not in _MCCS and msisdn:
         keys += country_mccs(Msisdn(msisdn))
     return next((table[key] for key in keys if key in table), default)
-
-
-MCCS_BY_REGION: Final = """
-AC658 AD213 AE424,430,431 AF412 AG344 AI365 AL276 AM283 AO631 AR722 AS544 AT232 AU505 AW363 AX244
-AZ400 BA218 BB342 BD470 BE206 BF613 BG284 BH426 BI642 BJ616 BL340 BM350 BN528 BO736 BQ362 BR724
-BS364 BT402 BW652 BY257 BZ702 CA302,303 CC505 CD630 CF623 CG629 CH228 CI612 CK548 CL730 CM624
-CN460,461 CO732 CR712 CU368 CV625 CW362 CX505 CY280 CZ230 DE262 DJ638 DK238 DM366 DO370 DZ603
-EC740 EE248 EG602 EH604 ER657 ES214 ET636 FI244 FJ542 FK750 FM550 FO288 FR208 GA628 GB234,235
-GD352 GE282,289 GF340 GG234 GH620 GI266 GL290 GM607 GN611 GP340 GQ627 GR202 GT704 GU310,311,535
-GW632 GY738 HK454 HN708 HR219 HT372 HU216 ID510 IE272 IL425 IM234 IN404,405,406 IO995 IQ418 IR432
-IS274 IT222 JE234 JM338 JO416 JP440,441 KE639 KG437 KH456 KI545 KM654 KN356 KP467 KR450 KW419
-KY346 KZ401 LA457 LB415 LC358 LI295 LK413 LR618 LS651 LT246 LU270 LV247 LY606 MA604 MC212 MD259
-ME297 MF340 MG646 MH551 MK294 ML610 MM414 MN428 MO455 MP310,534 MQ340 MR609 MS354 MT278 MU617
-MV472 MW650 MX334 MY502 MZ643 NA649 NC546 NE614 NF505 NG621 NI710 NL204 NO242 NP429 NR536 NU555
-NZ530 OM422 PA714 PE716 PF547 PG537 PH515 PK410 PL260 PM308 PR330 PS425 PT268 PW552 PY744 QA427
-RE647 RO226 RS220 RU250 RW635 SA420 SB540 SC633 SD634 SE240 SG525 SH658 SI293 SJ242 SK231 SL619
-SM292 SN608 SO637 SR746 SS659 ST626 SV706 SX362 SY417 SZ653 TA658 TC376 TD622 TG615 TH520 TJ436
-TK554 TL514 TM438 TN605 TO539 TR286 TT374 TV553 TW466 TZ640 UA255 UG641
-US310,311,312,313,314,315,316 UY748 UZ434 VA225 VC360 VE734 VG348 VI332 VN452 VU541 WF543 WS549
-XK221 YE421 YT647 ZA655 ZM645 ZW648
-"""
-"""Mobile country codes by ISO 3166 region. Source: ITU-T E.212; pinned 2026-11."""
 
 
 # =============================================================================
@@ -1355,39 +1420,76 @@ def load_catalogues(folder: Path = ROOT / "locale") -> Catalogues:
     return {"en": NullTranslations(), **loaded}
 
 
+@lru_cache
+def _cldr(table: str) -> Mapping[str, str]:
+    """One of Babel's tables of CLDR, with its tags as ours: ``zh_Hant`` is ``zh-hant``."""
+    rows = get_global(cast(Any, table)).items()
+    return {k.lower().replace("_", "-"): v.lower().replace("_", "-") for k, v in rows}
+
+
+def _script(tag: str) -> str:
+    """The script of a tag, named or by CLDR likely: ``zh-tw`` is ``hant``; "" if unknown."""
+    language, *rest = tag.split("-")
+    if rest and re.fullmatch("[a-z]{4}", rest[0]):
+        return rest[0]
+    likely = _cldr("likely_subtags")
+    full = likely.get("-".join([language, *rest[:1]])) or likely.get(language, "")
+    return "".join(full.split("-")[1:2])
+
+
+def _fallbacks(tag: str) -> Iterator[str]:
+    """What serves a tag, best first: itself, its living name, its parents in the same script."""
+    yield tag
+    language, dash, rest = tag.partition("-")
+    language = LANGUAGE_ALIASES.get(language) or _cldr("language_aliases").get(language, language)
+    script, parents = _script(language + dash + rest), _cldr("parent_exceptions")
+    for parent in (language + dash + rest, f"{language}-{script}-{rest}"):
+        while parent:
+            if _script(parent) == script:
+                yield parent
+            parent = parents.get(parent) or parent.rpartition("-")[0]
+
+
+_WEIGHT: Final = r"(?:;\s*q\s*=\s*([01](?:\.[0-9]*)?|\.[0-9]+)\s*)?"
+_RANGE: Final = re.compile(r"\s*([a-z0-9*-]{1,35})(?:\.[\w-]+)?\s*" + _WEIGHT)
+"""One language of an Accept-Language header. The tag may have an encoding behind a dot."""
+
+
 def negotiate_language(accept_language: str, catalogues: Catalogues) -> str:
     """The tag of the catalogue that serves an Accept-Language header best, else ``en``.
 
-    Source: RFC 9110 section 12.5.4; RFC 4647 section 3.4 ("lookup"); ``LANGUAGE_ALIASES``.
+    Headers are also understood as programs and people write them: ``de_DE.UTF-8``, ``de;q=0,8``.
+
+    Source: RFC 9110 section 12.5.4; RFC 4647 section 3.4 ("lookup"); CLDR: aliases, parents and
+    likely scripts of languages.
 
     >>> negotiate_language("fr-CA, de;q=0.8, *;q=0.1", {"en": ..., "de": ...})
     'de'
     """
     wanted: list[tuple[float, str]] = []
-    for item in accept_language.lower().split(","):
-        parts = re.fullmatch(r"\s*([a-z0-9*-]{1,35})\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?)\s*)?", item)
+    header = re.sub("(=[ \t]*[01]),(?=[0-9])", r"\1.", accept_language.lower().replace("_", "-"))
+    for item in header.split(","):
+        parts = _RANGE.fullmatch(item)
         if parts and float(parts[2] or 1) > 0:
             wanted.append((-float(parts[2] or 1), parts[1]))
     for _, tag in sorted(wanted, key=lambda pair: pair[0]):
-        while tag and tag not in catalogues:
-            alias = LANGUAGE_ALIASES.get(tag, "")
-            tag = alias if alias in catalogues else tag.rpartition("-")[0]
-        if tag:
-            return tag
+        if found := next((name for name in _fallbacks(tag) if name in catalogues), ""):
+            return found
     return "en"
 
 
-LANGUAGE_ALIASES: Final = {
-    "zh": "zh-hans", "zh-tw": "zh-hant", "zh-hk": "zh-hant", "zh-mo": "zh-hant", "no": "nb",
-    "iw": "he", "in": "id", "tl": "fil", "mo": "ro", "sh": "sr-latn", "sr-me": "sr-latn",
-}  # fmt: skip
-"""Tags that are read as another: deprecated codes, and the script that a country implies (CLDR)."""
+LANGUAGE_ALIASES: Final = {"no": "nb", "ary": "ar", "arz": "ar"}
+"""Languages that are read as another, and are no aliases in CLDR (there: "languageMatching")."""
 
 
 def country_languages(region: str) -> str:
-    """The languages of a country, to be appended to an Accept-Language header: of least weight."""
-    languages = get_official_languages(region, de_facto=True)
-    return "".join(f",{language.replace('_', '-')}-{region};q=0.001" for language in languages)
+    """The languages that most people of a country know, for the end of an Accept-Language header.
+
+    Source: CLDR, "territoryInfo". It lists the most widely known first.
+    """
+    languages = get_territory_language_info(region).items()
+    most = [tag for tag, known in languages if cast(float, known["population_percent"]) >= 50]
+    return "".join(f",{tag.replace('_', '-')}-{region};q=0.001" for tag in most)
 
 
 class Size(NamedTuple):
@@ -1408,14 +1510,22 @@ GSM7_TWICE: Final = frozenset("\f^{}\\[~]|€")
 
 
 def measure(text: str) -> Size:
-    """Count the units and segments of an SMS (3GPP TS 23.040: 140 bytes each)."""
+    """Count the units and segments of an SMS (3GPP TS 23.040: 140 bytes each).
+
+    A character of two units (an escape pair, a surrogate pair) is never split between segments.
+    """
     if set(text) <= GSM7 | GSM7_TWICE:
         encoding, alone, part = "GSM-7", 160, 153
-        units = len(text) + sum(char in GSM7_TWICE for char in text)
+        sizes = [1 + (char in GSM7_TWICE) for char in text]
     else:
         encoding, alone, part = "UCS-2", 70, 67
-        units = len(text.encode("utf-16-be", "surrogatepass")) // 2
-    return Size(encoding, units, 1 if units <= alone else math.ceil(units / part))
+        sizes = [1 + (char > "\uffff") for char in text]
+    units, segments, left = sum(sizes), 1, part
+    for size in sizes if units > alone else ():
+        if size > left:
+            segments, left = segments + 1, part
+        left -= size
+    return Size(encoding, units, segments)
 
 
 def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
@@ -3719,10 +3829,7 @@ def parse_inbound(params: Json, signature: str = "") -> InboundSms:
     """
     code, pair = _text(params, "network-code"), params.get("mccmnc")
     pair = pair if isinstance(pair, dict) else params
-    network = Network()
-    with contextlib.suppress(InvalidParameter):
-        mcc, mnc = code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc")
-        network = parse_network(mcc, mnc, lenient=True)
+    network = parse_network(code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc"))
     digits = _text(params, "msisdn", "from", "From").strip().removeprefix("+").removeprefix("00")
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
     # a country's numbers.
@@ -3802,6 +3909,7 @@ class Session:
         outcome_unknown: The store did not answer. What it was asked may have been done, and is
             not asked again.
         address: The client's; "" = not limited.
+        origin: Of the page that asks, as its browser names it; else "".
     """
 
     hawk_id: HawkId
@@ -3815,6 +3923,7 @@ class Session:
     nonce_used: bool = False
     outcome_unknown: bool = False
     address: str = ""
+    origin: str = ""
 
 
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
@@ -4178,9 +4287,8 @@ class Gateway:
             address: The client's; "" = not limited.
         """
         # VALIDATE
-        details = self.discover(params) if "mcc" in params else {}
-        if "msisdn" in params and not details:
-            parse_msisdn(params["msisdn"])
+        msisdn = self._msisdn(params)
+        details = self._ways(params, msisdn) if "mcc" in params else {}
         self.limits.take_register(address)
         # ACT
         token = new_session_token(self.random_bytes)
@@ -4195,10 +4303,15 @@ class Gateway:
     def discover(self, params: Json) -> Json:
         """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
-        require(params, "mcc")
-        network = parse_network(params["mcc"], params.get("mnc"), lenient=True)
-        msisdn = parse_msisdn(params["msisdn"]) if "msisdn" in params else Msisdn("")
+        if not (msisdn := self._msisdn(params)):
+            require(params, "mcc")
+            if not parse_network(params["mcc"], None).mcc:
+                raise InvalidParameter('mcc must be three digits, like "234"')
         # ANSWER
+        return self._ways(params, msisdn)
+
+    def _ways(self, params: Json, msisdn: Msisdn) -> Json:
+        network = parse_network(params.get("mcc"), params.get("mnc"))
         numbers = self.settings.mo_verifier_map, self.settings.mo_verifier
         verifier, sender = number_for(*numbers, network, msisdn), self._sender(network, msisdn)
         details: Json = {}
@@ -4217,7 +4330,7 @@ class Gateway:
         """
         # VALIDATE
         require(params, "msisdn")
-        msisdn = parse_msisdn(params["msisdn"])
+        msisdn = self._msisdn(params)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
         ask = Ask(msisdn, sealed, network, not _choice(params, short))
@@ -4231,8 +4344,9 @@ class Gateway:
             # VALIDATE
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
-            long = not _choice(params, not user.asked_long)
-            return Ask(self._number(session, user), user.sealed, user.network, long, again=True)
+            msisdn, long = self._number(session, user), not _choice(params, not user.asked_long)
+            check_reachable(msisdn, self.settings.countries)
+            return Ask(msisdn, user.sealed, user.network, long, again=True)
 
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, asks, language)
@@ -4246,7 +4360,7 @@ class Gateway:
         named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
         hawk_id = HawkId(named[0] if named else "")
         with contextlib.suppress(InvalidParameter):
-            msisdn = parse_msisdn(message.sender)
+            msisdn = self._msisdn({"msisdn": message.sender})
             storage_id = self.secrets.id_for(hawk_id)
             if hawk_id and (record := self.storage.get(storage_id)):
                 # The id of the message stands in for a nonce: each one is handled once.
@@ -4283,9 +4397,9 @@ class Gateway:
         # VALIDATE: cheap checks first; all of the body, so that a bad key never uses up a code (but
         # not the numbers of a DS key: they may take 30 ms)
         require(params, "code")
-        code, settings = params["code"], self.settings
+        code, settings = fold(params["code"]), self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
-        if not (isinstance(code, str) and code.isascii() and len(code) in lengths):
+        if not re.fullmatch(f"[0-9]{{{lengths[0]}}}|[0-9a-f]{{{lengths[1]}}}", code):
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
@@ -4418,6 +4532,14 @@ class Gateway:
             session.outcome_unknown = True
             raise
 
+    def _msisdn(self, params: Json) -> Msisdn:
+        """The number that a client or a provider names, if it can get SMS; "" if there is none."""
+        if "msisdn" not in params:
+            return Msisdn("")
+        msisdn = parse_msisdn(params["msisdn"])
+        check_reachable(msisdn, self.settings.countries)
+        return msisdn
+
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
             return Msisdn("")
@@ -4450,7 +4572,7 @@ class Gateway:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(code, ask.msisdn, language)
+            text = code if ask.long else self._short_text(session, code, ask.msisdn, language)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
@@ -4554,12 +4676,13 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
+    def _short_text(self, session: Session, code: str, msisdn: Msisdn, language: str) -> str:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(country_of(msisdn))
         tag = negotiate_language(language, self.catalogues)
-        return message_text(code, self.catalogues[tag], self.settings.line_host)
+        host = self.settings.line_host(session.origin)
+        return message_text(code, self.catalogues[tag], host)
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
@@ -4910,6 +5033,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             if hawk:
                 request = self.header("AUTHORIZATION"), self.hawk_request()
                 session = self.gateway.authenticate(*request, self.client_address())
+                session.origin = self.header("ORIGIN")
                 content_type = bottle.request.content_type
                 value = self.gateway.perform(session, content_type, self.body, handler)
             else:
@@ -5725,7 +5849,8 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
 
 def show_messages(settings: Settings) -> int:
     """Print the message in every language, its size, and whether a host line fits."""
-    code, host = "1" * settings.short_code_digits, settings.line_host
+    code = "1" * settings.short_code_digits
+    host = max(map(settings.line_host, ["", *settings.allowed_origins]), key=len)
     for tag, catalogue in sorted(load_catalogues().items()):
         text = message_text(code, catalogue, host)
         line, n = "host line" if "\n" in text else "-", measure(text)

@@ -39,6 +39,8 @@ WIDE: Final[dict[str, Any]] = {
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
 OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
 """Both."""
+NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway"]
+"""What a start with a provider that costs money must name."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
 
@@ -253,7 +255,7 @@ class GatewayProcess:
         self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
         command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
-        command += ["--resend-gaps-s", json.dumps(AT_ONCE)]
+        command += ["--resend-gaps-s", json.dumps(AT_ONCE), *NAMED]
         for name, value in WIDE.items():
             text = value if isinstance(value, str) else json.dumps(value)
             command += ["--" + name.replace("_", "-"), text]

@@ -250,7 +250,6 @@ def test_language_that_is_served(header: str, expected: str) -> None:
         "nl",
         "pt",  # only Brazilian is there: no guess
         "d",
-        "deu",  # no tag of ours begins it
         "dede",
         "de;q=0",
         "de;q=0.0",
@@ -265,7 +264,6 @@ def test_language_that_is_served(header: str, expected: str) -> None:
         "de;x=1",
         "de q=1",
         "d e",
-        "de_DE",  # gettext's spelling, not HTTP's
         "../../etc/passwd",
         "de\0",
         "dé",

@@ -191,7 +191,8 @@ DIGITS = OURS[1:]
         ("/sms/verify_code", {"code": "{code}", "publicKey": {}, "duration": 0}, 107),
         ("/sms/verify", {"msisdn": "+447700900999"}, 107),  # tells the session's number
         ("/sms/verify", {"msisdn": DIGITS}, 107),  # echoes the number
-        ("/sms/verify", {"msisdn": OURS, "mcc": "{token}"}, 107),  # echoes a parameter
+        ("/discover", {"mcc": "{token}"}, 107),  # echoes a parameter
+        ("/sms/verify", {"msisdn": "+979123456789"}, 107),
         ("/sms/mt/verify", {"mcc": "{code}"}, 108),
         ("/certificate/sign", {"publicKey": "{code}"}, 104),
         ("/sms/verify_code", {"code": "{long}"}, 107),

@@ -212,7 +212,8 @@ def walk(device: Device, read_code: Callable[[], str], first: str, second: str) 
     assert says((200, None), "/sms/verify", ask)["mtSender"] == "Gateway"
     assert says((200, None), "/sms/resend_code")["mtSender"] == "Gateway"
     assert says((200, None), "/sms/resend_code", {"shortVerificationCode": True})
-    says((400, 105), "/sms/verify_code", {"code": "x" * 6})
+    says((400, 107), "/sms/verify_code", {"code": "x" * 6})
+    says((400, 105), "/sms/verify_code", {"code": f"{(int(read_code()) + 1) % 10**6:06}"})
     says((400, 107), "/sms/verify_code", {"code": "12"})
     says((400, 107), "/sms/verify_code", {"code": "f" * 32})
     says((400, 107), "/sms/verify_code", {"code": read_code(), "publicKey": {}})

@@ -17,7 +17,7 @@ import lab
 import psutil
 import pytest
 import urllib3
-from support import Answer, GatewayProcess, WsgiClient
+from support import NAMED, Answer, GatewayProcess, WsgiClient
 from test_sms import SECRET, Answerer, SmsApi, after, parts, raw, refused, reply, taken
 
 import gateway
@@ -168,11 +168,10 @@ def test_every_refusal_of_a_request(watch: Watch, check: Check) -> None:
 
     assert error("/discover", {"mcc": NUMBER}) == (400, 107)
     assert error("/discover", {"mcc": "235", "msisdn": NUMBER + "x"}) == (400, 107)
-    assert error("/discover", number) == (400, 108)
+    assert error("/discover", {"mnc": NUMBER}) == (400, 108)
     client.register()
     assert error("/sms/verify", {"msisdn": NUMBER[1:]}) == (400, 107)
     assert error("/sms/verify", {"msisdn": [NUMBER]}) == (400, 107)
-    assert error("/sms/verify", {**number, "mcc": NUMBER}) == (400, 107)
     assert error("/sms/verify_code", {**bad, "code": NUMBER}) == (400, 107)
     assert error("/sms/verify_code", number) == (400, 108)
     assert error("/sms/verify_code", bad) == (410, 111)
@@ -423,7 +422,7 @@ def test_the_settings_command_hides_secrets(
 ) -> None:
     entry = {"kind": "nexmo", "api_key": "5ecret5-key", "api_secret": "5ecret5"}
     hook = {"kind": "nexmo", "path_secret": "5ecret5", "signature_secret": "5ecret5"}
-    options = ["--sms-providers", json.dumps([entry]), "--sms-inbound", json.dumps([hook])]
+    options = ["--sms-providers", json.dumps([entry]), "--sms-inbound", json.dumps([hook]), *NAMED]
     options += ["--master-secret", "5ec" + "0" * 61]
     for url in (
         "redis://user:5ecret5@127.0.0.1:6379",

@@ -131,9 +131,7 @@ def test_a_bad_catalogue_is_found(tmp_path: Path, sentence: str, named: str) -> 
 
 
 def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
-    nexmo = '[{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]'
-    options = ["--public-url", "https://id.example.com", "--sms-providers", nexmo]
-    options += ["--trusted-proxies", "[]"]
+    options = ["--allowed-origins", '["https://a.example", "https://id.example.com"]']
     assert gateway.main(["messages", *options]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(TAGS) >= 40
@@ -206,30 +204,66 @@ PAID: dict[str, Any] = {"sms_providers": NEXMO, "trusted_proxies": []}
 
 
 @pytest.mark.parametrize(
-    ("settings", "host"),
+    ("line", "origins", "origin", "host"),
     [
-        ({}, ""),
-        ({"sms_host_line": "on"}, "127.0.0.1"),
-        ({"public_url": "http://localhost:5000"}, ""),
-        ({"public_url": "https://id.example:8443", **PAID}, "id.example"),
-        ({"public_url": "https://id.example", **PAID, "sms_host_line": "off"}, ""),
+        ("auto", ["https://www.example.com"], "https://www.example.com", "www.example.com"),
+        (
+            "auto",
+            ["https://www.example.com:8443"],
+            "https://www.example.com:8443",
+            "www.example.com",
+        ),
+        ("auto", ["https://www.example.com"], "https://evil.example", ""),  # not named
+        ("auto", ["https://www.example.com"], "https://www.example.com.evil.example", ""),
+        ("auto", ["*"], "https://www.example.com", ""),  # "*" names nobody
+        ("auto", ["*", "https://www.example.com"], "https://www.example.com", "www.example.com"),
+        ("auto", ["http://www.example.com"], "http://www.example.com", ""),  # not https
+        ("auto", ["https://192.0.2.7"], "https://192.0.2.7", ""),  # FAULTS_A, D07: an address
+        ("auto", ["https://[2001:db8::1]"], "https://[2001:db8::1]", ""),
+        ("auto", ["https://[x"], "https://[x", ""),
+        ("auto", ["moz-extension://a-b"], "moz-extension://a-b", ""),
+        ("auto", ["https://www.example.com"], "", ""),  # an app, which has no origin
+        ("auto", ["https://www.example.com"], "null", ""),
+        ("WWW.Example.com", ["*"], "https://evil.example", "www.example.com"),
+        ("www.example.com", [], "", "www.example.com"),
+        ("off", ["https://www.example.com"], "https://www.example.com", ""),
     ],
 )
-def test_host_line_is_for_https_unless_told(settings: gateway.Json, host: str) -> None:
-    assert gateway.Settings(**settings).line_host == host
+def test_host_line_names_the_page_that_asks(
+    line: str, origins: list[str], origin: str, host: str
+) -> None:
+    """D05: the gateway's own host would stop auto-fill on every page of others."""
+    settings = gateway.Settings(sms_host_line=line, allowed_origins=origins)
+    assert settings.line_host(origin) == host
 
 
-@pytest.mark.parametrize("value", ["", "yes", "On", "https"])
-def test_host_line_is_auto_on_or_off(value: str) -> None:
+@pytest.mark.parametrize(
+    "value", ["", "on", "yes", "https://a.example", "a.example:443", "192.0.2.7", "a b.example"]
+)
+def test_host_line_is_auto_off_or_a_host_name(value: str) -> None:
     with pytest.raises(gateway.SettingsError, match="sms_host_line"):
         gateway.Settings(sms_host_line=value)
 
 
+def test_host_line_over_http(make_client: MakeClient) -> None:
+    """Named by the Origin of the very request that asks, also when it asks again."""
+    client = make_client(allowed_origins=["https://a.example", "https://b.example"])
+    client.register()
+    for path, body, origin, line in [
+        ("/sms/verify", {"msisdn": NUMBER}, "https://a.example", "a.example"),
+        ("/sms/resend_code", None, "https://b.example", "b.example"),
+        ("/sms/resend_code", None, "https://c.example", ""),
+    ]:
+        assert client.call(path, body, environ={"HTTP_ORIGIN": origin}).status == 200
+        text = client.outbox()[-1]["text"]
+        assert text.partition("\n@")[2].split(" #")[0] == line
+
+
 def test_long_codes_have_no_host_line(make_client: MakeClient) -> None:
-    client = make_client(sms_host_line="on")
+    client = make_client(sms_host_line="id.example")
     client.register()
     assert client.ask().status == 200
-    assert client.outbox()[-1]["text"].endswith(f"\n@127.0.0.1 #{client.code()[1:]}")
+    assert client.outbox()[-1]["text"].endswith(f"\n@id.example #{client.code()[1:]}")
     assert client.call("/sms/mt/verify", {"msisdn": NUMBER}).status == 204
     assert re.fullmatch("[0-9a-f]{32}", client.outbox()[-1]["text"])
 
@@ -266,7 +300,50 @@ def test_long_codes_have_no_host_line(make_client: MakeClient) -> None:
         ("fr-CA;q=0.2, ar-EG;q=0.9", "ar"),
         ("xx, zh-TW;q=0.1", "zh-hant"),
         ("xx", "en"),
-        ("zho", "en"),
+        ("zho", "zh-hans"),
+        ("de_DE", "de"),  # FAULTS_A, C01: as programs write them
+        ("pt_BR", "pt-br"),
+        ("de_DE.UTF-8", "de"),
+        ("zh_TW.Big5, en", "zh-hant"),
+        ("gsw-CH, de;q=0,8, fr;q=0,6", "de"),  # C04: as people write weights
+        ("fr;q=0,6,de;q=0,8", "de"),
+        ("de;q=0,8", "de"),
+        ("fr;q=0,8;de", "en"),  # unreadable, as before
+        ("de;q=0.33333333333333331, fr;q=0.6666666666666666", "fr"),
+        ("de;q=.5, fr;q=.25", "de"),
+        ("de;q=0,0", "en"),
+        ("en; q=0.7, pl; q=0.9", "pl"),  # C06
+        ("de ;q=0.8", "de"),
+        ("de;Q=0.5", "de"),
+        ("zh-Hant-HK", "zh-hant"),  # C08
+        ("en-US,en;q=0.9,fr;q=0.8", "en"),  # C09
+        ("en,uk;q=0.7,da;q=0.3", "en"),
+        ("prs-AF", "fa"),  # C12
+        ("pes-IR", "fa"),
+        ("arz", "ar"),
+        ("ary-MA", "ar"),
+        ("swh", "sw"),
+        ("ekk", "et"),
+        ("deu", "de"),
+        ("fra-CA", "fr"),
+        ("spa", "es"),
+        ("ro-MD", "ro"),  # C13
+        ("de-CH-1901", "de"),
+        ("fr-FR-u-ca-gregory", "fr"),
+        ("sh-RS", "sr-latn"),
+        ("hi-Latn", "en"),  # C14: another script than our catalogue's
+        ("hi-Latn, fr;q=0.5", "en"),
+        ("pa-PK", "en"),
+        ("pa-PK, ur;q=0.9", "ur"),
+        ("pa-IN", "pa"),
+        ("uz-AF", "en"),
+        ("uz-Cyrl", "en"),
+        ("az-IR", "en"),
+        ("sr-Cyrl-ME", "sr"),
+        ("es-MX", "es"),
+        ("-", "en"),
+        ("*", "en"),
+        ("", "en"),
         ("zh-TW;q=0", "en"),
     ],
 )
@@ -303,6 +380,10 @@ def test_a_message_in_the_language_of_the_request(client: WsgiClient, tag: str) 
         ("+447700900123", "", "Your"),
         ("+18765551234", "", "Your"),  # Jamaica, though +1
         ("+883510012345", "", "Your"),  # no country at all
+        ("+94712345678", "", "Your"),  # FAULTS_A, C10: 15 % of Sri Lanka read Tamil
+        ("+919812345678", "", "Your"),
+        ("+41781234567", "", "Ihr"),  # three quarters of Switzerland
+        ("+212650123456", "", "رمز"),
     ],
 )
 def test_the_country_may_choose(
@@ -342,16 +423,6 @@ def test_sender_by_network_or_country(
     client = make_client(mt_sender_map=table)
     client.register()
     assert client.ask(number, **request_network).json["mtSender"] == sender
-
-
-def test_the_table_of_countries() -> None:
-    """Each code has three digits and is at most a few regions'; every region is a real one."""
-    pairs = re.findall(r"([A-Z]{2})([0-9,]+)", gateway.MCCS_BY_REGION)
-    assert len(pairs) == len(dict(pairs)) > 220
-    territories = Locale("en").territories
-    for region, codes in pairs:
-        assert region in territories, region
-        assert re.fullmatch("[2-79][0-9]{2}(,[2-7][0-9]{2})*", codes), region
 
 
 # -- make update-l10n -----------------------------------------------------------

@@ -336,8 +336,8 @@ def test_the_home_directory_is_expanded(
         "~/file.toml" if source == "file" else "",
     )
     assert (loaded.data_dir, loaded.keys_dir) == (f"{tmp_path}/data", f"{tmp_path}/keys")
-    loaded = gateway.load_settings({"data_dir": "a~b", "mt_sender": "~"}, {})
-    assert (loaded.data_dir, loaded.mt_sender) == ("a~b", "~")
+    loaded = gateway.load_settings({"data_dir": "a~b", "mo_verifier": "~"}, {})
+    assert (loaded.data_dir, loaded.mo_verifier) == ("a~b", "~")
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
@@ -1100,9 +1100,10 @@ CHANGED: dict[str, Any] = {
     "public_url": "http://localhost:8080",
     "allowed_origins": ["https://a.example", "https://b.example"],
     "sms_inbound": [],
-    "mt_sender": 'a "quoted" \\ back\\slash = # [x] Ünï ☎ 🎉',
-    "mt_sender_map": {"310": "+1555", "20810": 'q"'},
-    "mo_verifier_map": {"234": "+44"},
+    "keys_dir": 'a "quoted" \\ back\\slash = # [x] Ünï ☎ 🎉',
+    "mt_sender": "A & B.c-d_e",
+    "mt_sender_map": {"310": "+1555", "20810": "q"},
+    "mo_verifier_map": {"234": "+44770"},
     "verified_ttl_s": 0,
     "resend_gaps_s": [0, 86400],
     "store_max_bytes": 10_000_000,
@@ -1128,6 +1129,8 @@ def test_toml_without_its_secrets_loads_back(
     """A hidden value must not come back as the value “…”: it is a comment."""
     text = f"""
         port = 5001
+        countries = ["GB"]
+        mt_sender = "Shop"
         master_secret = "{"ab" * 32}"
         storage_url = "redis://:hunter2@h:6379/0"
         sms_providers = [{{kind = "nexmo", api_key = "k", api_secret = "hunter2"}}]
