@@ -111,9 +111,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import bottle
 import jwt
@@ -451,8 +452,12 @@ _Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
 _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
 _Switch = Annotated[str, Meta(pattern=r"\A(auto|on|off)\Z", title="auto, on, off")]
-_Url = Annotated[str, Meta(title="a URL that begins with http:// or https://"), _HIDDEN, _URI]
+_URL_WORDS: Final = "a URL that begins with http:// or https://; no user:password@; {…} in its path"
+_Url = Annotated[str, Meta(title=_URL_WORDS), _HIDDEN, _URI]
 _Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
+_Entity = Annotated[str, _about("id of the sender, where texts are registered (India: DLT)")]
+_Template = Annotated[str, _about("id of the registered text")]
+_Pattern = Annotated[str, Meta(title="a regular expression")]
 _Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _ByNetwork = Annotated[
     dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Text],
@@ -492,10 +497,12 @@ class NexmoEntry(Provider, frozen=True, tag="nexmo"):
     api_secret: Annotated[_Secret, _about("of the account")]
     endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
     receipts: _Receipts = False
+    entity_id: _Entity = ""
+    template_id: _Template = ""
 
 
 class TwilioEntry(Provider, frozen=True, tag="twilio"):
-    """Twilio's Programmable Messaging."""
+    """Twilio's Programmable Messaging; a sender ``MG…`` is a messaging service."""
 
     account_sid: Annotated[_Secret, _about("of the account: AC…")]
     auth_token: Annotated[_Secret, _about("of the account")]
@@ -510,6 +517,7 @@ class KannelEntry(Provider, frozen=True, tag="kannel"):
     username: Annotated[_Secret, _about("of a sendsms-user")]
     password: Annotated[_Secret, _about("of a sendsms-user")]
     receipts: _Receipts = False
+    meta_data: Annotated[str, _about("?smpp?NAME=…&NAME=…: ids of registered texts")] = ""
 
 
 class SnsEntry(Provider, frozen=True, tag="sns"):
@@ -518,6 +526,17 @@ class SnsEntry(Provider, frozen=True, tag="sns"):
     region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
     endpoint: Annotated[_Url, _about("another than the region's")] = ""
     type: Annotated[str, _about("Transactional or Promotional")] = "Transactional"
+    entity_id: _Entity = ""
+    template_id: _Template = ""
+
+
+class SmsgateEntry(Provider, frozen=True, tag="smsgate"):
+    """An Android phone of one's own with the app SMSGate (capcom6/android-sms-gateway)."""
+
+    endpoint: _Endpoint
+    username: Annotated[_Secret, _about("shown by the app")]
+    password: Annotated[_Secret, _about("shown by the app")]
+    receipts: _Receipts = False
 
 
 class HttpEntry(Provider, frozen=True, tag="http"):
@@ -527,7 +546,18 @@ class HttpEntry(Provider, frozen=True, tag="http"):
     method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
     headers: Annotated[dict[str, str], _HIDDEN, _about("templates by name")] = {}
     body: Annotated[str, _HIDDEN, _about("a template, in the Content-Type of headers")] = ""
-    success: Annotated[str, _about("regular expression: what the answer has if taken")] = ""
+    basic: Annotated[str, _HIDDEN, _about("user:password, for HTTP basic authentication")] = ""
+    success: Annotated[_Pattern, _about("regular expression: what the answer has if taken")] = ""
+    refused: Annotated[_Pattern, _about("what it has if this number is refused for good")] = ""
+    id: Annotated[_Pattern, _about("its group is the id that receipts will name")] = ""
+    receipts: _Receipts = False
+
+
+_FIELD_NAMES: Final = "from, text, id, mcc, mnc, part, parts, ref, receipt_id, status"
+_Field = Annotated[str, Meta(pattern=rf"\A({_FIELD_NAMES.replace(', ', '|')})\Z")]
+_Fields = Annotated[dict[_Field, _Text], Meta(title=f"paths like payload.from, of {_FIELD_NAMES}")]
+_REGIONS: Final = rf"\A({'|'.join(sorted(phonenumbers.SUPPORTED_REGIONS))})?\Z"
+_Country = Annotated[str, Meta(pattern=_REGIONS, title="a region of ISO 3166, like GB")]
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -556,8 +586,18 @@ class BeepsendWebhook(Webhook, frozen=True, tag="beepsend"):
     """BeepSend."""
 
 
+class SmsgateWebhook(Webhook, frozen=True, tag="smsgate"):
+    """SMSGate signs the body and the time by HMAC-SHA256."""
+
+    signature_secret: Annotated[_Secret, _about("the app's Signing Key")] = ""
+    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
+
+
 class HttpWebhook(Webhook, frozen=True, tag="http"):
-    """Any other: from, text, id, mcc and mnc."""
+    """Any other; ``fields`` says where it writes what (``FIELDS`` are the usual places)."""
+
+    fields: Annotated[_Fields, _about("where it writes what: dotted paths")] = {}
+    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
 
 
 SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
@@ -692,7 +732,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         real = all(entry["kind"] != "outbox" for entry in self.sms_providers)
         words = 'the outbox, which shows codes, only on loopback; else {"kind": "nexmo", …}'
         yield "sms_providers", self.on_loopback or real, words
-        secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
+        secret = all({"path_secret", "signature_secret"} & entry.keys() for entry in self.inbound)
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
 
     def __repr__(self) -> str:
@@ -1317,6 +1357,24 @@ def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
     text = catalogue.gettext("Your verification code is: %(code)s") % {"code": code}
     bound = f"{text}\n@{host} #{code}"
     return bound if host and measure(bound).segments == 1 else text
+
+
+class MessageText(str):
+    """The text of a short message, with what providers of registered texts take in its place.
+
+    Attributes:
+        code: The code in it.
+        language: The language tag (BCP 47) that it is written in.
+    """
+
+    code: str
+    language: str
+
+    def __new__(cls, text: str, code: str, language: str) -> MessageText:
+        """A text that knows its code and language."""
+        made = super().__new__(cls, text)
+        made.code, made.language = code, language
+        return made
 
 
 # =============================================================================
@@ -2658,57 +2716,117 @@ def _has_room(console: TextIO) -> bool:
     return True
 
 
+class Shape(NamedTuple):
+    """How a kind of provider is asked over HTTP, and what its answers mean.
+
+    Attributes:
+        headers, body: Templates.
+        success: A regular expression; the body of a 2xx answer matches it if the message was taken.
+        codes: Dotted paths, of which the first that exists leads to the provider's own codes.
+        meanings: What they stand for (``None``: taken), with words for the log.
+        ids: The dotted path of the ids that receipts name; "": there are none but our own.
+        receipt_query: Ends the URL that receipts are sent to.
+    """
+
+    headers: Mapping[str, str]
+    body: str
+    success: str = ""
+    codes: tuple[str, ...] = ()
+    meanings: Mapping[str, Meaning] = {}
+    ids: str = ""
+    receipt_query: str = ""
+
+
 class HttpSms(SmsProvider):
     """Any provider that takes a message by one HTTP request, which is made from templates.
 
     In ``endpoint``, ``headers`` and ``body`` stand ``{from}`` and ``{to}`` (``{from_digits}``,
-    ``{to_digits}``: without +), ``{text}``, ``{coding}`` (2 if the text needs UCS-2, else 0),
-    ``{type}`` (``unicode`` if so, else empty) and ``{id}`` (a random one), each quoted as its
-    place needs: a body by its Content-Type, a form (without fields that are empty), JSON, XML
-    or plain text. Taken is what is answered with 2xx and a body that the regular expression
-    ``success`` finds something in. The other kinds are this one, with templates of their own.
+    ``{to_digits}``: without +; ``{to_national}``: without country code and trunk 0); ``{text}``,
+    or for registered texts ``{code}`` and ``{language}``; ``{id}`` (a random one). For a text that
+    needs UCS-2: ``{unicode}`` is 1, ``{coding}`` 2, ``{coding_smpp}`` 8 (else all are 0),
+    ``{type}`` is ``unicode`` (else empty), ``{text_hex}`` is the text as hex digits of UTF-16BE
+    (else empty), and ``{text_gsm}`` is empty (else the text). ``{receipt_url}`` is where receipts
+    go, ``{ttl}`` how many seconds the code lives, ``{basic}`` the login of HTTP basic
+    authentication. Each is quoted as its place needs: a body by its Content-Type, a form (without
+    fields that are empty), JSON, XML or plain text.
+
+    Taken is what is answered with 2xx and a body that the regular expression ``success`` finds
+    something in; ``refused`` tells a number that is refused for good. The kinds in ``SHAPES`` are
+    this one, with templates and meanings of their own.
 
     libcurl makes the request: its one time-out holds from the name to the last byte, it keeps
     connections alive, and goes by the proxies that the environment names.
     Source: libcurl, "curl_easy_setopt options".
     """
 
-    template: ClassVar[Json] = {}
-    receipt_query: ClassVar[str] = ""
-
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
-        request = {**self.entry, **self.template}
+        login = {"Authorization": "Basic {basic}"} if self.entry.get("basic") else {}
+        headers = login | self.entry.get("headers", {})
+        own = Shape(headers, self.entry.get("body", ""), self.entry.get("success", ""))
+        self.shape = SHAPES.get(self.kind, own)
         self.url = quote(self.entry["endpoint"], safe=string.punctuation)
-        self.headers, self.body = request["headers"], request["body"]
-        self.method = request.get("method", "POST")
-        self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
-        self.login = {name: self.entry[name] for name in self.needs}
+        self.receipt_url = self._receipt_url() if self.entry["receipts"] else ""
+        kinds = [v for name, v in self.shape.headers.items() if name.lower() == "content-type"]
+        self.content_type = media_type(kinds[0] if kinds else "text/plain")
+        own_login = ":".join(self.entry[name] for name in self.needs if name != "endpoint")
+        basic = self.entry.get("basic") or own_login
+        self._basic = base64.b64encode(basic.encode("utf-8", "replace")).decode()
+        self.method = self.entry.get("method", "POST")
         self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
         self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=_IDLE_CONNECTIONS_MAX)
-        try:  # a request as it will be: it shows unknown places and types
-            re.compile(self.entry.get("success", ""))
-            kinds = [kind for name, kind in self.headers.items() if name.lower() == "content-type"]
-            self.content_type = media_type(kinds[0] if kinds else "text/plain")
-            self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
-            self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
-        except (LookupError, TypeError, ValueError, re.error):
-            right = f"known names, one of the types {', '.join(ESCAPES)}, a regular expression"
-            raise self.bad(f"needs in templates and success: {right}") from None
+        self._check_templates()
+
+    def _check_templates(self) -> None:
+        """Refuse templates that no request can be made from, in words.
+
+        Raises:
+            SettingsError: What it says is wrong.
+        """
+        for name in ("success", "refused", "id"):
+            try:
+                re.compile(self.entry.get(name, ""))
+            except re.error as error:
+                raise self.bad(f"needs a regular expression as {name}: {error}") from None
+        if self.content_type not in ESCAPES:
+            raise self.bad(f"can have a body of one of the types {', '.join(ESCAPES)}")
+        values = self._values("Gateway", Msisdn("+447700900123"), "8")
+        templates = " ".join([self.url, *self.shape.headers.values(), unquote(self.shape.body)])
+        places = set(re.findall(_PLACE, templates))
+        if unknown := places - values.keys():
+            known = ", ".join(f"{{{name}}}" for name in sorted(values))
+            raise self.bad(f"has {{{min(unknown)}}} in its templates; there are {known}")
+        if not (
+            places & {"to", "to_digits", "to_national"} and places & {"text", "text_hex", "code"}
+        ):
+            raise self.bad("needs {to} in its templates, and {text} or {code}")
+        try:
+            self._request(values)
+        except ValueError:
+            raise self.bad(
+                "needs templates that can be sent: UTF-8, and headers of a line"
+            ) from None
 
     def _receipt_url(self) -> str:
         entries = [entry for entry in self.settings.inbound if entry["kind"] == self.kind]
         if not entries:
             raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
         url = f"{self.settings.base_url}/sms/receipt/{quote(entries[0].get('path_secret', ''), '')}"
-        return f"{url}?provider={self.kind}{self.receipt_query}"
+        return f"{url}?provider={self.kind}{self.shape.receipt_query}"
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
+        """What the places of templates stand for."""
         wide = measure(text).encoding == "UCS-2"
-        own_id = secrets.token_hex(8)
-        return self.login | {
-            "from": sender, "from_digits": sender.removeprefix("+"), "to": to, "to_digits": to[1:],
-            "text": text, "type": "unicode" * wide, "coding": "2" if wide else "0", "id": own_id,
+        service = sender if re.fullmatch("MG[0-9a-fA-F]{32}", sender) else ""
+        own_id, own = secrets.token_hex(8), self.entry if self.kind in SHAPES else {}
+        return {name: value for name, value in own.items() if isinstance(value, str)} | {
+            "from": "" if service else sender, "from_digits": sender.removeprefix("+"),
+            "service": service, "to": to, "to_digits": to[1:], "to_national": _national(to),
+            "text": text, "code": getattr(text, "code", text), "id": own_id,
+            "language": getattr(text, "language", ""), "text_gsm": "" if wide else text,
+            "text_hex": text.encode("utf-16-be", "replace").hex() * wide, "unicode": str(int(wide)),
+            "type": "unicode" * wide, "coding": "02"[wide], "coding_smpp": "08"[wide],
+            "basic": self._basic, "ttl": str(self.settings.code_ttl_s),
             "receipt_url": self.receipt_url.replace("{id}", own_id),
             "receipt_mask": "31" * bool(self.receipt_url),
         }  # fmt: skip
@@ -2717,20 +2835,22 @@ class HttpSms(SmsProvider):
         """URL, header lines and body, as options of libcurl."""
 
         def fill(template: str, escape: Callable[[str], str]) -> str:
-            return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
+            return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
+        template = self.shape.body
         if self.content_type == FORM["Content-Type"]:
-            body = urlencode([(n, text) for n, t in parse_qsl(self.body) if (text := fill(t, str))])
+            body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
         else:
-            body = fill(self.body, ESCAPES[self.content_type])
-        lines = [f"{name}: {text}" for name, t in self.headers.items() if (text := fill(t, str))]
+            body = fill(template, ESCAPES[self.content_type])
+        headers = self.shape.headers.items()
+        lines = [f"{name}: {text}" for name, t in headers if (text := fill(t, str))]
         if not all(re.fullmatch("[!-9;-~]+: [\t -~\x80-\xff]*", line) for line in lines):
             raise ValueError("no header can say this")
         # Without the first line libcurl would call a body of no declared type a form.
-        headers = [b"Content-Type:", *(line.encode("latin-1") for line in lines)]
+        sent = [b"Content-Type:", *(line.encode("latin-1") for line in lines)]
         url = fill(self.url, partial(quote, safe=""))
         content = {pycurl.POSTFIELDS: body.encode()} if body or self.method != "GET" else {}
-        return {pycurl.URL: url, pycurl.HTTPHEADER: headers} | content
+        return {pycurl.URL: url, pycurl.HTTPHEADER: sent} | content
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Send one message; the time-out covers connecting and the whole answer."""
@@ -2740,13 +2860,47 @@ class HttpSms(SmsProvider):
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body = self._exchange(request, timeout_s)
-        if not 200 <= status < 300:
-            raise MEANINGS.get(status, SmsUnknown)(f"{self.kind} answered {status}")
-        try:
-            ids = self.taken(body, values["id"])
-            return ids if self.receipt_url else []
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise SmsUnknown(f"{self.kind} answered {status} without a result") from None
+        ids = self._judge(status, body)
+        return (ids or [values["id"]]) if self.entry["receipts"] else []
+
+    def _judge(self, status: int, body: bytes) -> list[str]:
+        """Return the ids in an answer, or raise what it stands for.
+
+        The provider's own code counts only where the status leaves it open what happened, or
+        agrees that the message was not taken: a 5xx answer may have passed a broken proxy.
+        """
+        text, whole = body.decode("utf-8", "replace"), len(body) < ANSWER_MAX_BYTES
+        ok, fault = 200 <= status < 300, MEANINGS.get(status, SmsUnknown)
+        verdict, words = self._verdict(text) if whole else (None, "")
+        if verdict and (ok or fault is not SmsUnknown):
+            raise verdict(f"{self.kind}: {words}")
+        answered = f"{self.kind} answered {status} {responses.get(status, '')}"
+        if not ok:
+            raise fault(f"{answered} {words}".strip())
+        if not re.search(self.shape.success, text):
+            # What was not read may match.
+            says_so = whole and self.kind == "http"
+            raise (SmsFailed if says_so else SmsUnknown)(f"{answered}, without success")
+        if (pattern := self.entry.get("id")) and (own := re.search(pattern, text)):
+            return [own[own.lastindex or 0]]
+        return [str(one) for one in find(text, self.shape.ids)]
+
+    def _verdict(self, text: str) -> tuple[type[SmsFailed] | None, str]:
+        """What the provider's own codes in an answer stand for, in words; ``None``: it is open."""
+        if (refused := self.entry.get("refused")) and re.search(refused, text):
+            return SmsRefused, "the number is refused for good"
+        found = ((path, find(text, path)) for path in self.shape.codes)
+        path, values = next((pair for pair in found if pair[1]), ("", []))
+        codes, name = sorted({str(value) for value in values}), path.rpartition(".")[2]
+        known = [self.shape.meanings[code] for code in codes if code in self.shape.meanings]
+        faults = {fault for fault, _ in known}
+        if len(known) < len(codes) or faults <= {None}:
+            # Another code may quote a number; a short number is none.
+            return None, " ".join(f"{name} {c}" for c in codes if re.fullmatch("[0-9]{1,5}", c))
+        words = ", ".join(f"{name} {c}: {why}" for c, (_, why) in zip(codes, known, strict=True))
+        if len(faults) > 1:
+            return SmsUnknown if None in faults else SmsFailed, words
+        return faults.pop(), words
 
     def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes]:
         """Status and body of the answer; of a long body the first ``ANSWER_MAX_BYTES``."""
@@ -2794,16 +2948,30 @@ class HttpSms(SmsProvider):
                 return curl
         return pycurl.Curl()
 
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Read the body of an answer with 2xx; return the ids of the message, or raise.
 
-        A body that is no result may raise any exception: then it is unknown whether the message
-        was taken (``MEANINGS``).
-        """
-        if not re.search(self.entry["success"], body.decode("utf-8", "replace")):
-            whole = len(body) < ANSWER_MAX_BYTES  # what was not read may match
-            raise (SmsFailed if whole else SmsUnknown)(f"{self.kind} answered without success")
-        return []
+def _national(to: Msisdn) -> str:
+    return str(phonenumbers.national_significant_number(phonenumbers.parse(to)))
+
+
+def find(value: Any, path: str) -> list[Any]:
+    """What stands at a dotted path in JSON; an empty list if there is nothing.
+
+    A step is the name of a field, the number of an item, or ``*`` for each item. JSON that stands
+    within a text is read as well.
+
+    >>> find({"messages": [{"status": "0"}, {"status": "6"}]}, "messages.*.status")
+    ['0', '6']
+    """
+    step, _, rest = path.partition(".")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = [value[step]] if step in value else []
+    elif isinstance(value, list):
+        items = value if step == "*" else value[int(step) :][:1] if step.isdecimal() else []
+    return [found for item in items for found in (find(item, rest) if rest else [item])]
 
 
 def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
@@ -2817,6 +2985,8 @@ def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
     }  # fmt: skip
 
 
+_PLACE: Final = r"\{([a-z_]+)\}"
+"""A place in a template."""
 _IDLE_CONNECTIONS_MAX: Final = 64
 """How many connections to a provider are kept open while nobody uses them."""
 _CURLOPT_QUICK_EXIT: Final = 322
@@ -2841,75 +3011,72 @@ ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
 """How a value is written into a body of each Content-Type."""
 
 
-class NexmoSms(HttpSms):
-    """The Vonage (once Nexmo) SMS API; a form by POST, so that no URL holds code or secret.
-
-    Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
-    """
-
-    template: ClassVar[Json] = {
-        "headers": FORM,
-        "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
-        "&api_key={api_key}&api_secret={api_secret}",
-    }
-    REFUSED: ClassVar = {"3", "6", "7", "15", "29", "33"}
-    """Statuses that are about this one message: its number, its sender, its text."""
-
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Each part that the message was split into must have been taken, or each refused."""
-        parts = json.loads(body)["messages"]
-        codes = {str(part["status"]) for part in parts}
-        if parts and all(part["status"] == "0" for part in parts):
-            return [str(part.get("message-id", "")) for part in parts]
-        if not codes or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in codes):
-            raise SmsUnknown("nexmo took a part of it, or did not say")
-        raise (SmsRefused if codes <= self.REFUSED else SmsFailed)(f"nexmo: status {max(codes)}")
+Meaning = tuple[type[SmsFailed] | None, str]
+"""What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-class TwilioSms(HttpSms):
-    """Twilio's Programmable Messaging.
-
-    Source: Twilio, "Message resource": 201 with a sid; 4xx with a code.
-    """
-
-    template: ClassVar[Json] = {
-        "headers": {**FORM, "Authorization": "Basic {basic}"},
-        "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
+def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
+    """Meanings by code; codes and words of what is taken, refused for good, and failed."""
+    return {
+        code: (fault, words)
+        for fault, by_codes in zip((None, SmsRefused, SmsFailed), meanings, strict=True)
+        for codes, words in by_codes.items()
+        for code in codes.split()
     }
 
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """A message has a sid, and has not failed at once."""
-        answer = json.loads(body)
-        if answer.get("status") in ("failed", "undelivered", "canceled"):
-            raise SmsFailed("twilio took the message, and then failed to send it")
-        return [str(answer["sid"])]
 
-
-class KannelSms(HttpSms):
-    """A Kannel of one's own (smsbox), with its login in headers, where no log shows it.
-
-    Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers".
-    """
-
-    template: ClassVar[Json] = {
-        "headers": {
-            "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
-            "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
-            "X-Kannel-Coding": "{coding}", "X-Kannel-DLR-Mask": "{receipt_mask}",
-            "X-Kannel-DLR-Url": "{receipt_url}",
-        },
-        "body": "{text}",
-    }  # fmt: skip
-    receipt_query = "&id={id}&status=%d"  # and not %A, which quotes the message
-
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """``0`` is taken; ``3``: its link is down, and the message may leave later.
-
-        Kannel refuses by an HTTP status, so no other body is a refusal.
-        """
-        if not body.startswith(b"0"):
-            raise SmsUnknown("kannel keeps the message until its link is up again, or did not say")
-        return [own_id]
+SHAPES: Final[Mapping[str, Shape]] = {
+    # Source: Vonage SMS API, "Send an SMS", "Troubleshooting SMS": HTTP 200 for errors too, and a
+    # status for each part. A form by POST, so that no URL holds code or secret.
+    "nexmo": Shape(
+        FORM, "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
+        "&api_key={api_key}&api_secret={api_secret}&entity-id={entity_id}"
+        "&content-id={template_id}",
+        r'"status"\s*:\s*"?0\b', ("messages.*.status",), _codes(
+            {"0": "taken"},
+            {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
+             "15": "sender not allowed", "29": "number not on the test list",
+             "33": "number deactivated"},
+            {"1": "too fast", "2": "a parameter is missing", "4 14": "bad credentials",
+             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
+             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
+        ), "messages.*.message-id",
+    ),
+    # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
+    # a code; a status that says that it failed at once.
+    "twilio": Shape(
+        {**FORM, "Authorization": "Basic {basic}"}, "From={from}&MessagingServiceSid={service}"
+        "&To={to}&Body={text}&StatusCallback={receipt_url}",
+        r'"sid"\s*:\s*"', ("code", "status"), _codes(
+            {},
+            {"21211": "no valid number", "21408": "country not enabled in the account",
+             "21608": "number not verified in the trial account", "21610": "number opted out",
+             "21612": "no route to this number", "21614": "not a mobile number"},
+            {"20003": "bad credentials", "20404": "no such account", "20429": "too fast",
+             "21212 21603 21606 21659": "not a sender of this account",
+             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
+             "failed undelivered canceled": "failed at once"},
+        ), "sid",
+    ),
+    # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
+    # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
+    # login is in headers, where no log shows it; the URL has %d, and not %A, which quotes the text.
+    "kannel": Shape(
+        {"Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
+         "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
+         "X-Kannel-Coding": "{coding}", "X-Kannel-Meta-Data": "{meta_data}",
+         "X-Kannel-DLR-Mask": "{receipt_mask}", "X-Kannel-DLR-Url": "{receipt_url}"},
+        "{text}", "^0", receipt_query="&id={id}&status=%d",
+    ),
+    # Source: docs.sms-gate.app, "Sending messages": from priority 100 on the phone does not delay.
+    "smsgate": Shape(
+        {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
+        '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
+        ' "ttl": {ttl}, "priority": 127}',
+        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}), "id",
+    ),
+}  # fmt: skip
+"""The kinds that are reached over HTTP with templates and meanings of their own."""
 
 
 class SnsSms(SmsProvider):
@@ -2942,7 +3109,9 @@ class SnsSms(SmsProvider):
         number = sender.removeprefix("+").isdecimal()
         origin = "AWS.MM.SMS.OriginationNumber" if number else "AWS.SNS.SMS.SenderID"
         attributes = {origin: sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
-        typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
+        attributes["AWS.MM.SMS.EntityId"] = self.entry["entity_id"]
+        attributes["AWS.MM.SMS.TemplateId"] = self.entry["template_id"]
+        typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items() if v}
         message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         # botocore bounds each wait, but neither a name server that hangs nor an answer that drips.
         publishing = self._threads.submit(self.client.publish, **message)
@@ -2962,8 +3131,8 @@ class SnsSms(SmsProvider):
 
 
 PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
-    "outbox": OutboxSms, "nexmo": NexmoSms, "twilio": TwilioSms, "kannel": KannelSms,
-    "sns": SnsSms, "http": HttpSms,
+    "outbox": OutboxSms, "nexmo": HttpSms, "twilio": HttpSms, "kannel": HttpSms,
+    "sns": SnsSms, "smsgate": HttpSms, "http": HttpSms,
 }  # fmt: skip
 """What ``kind`` may be in ``sms_providers``."""
 
@@ -3851,12 +4020,13 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, code: str, msisdn: Msisdn, language: str) -> str:
+    def _short_text(self, code: str, msisdn: Msisdn, language: str) -> MessageText:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(country_of(msisdn))
         tag = negotiate_language(language, self.catalogues)
-        return message_text(code, self.catalogues[tag], self.settings.line_host)
+        text = message_text(code, self.catalogues[tag], self.settings.line_host)
+        return MessageText(text, code, tag)
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s

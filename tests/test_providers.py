@@ -41,6 +41,8 @@ MakeClient = Callable[..., WsgiClient]
 TO = gateway.Msisdn(NUMBER)
 OTHER = gateway.Msisdn("+447700900456")
 DAY = datetime.timedelta(days=1)
+ASKS = "?to={to}&t={text}"
+"""The least that an entry of kind http must have in its templates."""
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_any_gateway_by_templates(
 @pytest.mark.parametrize("place", ["%7Bid%7D", "{id}", "m-%7Bid}"])
 def test_an_id_is_made_however_its_place_is_spelled(provider: Provider, place: str) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    entry = {"kind": "http", "endpoint": provider.url, "headers": form, "body": f"ref={place}"}
+    entry = {"kind": "http", "endpoint": provider.url, "headers": form, "body": f"ref={place}&to={{to}}&t={{text}}"}
     sender = sender_of(entry)
     sender.send("Gateway", TO, TEXT)
     sender.send("Gateway", TO, TEXT)
@@ -154,13 +156,15 @@ def test_a_get_without_a_body(provider: Provider) -> None:
 
 def test_a_body_of_no_declared_type_is_not_called_a_form(provider: Provider) -> None:
     """As libcurl would by itself."""
-    entry = {"kind": "http", "endpoint": provider.url, "body": "m={text}", "headers": {"X-A": "é"}}
+    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "body": "m={text}"}
+    entry["headers"] = {"X-A": "é"}
     sender_of(entry).send("Gateway", TO, "x&y")
-    sender_of({**entry, "body": ""}).send("Gateway", TO, "x&y")
-    [request, empty] = provider.received
+    empty = {"endpoint": provider.url + ASKS, "body": ""}
+    sender_of({**entry, **empty}).send("Gateway", TO, "x&y")
+    [request, bare] = provider.received
     assert (request.body, request.headers["x-a"]) == ("m=x&y", "é")
-    assert (empty.body, empty.headers["content-length"]) == ("", "0")
-    assert "content-type" not in request.headers | empty.headers
+    assert (bare.body, bare.headers["content-length"]) == ("", "0")
+    assert "content-type" not in request.headers | bare.headers
     assert request.headers["user-agent"] == "msisdn-gateway"
 
 
@@ -343,7 +347,7 @@ def test_sns_that_cannot_be_reached_surely_did_not_take_it(monkeypatch: pytest.M
 KANNEL = {"kind": "kannel", "username": "u", "password": "p"}
 TWILIO = {"kind": "twilio", "account_sid": "AC1", "auth_token": "t"}
 NEXMO = {"kind": "nexmo", "api_key": "k", "api_secret": "s"}
-HTTP = {"kind": "http", "success": '"ok": ?true'}
+HTTP = {"kind": "http", "body": "{to} {text}", "success": '"ok": ?true'}
 HALF = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"messages": [{"status": "0"}]}'
 
 
@@ -370,7 +374,8 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (NEXMO, nexmo("3", "7"), "Refused"),
         (NEXMO, nexmo(), "Unknown"),
         (NEXMO, reply("<h1>Welcome to the hotel"), "Unknown"),
-        (NEXMO, reply({"messages": [{"status": 0}]}), "Unknown"),
+        (NEXMO, reply({"messages": [{"status": 0}]}), None),
+        (NEXMO, nexmo("99"), "Unknown"),  # no status that is documented
         (NEXMO, reply("x" * 100_000), "Unknown"),  # read up to a limit
         (NEXMO, reply({"messages": [{"status": "0"}]}, 500), "Unknown"),
         (NEXMO, cut(b""), "Unknown"),
@@ -495,7 +500,7 @@ def test_a_kept_connection_that_closes_does_not_make_the_phone_get_two(
 ) -> None:
     """By itself libcurl sends a request again that a kept connection took without an answer."""
     provider.answer = reply("OK")
-    entry = {"kind": "http", "method": method, "endpoint": provider.url + "?to={to}"}
+    entry = {"kind": "http", "method": method, "endpoint": provider.url + ASKS}
     [one] = sender_of(entry).providers
     one.send("Gateway", TO, "text")
     provider.answer = cut(b"")
@@ -523,7 +528,7 @@ def test_a_connection_that_closed_while_it_was_kept_is_made_anew(provider: Provi
 
 def test_a_long_answer_costs_no_memory(provider: Provider) -> None:
     provider.answer = flood(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000000\r\n\r\n", b"OK")
-    [one] = sender_of({"kind": "http", "endpoint": provider.url, "success": "^OK"}).providers
+    [one] = sender_of({"kind": "http", "endpoint": provider.url + ASKS, "success": "^OK"}).providers
     assert isinstance(one, gateway.HttpSms)
     started = time.monotonic()
     status, body = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
@@ -608,7 +613,7 @@ def test_a_proxy_sees_nothing_of_a_message_over_tls(
     monkeypatch.setenv("SSL_CERT_FILE", str(tls))
     monkeypatch.setenv(variable, f"http://user:word@127.0.0.1:{proxy.server_port}")
     headers = {"Authorization": "Bearer hunter2"}
-    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "headers": headers}
+    entry = {"kind": "http", "endpoint": provider.url + ASKS, "headers": headers}
     sender = sender_of(entry)
     for _ in range(3):
         sender.send("Gateway", TO, "text")
@@ -659,7 +664,7 @@ def test_nothing_of_a_message_is_logged(
 
 # -- Half-configured ------------------------------------------------------------
 
-URL = {"endpoint": "http://127.0.0.1:9/"}
+URL = {"endpoint": "http://127.0.0.1:9/" + ASKS}
 
 
 @pytest.mark.parametrize(
@@ -673,16 +678,20 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({"kind": "http"}, "endpoint"),
         ({"kind": "http", "endpoint": "gw.example/send"}, "endpoint"),
         ({"kind": "http", "endpoint": "ftp://gw.example/"}, "endpoint"),
-        ({"kind": "http", "endpoint": "http://user:hunter2@gw.example/"}, "endpoint"),
+        ({"kind": "http", "endpoint": "http://user:hunter2@gw.example/"}, "no user:password@"),
         ({"kind": "http", "endpoint": "http://{to}.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example\\@hunter2/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example:port/"}, "endpoint"),
         ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "method"),
         ({"kind": "http", **URL, "headers": {"A: b\r\nC": "d"}}, "templates"),
-        ({"kind": "http", **URL, "body": "{number}"}, "templates"),
+        ({"kind": "http", **URL, "body": "{number}"}, r"has \{number\} in its templates; there are"),
+        ({"kind": "http", "endpoint": "http://h/?to={to}"}, r"\{text\} or \{code\}"),
+        ({"kind": "http", "endpoint": "http://h/?t={text}"}, r"needs \{to\}"),
         ({"kind": "http", **URL, "headers": {"A": 5}}, "headers"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
-        ({"kind": "http", **URL, "success": "("}, "regular expression"),
+        ({"kind": "http", **URL, "success": "("}, "regular expression as success"),
+        ({"kind": "http", **URL, "refused": "["}, "regular expression as refused"),
+        ({"kind": "http", **URL, "id": "*"}, "regular expression as id"),
         ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
         ({"kind": "http", **URL, "api_key": "hunter2"}, "api_key"),
         ({**NEXMO, "timeout_s": 0}, "timeout_s"),
@@ -1254,7 +1263,7 @@ def test_what_no_header_can_say_is_surely_not_sent(provider: Provider) -> None:
     "entry",
     [
         {"kind": "nexmo", "api_key": "k", "api_secret": "s", "endpoint": "https://[bad/x"},
-        {"kind": "http", "endpoint": "https://user:hunter2\u2100@h/x"},
+        {"kind": "http", "endpoint": "https://user:hunter2\u2100@h/x" + ASKS},
         {"kind": "sns", "region": "eu west 1"},
         {"kind": "sns", "region": "eu-west-1", "endpoint": "nonsense"},
     ],
