@@ -204,6 +204,12 @@ SETTLE_PAUSE_S: Final = 0.1
 """How long we wait between two of these tries."""
 HEARTBEAT_S: Final = 1.0
 """How long the result of a health check is reused: anybody may ask, and DynamoDB bills writes."""
+PARTS_S: Final = 600
+"""How long we wait for the other parts of a longer SMS."""
+PARTS_MAX: Final = 10
+"""Of how many parts at most we put an SMS together; a Hawk id fits in one."""
+PART_MAX_CHARS: Final = 320
+"""How much of each is kept: a part has 160 characters at most."""
 WEBHOOK_FIELDS_MAX: Final = 100
 """Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
@@ -1690,6 +1696,8 @@ def _pem(key: PrivateKey) -> bytes:
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "receipt " 12 bytes            the outcome of a message    a day
+# 16 bytes, as a storage id      the parts of an SMS by        ten minutes
+#                                number, each sealed
 # "hour"                         messages of the last hour:  an hour
 #                                a random name and a time
 # "heartbeat"                    the last health check       a minute
@@ -2146,6 +2154,12 @@ class Storage:
     def outcome(self, kind: str, message_id: str) -> str:
         """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
         return (self.get(_receipt_key(kind, message_id)) or b"").decode()
+
+    def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
+        """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
+        keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
+        pairs = self._run_all(key, *keep)[2]
+        return dict(zip(map(int, pairs[::2]), pairs[1::2], strict=True))
 
     def ping(self, now_s: float) -> None:
         """Prove that every node takes writes. PING would not do: a replica answers it, too.
@@ -3277,94 +3291,194 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
 
 
 class InboundSms(NamedTuple):
-    """An SMS from a phone: its number, the text, over which network, the provider's id."""
+    """An SMS from a phone: its number, the text, over which network, the provider's id.
+
+    ``ref``, ``part`` and ``parts``: of a longer one, its reference, and which part of how many
+    this is.
+    """
 
     sender: str
     text: str
     network: Network
     message_id: str
+    ref: str = ""
+    part: int = 1
+    parts: int = 1
 
 
-def _text(params: Json, *names: str) -> str:
-    return next((str(v) for v in map(params.get, names) if isinstance(v, str | int) and v), "")
+_IDS: Final = (
+    "messageId message-id MessageSid message_id message_uuid MessageUUID messageid smsId id"
+)
+FIELDS: Final[Mapping[str, str]] = {
+    "from": "msisdn from From", "text": "text Body message", "id": _IDS, "receipt_id": _IDS,
+    "mcc": "mccmnc.mcc mcc", "mnc": "mccmnc.mnc mnc", "network": "network-code", "sig": "sig",
+    "ref": "concat-ref", "part": "concat-part", "parts": "concat-total",
+    "status": "status MessageStatus Status status_name", "udh": "udh", "coding": "coding",
+}  # fmt: skip
+"""Where webhooks write what, if the entry has no ``fields``: dotted paths, the first one first."""
+SMSGATE_FIELDS: Final[Mapping[str, str]] = {
+    "from": "payload.sender payload.phoneNumber", "text": "payload.message", "id": "id",
+    "receipt_id": "payload.messageId", "status": "event",
+}  # fmt: skip
+"""The same for SMSGate; its ``payload.messageId`` of a received SMS is not unique."""
+_DELIVERED: Final = ("delivered", "read", "success", "delivrd", "1", "sms:delivered")
+_FAILED: Final = (
+    "failed", "rejected", "expired", "undelivered", "undeliverable", "undeliv", "delivery_failed",
+    "2", "16", "sms:failed",
+)  # fmt: skip
 
 
-def parse_inbound(params: Json, signature: str = "") -> InboundSms:
+def _read(params: Json, entry: Json, field: str) -> str:
+    """The text of a field of a webhook; "" if it is not where ``entry`` or ``FIELDS`` says."""
+    usual = {**FIELDS, **(SMSGATE_FIELDS if entry.get("kind") == "smsgate" else {})}
+    own = entry.get("fields", {}).get(field)
+    for path in [own] if own else usual[field].split():
+        for value in [params[path]] if path in params else find(params, path):
+            if isinstance(value, str | int) and value:
+                return str(value)
+    return ""
+
+
+def _octets(text: str) -> bytes:
+    """The bytes that a text in a query or form was read from, which need not be UTF-8."""
+    return re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text).encode("utf-8", "surrogateescape")
+
+
+def _msisdn(text: str, country: str) -> str:
+    """A sender in international form, if it is a phone's number; else ""."""
+    digits = text.strip().removeprefix("+").removeprefix("00")
+    # A short code (of six digits at most in most countries) is no phone, even if it begins like
+    # a country's numbers.
+    if len(digits) <= 6:
+        return ""
+    if country:
+        with contextlib.suppress(phonenumbers.NumberParseException):
+            number = phonenumbers.parse(text, country)
+            return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+    return "+" + digits
+
+
+def parse_inbound(params: Json, signature: str = "", entry: Json = {}) -> InboundSms:
     """Read a provider's webhook; what is missing is "".
 
-    Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
-    Twilio: ``From``, ``Body``, ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``.
-    BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
+    Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one), and
+    ``concat-ref``, ``concat-part``, ``concat-total`` of a part. Twilio: ``From``, ``Body``,
+    ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``; a text in UCS-2 as its bytes
+    (``coding`` is 2, or they hold a zero), and ``udh``, the header of a part. BeepSend: ``from``,
+    ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``. Others: ``fields``.
 
     Args:
         signature: Twilio's, which was checked. It is used as the message's id. Twilio signs all
             names and values joined without separators, so that somebody can repeat a call with
             other names and values, another id, and the same signature. Vonage's, ``sig``, is used
             if there is no id.
+        entry: That of the webhook in ``sms_inbound``.
+
+    Source: 3GPP TS 23.040, section 9.2.3.24.1 and .8 (concatenated short messages).
     """
-    code, pair = _text(params, "network-code"), params.get("mccmnc")
-    pair = pair if isinstance(pair, dict) else params
-    network = Network()
+    read = partial(_read, params, entry)
+    code, text, network = read("network"), read("text"), Network()
     with contextlib.suppress(InvalidParameter):
-        mcc, mnc = code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc")
+        mcc, mnc = code[:3] or read("mcc"), code[3:] or read("mnc")
         network = parse_network(mcc, mnc, lenient=True)
-    digits = _text(params, "msisdn", "from", "From").strip().removeprefix("+").removeprefix("00")
-    # A short code (of six digits at most in most countries) is no phone, even if it begins like
-    # a country's numbers.
-    sender = "+" + digits if len(digits) > 6 else ""
-    message_id = signature or _text(params, "messageId", "MessageSid", "id")
-    message_id = message_id or _text(params, "sig").lower()  # it is right in either case
-    return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
+    ref, part, parts = read("ref"), read("part"), read("parts")
+    if entry.get("kind") == "kannel":
+        octets = _octets(text)
+        wide = read("coding") == "2" or b"\0" in octets
+        text = octets.decode("utf-16-be" if wide else "utf-8", "replace")
+        if udh := re.search(rb"(?s)\0\x03(.)(.)(.)|\x08\x04(..)(.)(.)", _octets(read("udh"))):
+            ref, parts, part = (str(int.from_bytes(group)) for group in udh.groups() if group)
+    # It is right in either case.
+    message_id = signature or read("id") or read("sig").lower()
+    sms = InboundSms(_msisdn(read("from"), entry.get("country", "")), text, network, message_id)
+    numbers = re.fullmatch("0*([1-9][0-9]?)/0*([1-9][0-9]?)", f"{part}/{parts}")
+    if numbers and (n := int(numbers[1])) <= (of := int(numbers[2])) <= PARTS_MAX:
+        return sms._replace(ref=ref, part=n, parts=of)
+    return sms
 
 
-def parse_receipt(params: Json) -> tuple[str, str]:
+def parse_receipt(params: Json, entry: Json = {}) -> tuple[str, str]:
     """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
 
     Only these are read: some receipts quote the beginning of the message, and so its code.
-    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d.
+    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d;
+    SMSGate "Webhooks".
     """
-    status = _text(params, "status", "MessageStatus").lower()
-    failed = status in ("failed", "rejected", "expired", "undelivered", "2", "16")
-    outcome = "failed" if failed else "delivered" * (status in ("delivered", "read", "1"))
-    return _text(params, "messageId", "message-id", "MessageSid", "id"), outcome
+    read = partial(_read, params, entry)
+    status = read("status").lower()
+    outcome = "failed" if status in _FAILED else "delivered" * (status in _DELIVERED)
+    return read("receipt_id"), outcome
 
 
-def check_inbound(
-    entry: Json, secret: str, params: Json, url: str, form: Json, signature: str, now_s: float
-) -> None:
+class WebhookCall(NamedTuple):
+    """A call of a webhook, as far as signatures cover it.
+
+    Attributes:
+        params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
+        form: Those in the body, and
+        url: the whole URL under the name that providers call us by: Twilio signs these.
+        body: The body as it came, and
+        stamp: the header X-Timestamp, in seconds: SMSGate signs these.
+        signature: The header X-Twilio-Signature or X-Signature.
+    """
+
+    params: Json
+    form: Json = {}
+    url: str = ""
+    body: bytes = b""
+    stamp: str = ""
+    signature: str = ""
+
+
+def _vonage_signed(key: bytes, call: WebhookCall) -> bool:
+    signed = sorted((name, value) for name, value in call.params.items() if name != "sig")
+    text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
+    digest = hmac.new(key, text.encode("utf-8", "replace"), "sha256").digest()
+    right = _same(digest.hex(), str(call.params.get("sig")).lower())
+    # In a name Vonage does not replace "&" and "=", so that one could stand for two parameters.
+    return right and not any(re.search("[&=]", name) for name in call.params)
+
+
+def _twilio_signed(key: bytes, call: WebhookCall) -> bool:
+    fields = "".join(f"{name}{value}" for name, value in sorted(call.form.items()))
+    host, port = r"^(\w+://(?:\[.*?\]|[^:/]*))(:\d+)?", 443 if call.url.startswith("https") else 80
+    # Twilio has signed each of these.
+    urls = {call.url, re.sub(host, r"\1", call.url), re.sub(host, rf"\1:{port}", call.url)}
+    digests = [hmac.digest(key, (url + fields).encode("utf-8", "replace"), "sha1") for url in urls]
+    return any(_same(base64.b64encode(one).decode(), call.signature) for one in digests)
+
+
+def _smsgate_signed(key: bytes, call: WebhookCall) -> bool:
+    digest = hmac.digest(key, call.body + call.stamp.encode("utf-8", "replace"), "sha256")
+    return _same(digest.hex(), call.signature.lower())
+
+
+SIGNATURES: Final[Mapping[str, Callable[[bytes, WebhookCall], bool]]] = {
+    "nexmo": _vonage_signed, "twilio": _twilio_signed, "smsgate": _smsgate_signed,
+}  # fmt: skip
+"""How the kinds with a ``signature_secret`` sign.
+
+Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with ``&`` and ``=``
+in values made ``_``; Twilio, "Security": HMAC-SHA1, with and without the port; SMSGate,
+"Webhooks", "Payload signing": HMAC-SHA256 of body and time."""
+
+
+def check_inbound(entry: Json, secret: str, call: WebhookCall, now_s: float) -> None:
     """Let only the provider in, by ``path_secret``, ``signature_secret`` or both.
 
     Args:
         secret: From path or query.
-        params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
-        url: The whole URL under the name that providers call us by. Twilio signs it, and
-        form: the parameters in the body.
-        signature: The header X-Twilio-Signature.
 
     Raises:
         Forbidden: The secret or the signature is not right, or the call is over a day old.
-
-    Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with
-    ``&`` and ``=`` in values made ``_``; Twilio, "Security": HMAC-SHA1.
     """
     wanted, key = entry.get("path_secret"), entry.get("signature_secret")
     if wanted and not _same(wanted, secret):
         raise Forbidden("the secret of this webhook is missing or wrong")
-    if key and entry["kind"] == "twilio":
-        text = url + "".join(f"{name}{value}" for name, value in sorted(form.items()))
-        digest = hmac.digest(key.encode(), text.encode("utf-8", "replace"), "sha1")
-        right = _same(base64.b64encode(digest).decode(), signature)
-    elif key:
-        signed = sorted((name, value) for name, value in params.items() if name != "sig")
-        text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-        digest = hmac.new(key.encode(), text.encode("utf-8", "replace"), "sha256").digest()
-        right = _same(digest.hex(), str(params.get("sig")).lower())
-        # Older than the ids of messages that we remember: it may be a replay.
-        stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
-        right = right and not (stamp and now_s - int(stamp[0]) > DAY_S)
-        # In a name Vonage does not replace "&" and "=", so that one could stand for two parameters.
-        right = right and not any(re.search("[&=]", name) for name in params)
-    if key and not right:
+    # Older than the ids of messages that we remember: it may be a replay.
+    stamp = re.fullmatch("[0-9]{1,11}", call.stamp or str(call.params.get("timestamp", "")))
+    old = stamp and now_s - int(stamp[0]) > DAY_S
+    if key and (old or not SIGNATURES[entry["kind"]](key.encode(), call)):
         raise Forbidden("the signature of this webhook is missing, wrong or too old")
 
 
@@ -3772,27 +3886,49 @@ class Gateway:
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, asks, language)
 
-    def receive_sms(self, message: InboundSms) -> None:
+    def receive_sms(self, message: InboundSms) -> str:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
 
         Any other message changes nothing, nor does one that is not from the session's number.
+
+        Returns:
+            Why it was not used, in words for the log; "" if it was, or waits for its other parts.
         """
         # VALIDATE
-        named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
-        hawk_id = HawkId(named[0] if named else "")
-        with contextlib.suppress(InvalidParameter):
+        try:
             msisdn = parse_msisdn(message.sender)
-            storage_id = self.secrets.id_for(hawk_id)
-            if hawk_id and (record := self.storage.get(storage_id)):
-                # The id of the message stands in for a nonce: each one is handled once.
-                header = HawkHeader(nonce="sms " + message.message_id)
-                ttl_s = DAY_S if message.message_id else 0
-                user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
-                who = (hawk_id, HawkKey(b""), user, storage_id, record)
-                session = Session(*who, header, request, ttl_s)
-                self._answer_sms(session, msisdn, message.network)
+        except InvalidParameter:
+            return "it has no sender, or one that is no phone number"
+        whole = self._join(message) if message.parts > 1 else message
+        if not whole:
+            return ""
+        named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", whole.text.lower())
+        hawk_id = HawkId(named[0] if named else "")
+        storage_id = self.secrets.id_for(hawk_id)
+        if not (hawk_id and (record := self.storage.get(storage_id))):
+            return "its session is unknown" if hawk_id else "there is no Hawk id in its text"
+        # The id of the message stands in for a nonce: each one is handled once.
+        header = HawkHeader(nonce="sms " + whole.message_id)
+        ttl_s = DAY_S if whole.message_id else 0
+        user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
+        who = (hawk_id, HawkKey(b""), user, storage_id, record)
+        session = Session(*who, header, request, ttl_s)
+        return self._answer_sms(session, msisdn, message.network)
 
-    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
+    def _join(self, message: InboundSms) -> InboundSms | None:
+        """The whole message, with the id of its first part; ``None`` until all parts have come."""
+        names = f"{message.sender} {message.ref} {message.parts}".encode("utf-8", "replace")
+        name = HawkId(hashlib.sha256(names).hexdigest())
+        sealer = _sealer(self.secrets.seal, name)
+        content = json.dumps([message.message_id, message.text[:PART_MAX_CHARS]]).encode()
+        sealed = sealer.encrypt(content, None)
+        stored = self.storage.keep_part(self.secrets.id_for(name), message.part, sealed)
+        if len(stored) < message.parts:
+            return None
+        parts = [json.loads(sealer.decrypt(stored[n], None)) for n in sorted(stored)]
+        return message._replace(message_id=parts[0][0], text="".join(text for _, text in parts))
+
+    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> str:
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
 
         def asks(user: User) -> Ask:
@@ -3805,13 +3941,15 @@ class Gateway:
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
-            LOG.info("an SMS was not answered: errno %s", error.errno)
+            return f"errno {error.errno}: {error.message}"
+        return ""
 
     def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
         """Keep the outcome of a message that a provider reports, once it is final."""
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
-            LOG.info("sms: %s receipt: %s", kind, outcome)
+        if outcome or not message_id:
+            LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
@@ -4232,9 +4370,27 @@ def _query_fields(text: str) -> Json:
         InvalidParameter: There are more than any provider sends.
     """
     try:
-        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=WEBHOOK_FIELDS_MAX))
+        # surrogateescape, because Kannel writes the bytes of UCS-2.
+        options: Any = {"max_num_fields": WEBHOOK_FIELDS_MAX, "errors": "surrogateescape"}
+        return dict(parse_qsl(text, keep_blank_values=True, **options))
     except ValueError:
         raise InvalidParameter(f"at most {WEBHOOK_FIELDS_MAX} parameters are read") from None
+
+
+def webhook_fields(body: bytes, content_type: str) -> Json:
+    """The fields in the body of a webhook: a form, or JSON whatever it calls itself; else none.
+
+    Those of a JSON array are called ``0``, ``1`` and so on. After an error the provider would send
+    the same garbage again, so this raises none but InvalidParameter for too many fields.
+    """
+    if media_type(content_type) == FORM["Content-Type"]:
+        return _query_fields(body.decode("utf-8", "surrogateescape"))
+    with contextlib.suppress(ValueError, RecursionError):
+        value = _JSON.decode(body.decode("utf-8-sig")) if body else {}
+        if isinstance(value, dict | list):
+            return value if isinstance(value, dict) else {str(n): v for n, v in enumerate(value)}
+    LOG.info("sms: the body of a webhook is neither a form nor JSON")
+    return {}
 
 
 EMPTY: Final = Answer(200, b"", "text/plain")
@@ -4422,17 +4578,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         language = self.header("ACCEPT_LANGUAGE")
         return {"mtSender": self.gateway.resend_code(session, self.params(), language)}
 
-    def webhook(self, secret: str) -> tuple[str, Json]:
-        """The provider that calls us, and its parameters, if secret and signature are right."""
-        query, form = _query_fields(bottle.request.query_string), Json()
+    def webhook(self, secret: str) -> tuple[Json, WebhookCall]:
+        """The entry of the provider that calls us, and its call, if secret and signature are right.
+
+        Raises:
+            InvalidParameter, Forbidden: The provider is not named, or this is somebody else.
+        """
+        query, form, body = _query_fields(bottle.request.query_string), Json(), b""
         if bottle.request.method == "POST":
-            body, content_type = self.body(), bottle.request.content_type
-            if media_type(content_type) == FORM["Content-Type"]:
-                form = _query_fields(body.decode("utf-8", "replace"))
-            else:
-                # After an error the provider would send the same garbage again.
-                with contextlib.suppress(BadJson, UnsupportedMediaType):
-                    form = json_object(body, content_type)
+            body = self.body()
+            form = webhook_fields(body, bottle.request.content_type)
         # The URL is ours. A body may have fields of these names that mean something else.
         name, secret = query.pop("provider", ""), secret or query.pop("secret", "")
         params: Json = query | form
@@ -4440,23 +4595,30 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
-        signature = self.header("X_TWILIO_SIGNATURE")
-        signed = (self.settings.base_url + self.path(), form, signature)
-        check_inbound(entry, str(secret or ""), params, *signed, self.gateway.clock())
-        return str(name), params
+        signature = self.header("X_TWILIO_SIGNATURE" if name == "twilio" else "X_SIGNATURE")
+        stamp = self.header("X_TIMESTAMP") if name == "smsgate" else ""
+        url = self.settings.base_url + self.path()
+        call = WebhookCall(params, form, url, body, stamp, signature)
+        try:
+            check_inbound(entry, str(secret or ""), call, self.gateway.clock())
+        except Forbidden as error:
+            LOG.info("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
+            raise
+        return entry, call
 
     def sms_momt(self, secret: str = "") -> Answer:
         """GET or POST /sms/momt/ : a provider delivers an SMS."""
-        kind, params = self.webhook(secret)
-        signature = self.header("X_TWILIO_SIGNATURE") if kind == "twilio" else ""
-        self.gateway.receive_sms(parse_inbound(params, signature))
+        entry, call = self.webhook(secret)
+        kind, signature = entry["kind"], call.signature * (entry["kind"] == "twilio")
+        if unused := self.gateway.receive_sms(parse_inbound(call.params, signature, entry)):
+            LOG.info("sms: a message that %s delivered was not used: %s", kind, unused)
         return WEBHOOK_ANSWERS.get(kind) or json_answer({})
 
     def sms_receipt(self, secret: str = "") -> Answer:
         """GET or POST /sms/receipt/ : a provider tells what became of a message."""
-        kind, params = self.webhook(secret)
-        self.gateway.receive_receipt(kind, *parse_receipt(params))
-        return WEBHOOK_ANSWERS.get(kind) or json_answer({})
+        entry, call = self.webhook(secret)
+        self.gateway.receive_receipt(entry["kind"], *parse_receipt(call.params, entry))
+        return WEBHOOK_ANSWERS.get(entry["kind"]) or json_answer({})
 
     def sms_verify_code(self, session: Session) -> Json:
         """POST /sms/verify_code : the code comes back."""

@@ -136,7 +136,12 @@ def test_any_gateway_by_templates(
 @pytest.mark.parametrize("place", ["%7Bid%7D", "{id}", "m-%7Bid}"])
 def test_an_id_is_made_however_its_place_is_spelled(provider: Provider, place: str) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    entry = {"kind": "http", "endpoint": provider.url, "headers": form, "body": f"ref={place}&to={{to}}&t={{text}}"}
+    entry = {
+        "kind": "http",
+        "endpoint": provider.url,
+        "headers": form,
+        "body": f"ref={place}&to={{to}}&t={{text}}",
+    }
     sender = sender_of(entry)
     sender.send("Gateway", TO, TEXT)
     sender.send("Gateway", TO, TEXT)
@@ -156,11 +161,10 @@ def test_a_get_without_a_body(provider: Provider) -> None:
 
 def test_a_body_of_no_declared_type_is_not_called_a_form(provider: Provider) -> None:
     """As libcurl would by itself."""
-    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "body": "m={text}"}
-    entry["headers"] = {"X-A": "é"}
+    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "headers": {"X-A": "é"}}
+    entry |= {"body": "m={text}"}
     sender_of(entry).send("Gateway", TO, "x&y")
-    empty = {"endpoint": provider.url + ASKS, "body": ""}
-    sender_of({**entry, **empty}).send("Gateway", TO, "x&y")
+    sender_of({**entry, "endpoint": provider.url + ASKS, "body": ""}).send("Gateway", TO, "x&y")
     [request, bare] = provider.received
     assert (request.body, request.headers["x-a"]) == ("m=x&y", "é")
     assert (bare.body, bare.headers["content-length"]) == ("", "0")
@@ -684,7 +688,10 @@ URL = {"endpoint": "http://127.0.0.1:9/" + ASKS}
         ({"kind": "http", "endpoint": "http://gw.example:port/"}, "endpoint"),
         ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "method"),
         ({"kind": "http", **URL, "headers": {"A: b\r\nC": "d"}}, "templates"),
-        ({"kind": "http", **URL, "body": "{number}"}, r"has \{number\} in its templates; there are"),
+        (
+            {"kind": "http", **URL, "body": "{number}"},
+            r"has \{number\} in its templates; there are",
+        ),
         ({"kind": "http", "endpoint": "http://h/?to={to}"}, r"\{text\} or \{code\}"),
         ({"kind": "http", "endpoint": "http://h/?t={text}"}, r"needs \{to\}"),
         ({"kind": "http", **URL, "headers": {"A": 5}}, "headers"),
