@@ -421,7 +421,9 @@ def _is_part(client: WsgiClient) -> bool:
     """Whether it was kept as a part, which is no reason for a line yet."""
     store = client.gateway.storage
     kept = [key for key in store._run("KEYS", "*") if store._run("TYPE", key) == b"hash"]
-    return any([store._run("DEL", key, key=key) for key in kept])
+    for key in kept:
+        store._run("DEL", key, key=key)
+    return bool(kept)
 
 
 @pytest.fixture
