@@ -1279,3 +1279,100 @@ def test_an_entry_that_cannot_be_is_refused_and_not_quoted(entry: Any) -> None:
     with pytest.raises(gateway.SettingsError, match="sms_providers") as refused:
         sender_of(entry)
     assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+# -- In words -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "words"),
+    [
+        (NEXMO, nexmo("4"), "nexmo: status 4: bad credentials"),
+        (NEXMO, nexmo("9"), "nexmo: status 9: no credit"),
+        (NEXMO, nexmo("6", "7"), "nexmo: status 6: no route to this number, status 7: number"),
+        (TWILIO, reply({"code": 21211, "status": 400}, 400), "twilio: code 21211: no valid number"),
+        (TWILIO, reply({"code": 20003}, 401), "twilio: code 20003: bad credentials"),
+        (TWILIO, reply({"code": 21999}, 400), "twilio answered 400 Bad Request code 21999"),
+        (TWILIO, reply({"code": 447700900123}, 400), "twilio answered 400 Bad Request"),
+        (TWILIO, reply({"code": "hunter2"}, 401), "twilio answered 401 Unauthorized"),
+        (TWILIO, reply({"sid": "SM1", "status": "failed"}, 201), "status failed: failed at once"),
+        (KANNEL, reply("Authorization failed", 403), "kannel answered 403 Forbidden"),
+        (HTTP, reply("", 402), "http answered 402 Payment Required"),
+        (HTTP, reply("no"), "http answered 200 OK, without success"),
+        ({**HTTP, "refused": "bad number"}, reply("bad number", 404), "the number is refused"),
+    ],
+)
+def test_the_log_says_why(
+    provider: Provider, entry: gateway.Json, answer: Any, words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    provider.answer = answer
+    with contextlib.suppress(gateway.SmsFailed):
+        sender_of({"endpoint": provider.url, **entry}).send("Gateway", TO, "text")
+    assert f"sms: {words}" in caplog.text or words in caplog.text
+    assert "447700900123" not in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning"),
+    [
+        (reply("ERR 13 bad number"), "Refused"),
+        (reply("ERR 13 bad number", 404), "Refused"),
+        (reply("ERR 13 bad number", 500), "Unknown"),  # a proxy may have broken
+        (reply("ERR 13 bad number " + "x" * 100_000), "Unknown"),  # nobody reads it to its end
+        (reply("ERR 14 no credit"), "Failed"),
+        (reply("OK 7"), None),
+    ],
+)
+def test_an_entry_tells_what_refuses_a_number_for_good(
+    provider: Provider, answer: Any, meaning: str | None
+) -> None:
+    provider.answer = answer
+    entry = {
+        "kind": "http",
+        "endpoint": provider.url + ASKS,
+        "success": "^OK",
+        "refused": "^ERR 13",
+    }
+    [one] = sender_of(entry).providers
+    if meaning is None:
+        one.send("Gateway", TO, "text")
+        return
+    with pytest.raises(gateway.SmsFailed) as caught:
+        one.send("Gateway", TO, "text")
+    assert type(caught.value) is getattr(gateway, f"Sms{meaning}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ids"),
+    [('"id": ?"(\\w+)"', ["a1"]), ("a[0-9]", ["a1"]), ("b(x)?", ["b"]), ("", None)],
+)
+def test_the_id_in_an_answer(provider: Provider, pattern: str, ids: list[str] | None) -> None:
+    """Its group, or all of the match; without one our own id is what receipts name."""
+    provider.answer = reply('{"id": "a1", "b": 2}')
+    url = provider.url + "?to={to}&t={text}&own={id}&back={receipt_url}"
+    entry = {"kind": "http", "endpoint": url, "id": pattern, "receipts": True}
+    inbound = [{"kind": "http", "path_secret": "p"}]
+    found = sender_of(entry, sms_inbound=inbound).send("Gateway", TO, "text").ids
+    query = provider.received[0].query
+    assert query["back"] == "http://127.0.0.1:5000/sms/receipt/p?provider=http"
+    assert found == (ids or [query["own"]])
+
+
+def test_a_client_sees_the_registered_text_of_its_language(
+    provider: Provider, make_client: MakeClient
+) -> None:
+    """The code and the language go where a provider of templates wants them."""
+    provider.answer = reply("{}")
+    entry = {"kind": "http", "endpoint": provider.url, "body": '{"to": "{to}", "c": "{code}", '
+             '"l": "{language}"}', "headers": {"Content-Type": "application/json"}}  # fmt: skip
+    client = make_client(sms_providers=[entry])
+    client.register()
+    assert client.call("/sms/verify", {"msisdn": NUMBER}, environ={
+        "HTTP_ACCEPT_LANGUAGE": "pt-BR"}).status == 200  # fmt: skip
+    sent = json.loads(provider.received[0].body)
+    assert sent == {"to": NUMBER, "c": sent["c"], "l": "pt-br"}
+    assert client.call("/sms/verify_code", {"code": sent["c"]}).json == {"msisdn": NUMBER}
+    assert client.call("/sms/mt/verify", {"msisdn": NUMBER}).status == 204
+    assert re.fullmatch("[0-9a-f]{32}", json.loads(provider.received[1].body)["c"])
