@@ -113,10 +113,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import bottle
 import jwt
@@ -212,6 +213,12 @@ SETTLE_PAUSE_S: Final = 0.1
 """How long we wait between two of these tries."""
 HEARTBEAT_S: Final = 1.0
 """How long the result of a health check is reused: anybody may ask, and DynamoDB bills writes."""
+PARTS_S: Final = 600
+"""How long we wait for the other parts of a longer SMS."""
+PARTS_MAX: Final = 10
+"""Of how many parts at most we put an SMS together; a Hawk id fits in one."""
+PART_MAX_CHARS: Final = 320
+"""How much of each is kept: a part has 160 characters at most."""
 WEBHOOK_FIELDS_MAX: Final = 100
 """Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
@@ -487,8 +494,12 @@ _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
 _Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
 _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
-_Url = Annotated[str, Meta(title="a URL that begins with http:// or https://"), _HIDDEN, _URI]
+_URL_WORDS: Final = "a URL that begins with http:// or https://; no user:password@; {…} in its path"
+_Url = Annotated[str, Meta(title=_URL_WORDS), _HIDDEN, _URI]
 _Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
+_Entity = Annotated[str, _about("id of the sender, where texts are registered (India: DLT)")]
+_Template = Annotated[str, _about("id of the registered text")]
+_Pattern = Annotated[str, Meta(title="a regular expression")]
 _Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _SENDERS: Final = "1 to 11 of A-Z a-z 0-9 space & . - _ with a letter, or 3 to 15 digits, or MG…"
 """What operators take as a sender: a name, a number, or a messaging service of Twilio."""
@@ -545,10 +556,12 @@ class NexmoEntry(Provider, frozen=True, tag="nexmo"):
     api_secret: Annotated[_Secret, _about("of the account")]
     endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
     receipts: _Receipts = False
+    entity_id: _Entity = ""
+    template_id: _Template = ""
 
 
 class TwilioEntry(Provider, frozen=True, tag="twilio"):
-    """Twilio's Programmable Messaging."""
+    """Twilio's Programmable Messaging; a sender ``MG…`` is a messaging service."""
 
     account_sid: Annotated[_Secret, _about("of the account: AC…")]
     auth_token: Annotated[_Secret, _about("of the account")]
@@ -563,6 +576,7 @@ class KannelEntry(Provider, frozen=True, tag="kannel"):
     username: Annotated[_Secret, _about("of a sendsms-user")]
     password: Annotated[_Secret, _about("of a sendsms-user")]
     receipts: _Receipts = False
+    meta_data: Annotated[str, _about("?smpp?NAME=…&NAME=…: ids of registered texts")] = ""
 
 
 class SnsEntry(Provider, frozen=True, tag="sns"):
@@ -571,6 +585,17 @@ class SnsEntry(Provider, frozen=True, tag="sns"):
     region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
     endpoint: Annotated[_Url, _about("another than the region's")] = ""
     type: Annotated[str, _about("Transactional or Promotional")] = "Transactional"
+    entity_id: _Entity = ""
+    template_id: _Template = ""
+
+
+class SmsgateEntry(Provider, frozen=True, tag="smsgate"):
+    """An Android phone of one's own with the app SMSGate (capcom6/android-sms-gateway)."""
+
+    endpoint: _Endpoint
+    username: Annotated[_Secret, _about("shown by the app")]
+    password: Annotated[_Secret, _about("shown by the app")]
+    receipts: _Receipts = False
 
 
 class HttpEntry(Provider, frozen=True, tag="http"):
@@ -580,7 +605,17 @@ class HttpEntry(Provider, frozen=True, tag="http"):
     method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
     headers: Annotated[dict[str, str], _HIDDEN, _about("templates by name")] = {}
     body: Annotated[str, _HIDDEN, _about("a template, in the Content-Type of headers")] = ""
-    success: Annotated[str, _about("regular expression: what the answer has if taken")] = ""
+    basic: Annotated[str, _HIDDEN, _about("user:password, for HTTP basic authentication")] = ""
+    success: Annotated[_Pattern, _about("regular expression: what the answer has if taken")] = ""
+    refused: Annotated[_Pattern, _about("what it has if this number is refused for good")] = ""
+    id: Annotated[_Pattern, _about("its group is the id that receipts will name")] = ""
+    receipts: _Receipts = False
+
+
+_FIELD_NAMES: Final = "from, text, id, mcc, mnc, part, parts, ref, receipt_id, status"
+_Field = Annotated[str, Meta(pattern=rf"\A({_FIELD_NAMES.replace(', ', '|')})\Z")]
+_Fields = Annotated[dict[_Field, _Text], Meta(title=f"paths like payload.from, of {_FIELD_NAMES}")]
+_Country = Annotated[str, Meta(pattern=r"\A([A-Z]{2})?\Z", title="a region of ISO 3166, like GB")]
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -609,8 +644,18 @@ class BeepsendWebhook(Webhook, frozen=True, tag="beepsend"):
     """BeepSend."""
 
 
+class SmsgateWebhook(Webhook, frozen=True, tag="smsgate"):
+    """SMSGate signs the body and the time by HMAC-SHA256."""
+
+    signature_secret: Annotated[_Secret, _about("the app's Signing Key")] = ""
+    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
+
+
 class HttpWebhook(Webhook, frozen=True, tag="http"):
-    """Any other: from, text, id, mcc and mnc."""
+    """Any other; ``fields`` says where it writes what (``FIELDS`` are the usual places)."""
+
+    fields: Annotated[_Fields, _about("where it writes what: dotted paths")] = {}
+    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
 
 
 SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
@@ -762,8 +807,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         yield "trusted_proxies", all(n and n.prefixlen for n in networks), words
         known = {"*", *_NUMBERING["mccs"]}.issuperset(self.countries)
         yield "countries", known, allowed(declared(Settings)["countries"])
-        secret = all(len(entry) > 1 for entry in self.inbound)  # more than the kind
+        secret = all({"path_secret", "signature_secret"} & entry.keys() for entry in self.inbound)
         yield "sms_inbound", self.at_a_desk or secret, "path_secret or signature_secret in each"
+        countries = {entry["country"] for entry in self.inbound if entry.get("country")}
+        known = countries <= _NUMBERING["mccs"].keys()
+        yield "sms_inbound", known, "as country a region of ISO 3166, like GB"
         for name in ("unverified_per_destination", "sms_price"):
             yield name, "*" in getattr(self, name), "an entry for * too"
         dearest = max(*self.sms_price.values(), self.sms_price["*"] * max(multipliers().values()))
@@ -942,6 +990,23 @@ _NO_SMS: Final[Mapping[str, str]] = _NUMBERING["no_sms"]
 
 _UNSEEN: Final = re.compile("[\\s\u2212\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 """White space, the minus sign, and variation selectors."""
+
+
+def national_number(msisdn: Msisdn) -> str:
+    """A number without its country code, and without the trunk prefix of its country."""
+    return phonenumbers.national_significant_number(phonenumbers.parse(msisdn))
+
+
+def international_number(text: str, region: str) -> str:
+    """A number as people in a region write it, in international form; else the text as it is.
+
+    >>> international_number("07700 900123", "GB")
+    '+447700900123'
+    """
+    with contextlib.suppress(phonenumbers.NumberParseException):
+        number = phonenumbers.parse(text, region)
+        return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+    return text
 
 
 def fold(value: object, dropped: str = "") -> str:
@@ -1541,6 +1606,24 @@ def message_text(code: str, catalogue: NullTranslations, host: str = "") -> str:
     return bound if host and measure(bound).segments == 1 else text
 
 
+class MessageText(str):
+    """The text of a short message, with what providers of registered texts take in its place.
+
+    Attributes:
+        code: The code in it.
+        language: The language tag (BCP 47) that it is written in.
+    """
+
+    code: str
+    language: str
+
+    def __new__(cls, text: str, code: str, language: str) -> MessageText:
+        """A text that knows its code and language."""
+        made = super().__new__(cls, text)
+        made.code, made.language = code, language
+        return made
+
+
 # =============================================================================
 # 8. Numbers at rest
 # =============================================================================
@@ -1858,6 +1941,8 @@ def _pem(key: PrivateKey) -> bytes:
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
+# 16 bytes, as a storage id      the parts of an SMS by      ten minutes
+#                                number, each sealed
 # "{limits}" letter 12 bytes     a counter of section 11:    until it is at rest
 #                                a time
 # "{limits}s" 12 bytes           what a session has taken    a day
@@ -2412,6 +2497,12 @@ class Storage:
     def outcome(self, kind: str, message_id: str) -> str:
         """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
         return (self.get(_receipt_key(kind, message_id)) or b"").decode()
+
+    def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
+        """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
+        keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
+        pairs = self._run_all(key, *keep)[2]
+        return dict(zip(map(int, pairs[::2]), pairs[1::2], strict=True))
 
     def ping(self, now_s: float) -> None:
         """Prove that every node takes writes. PING would not do: a replica answers it, too.
@@ -3228,57 +3319,114 @@ def _has_room(console: TextIO) -> bool:
     return True
 
 
+class Shape(NamedTuple):
+    """How a kind of provider is asked over HTTP, and what its answers mean.
+
+    Attributes:
+        headers, body: Templates.
+        success: A regular expression; the body of a 2xx answer matches it if the message was taken.
+        codes: Dotted paths, of which the first that exists leads to the provider's own codes.
+        meanings: What they stand for (``None``: taken), with words for the log.
+        ids: The dotted path of the ids that receipts name; "": there are none but our own.
+        receipt_query: Ends the URL that receipts are sent to.
+    """
+
+    headers: Mapping[str, str]
+    body: str
+    success: str = ""
+    codes: tuple[str, ...] = ()
+    meanings: Mapping[str, Meaning] = {}
+    ids: str = ""
+    receipt_query: str = ""
+
+
 class HttpSms(SmsProvider):
     """Any provider that takes a message by one HTTP request, which is made from templates.
 
     In ``endpoint``, ``headers`` and ``body`` stand ``{from}`` and ``{to}`` (``{from_digits}``,
-    ``{to_digits}``: without +), ``{text}``, ``{coding}`` (2 if the text needs UCS-2, else 0),
-    ``{type}`` (``unicode`` if so, else empty) and ``{id}`` (a random one), each quoted as its
-    place needs: a body by its Content-Type, a form (without fields that are empty), JSON, XML
-    or plain text. Taken is what is answered with 2xx and a body that the regular expression
-    ``success`` finds something in. The other kinds are this one, with templates of their own.
+    ``{to_digits}``: without +; ``{to_national}``: without country code and trunk 0); ``{text}``,
+    or for registered texts ``{code}`` and ``{language}``; ``{id}`` (a random one). For a text that
+    needs UCS-2: ``{unicode}`` is 1, ``{coding}`` 2, ``{coding_smpp}`` 8 (else all are 0),
+    ``{type}`` is ``unicode`` (else empty), ``{text_hex}`` is the text as hex digits of UTF-16BE
+    (else empty), and ``{text_gsm}`` is empty (else the text). ``{receipt_url}`` is where receipts
+    go, ``{ttl}`` how many seconds the code lives, ``{basic}`` the login of HTTP basic
+    authentication. Each is quoted as its place needs: a body by its Content-Type, a form (without
+    fields that are empty), JSON, XML or plain text.
+
+    Taken is what is answered with 2xx and a body that the regular expression ``success`` finds
+    something in; ``refused`` tells a number that is refused for good. The kinds in ``SHAPES`` are
+    this one, with templates and meanings of their own.
 
     libcurl makes the request: its one time-out holds from the name to the last byte, it keeps
     connections alive, and goes by the proxies that the environment names.
     Source: libcurl, "curl_easy_setopt options".
     """
 
-    template: ClassVar[Json] = {}
-    receipt_query: ClassVar[str] = ""
-
     def __init__(self, entry: Json, settings: Settings) -> None:
         super().__init__(entry, settings)
-        request = {**self.entry, **self.template}
+        login = {"Authorization": "Basic {basic}"} if self.entry.get("basic") else {}
+        headers = login | self.entry.get("headers", {})
+        own = Shape(headers, self.entry.get("body", ""), self.entry.get("success", ""))
+        self.shape = SHAPES.get(self.kind, own)
         self.url = quote(self.entry["endpoint"], safe=string.punctuation)
-        self.headers, self.body = request["headers"], request["body"]
-        self.method = request.get("method", "POST")
-        self.receipt_url = self._receipt_url() if self.entry.get("receipts") else ""
-        self.login = {name: self.entry[name] for name in self.needs}
+        self.receipt_url = self._receipt_url() if self.entry["receipts"] else ""
+        kinds = [v for name, v in self.shape.headers.items() if name.lower() == "content-type"]
+        self.content_type = media_type(kinds[0] if kinds else "text/plain")
+        own_login = ":".join(self.entry[name] for name in self.needs if name != "endpoint")
+        basic = self.entry.get("basic") or own_login
+        self._basic = base64.b64encode(basic.encode("utf-8", "replace")).decode()
+        self.method = self.entry.get("method", "POST")
         self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
         self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=_IDLE_CONNECTIONS_MAX)
-        try:  # a request as it will be: it shows unknown places and types
-            re.compile(self.entry.get("success", ""))
-            kinds = [kind for name, kind in self.headers.items() if name.lower() == "content-type"]
-            self.content_type = media_type(kinds[0] if kinds else "text/plain")
-            self.login["basic"] = base64.b64encode(":".join(self.login.values()).encode()).decode()
-            self._request(self._values("Gateway", Msisdn("+447700900123"), "8"))
-        except (LookupError, TypeError, ValueError, re.error):
-            right = f"known names, one of the types {', '.join(ESCAPES)}, a regular expression"
-            raise self.bad(f"needs in templates and success: {right}") from None
+        self._check_templates()
+
+    def _check_templates(self) -> None:
+        """Refuse templates that no request can be made from, in words.
+
+        Raises:
+            SettingsError: What it says is wrong.
+        """
+        for name in ("success", "refused", "id"):
+            try:
+                re.compile(self.entry.get(name, ""))
+            except re.error as error:
+                raise self.bad(f"needs a regular expression as {name}: {error}") from None
+        if self.content_type not in ESCAPES:
+            raise self.bad(f"can have a body of one of the types {', '.join(ESCAPES)}")
+        values = self._values("Gateway", Msisdn("+447700900123"), "8")
+        templates = " ".join([self.url, *self.shape.headers.values(), unquote(self.shape.body)])
+        places = set(re.findall(_PLACE, templates))
+        if unknown := places - values.keys():
+            known = ", ".join(f"{{{name}}}" for name in sorted(values))
+            raise self.bad(f"has {{{min(unknown)}}} in its templates; there are {known}")
+        to = any(name.startswith("to") for name in places)
+        if not (to and places & {"text", "text_hex", "code"}):
+            raise self.bad("needs {to} in its templates, and {text} or {code}")
+        try:
+            self._request(values)
+        except ValueError:
+            raise self.bad("needs templates in UTF-8, with headers of one line") from None
 
     def _receipt_url(self) -> str:
         entries = [entry for entry in self.settings.inbound if entry["kind"] == self.kind]
         if not entries:
             raise self.bad("can ask for receipts only if sms_inbound has an entry of its kind")
         url = f"{self.settings.base_url}/sms/receipt/{quote(entries[0].get('path_secret', ''), '')}"
-        return f"{url}?provider={self.kind}{self.receipt_query}"
+        return f"{url}?provider={self.kind}{self.shape.receipt_query}"
 
     def _values(self, sender: str, to: Msisdn, text: str) -> dict[str, str]:
+        """What the places of templates stand for."""
         wide = measure(text).encoding == "UCS-2"
-        own_id = secrets.token_hex(8)
-        return self.login | {
-            "from": sender, "from_digits": sender.removeprefix("+"), "to": to, "to_digits": to[1:],
-            "text": text, "type": "unicode" * wide, "coding": "2" if wide else "0", "id": own_id,
+        service = sender if re.fullmatch("MG[0-9a-fA-F]{32}", sender) else ""
+        own_id, own = secrets.token_hex(8), self.entry if self.kind in SHAPES else {}
+        return {name: value for name, value in own.items() if isinstance(value, str)} | {
+            "from": "" if service else sender, "from_digits": sender.removeprefix("+"),
+            "service": service, "to": to, "to_digits": to[1:], "to_national": national_number(to),
+            "text": text, "code": getattr(text, "code", text), "id": own_id,
+            "language": getattr(text, "language", ""), "text_gsm": "" if wide else text,
+            "text_hex": text.encode("utf-16-be", "replace").hex() * wide, "unicode": str(int(wide)),
+            "type": "unicode" * wide, "coding": "02"[wide], "coding_smpp": "08"[wide],
+            "basic": self._basic, "ttl": str(self.settings.code_ttl_s),
             "receipt_url": self.receipt_url.replace("{id}", own_id),
             "receipt_mask": "31" * bool(self.receipt_url),
         }  # fmt: skip
@@ -3287,20 +3435,22 @@ class HttpSms(SmsProvider):
         """URL, header lines and body, as options of libcurl."""
 
         def fill(template: str, escape: Callable[[str], str]) -> str:
-            return re.sub(r"\{([a-z_]+)\}", lambda place: escape(values[place[1]]), template)
+            return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
+        template = self.shape.body
         if self.content_type == FORM["Content-Type"]:
-            body = urlencode([(n, text) for n, t in parse_qsl(self.body) if (text := fill(t, str))])
+            body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
         else:
-            body = fill(self.body, ESCAPES[self.content_type])
-        lines = [f"{name}: {text}" for name, t in self.headers.items() if (text := fill(t, str))]
+            body = fill(template, ESCAPES[self.content_type])
+        headers = self.shape.headers.items()
+        lines = [f"{name}: {text}" for name, t in headers if (text := fill(t, str))]
         if not all(re.fullmatch("[!-9;-~]+: [\t -~\x80-\xff]*", line) for line in lines):
             raise ValueError("no header can say this")
         # Without the first line libcurl would call a body of no declared type a form.
-        headers = [b"Content-Type:", *(line.encode("latin-1") for line in lines)]
+        sent = [b"Content-Type:", *(line.encode("latin-1") for line in lines)]
         url = fill(self.url, partial(quote, safe=""))
         content = {pycurl.POSTFIELDS: body.encode()} if body or self.method != "GET" else {}
-        return {pycurl.URL: url, pycurl.HTTPHEADER: headers} | content
+        return {pycurl.URL: url, pycurl.HTTPHEADER: sent} | content
 
     def send(self, sender: str, to: Msisdn, text: str, timeout_s: float = 5.0) -> list[str]:
         """Send one message; the time-out covers connecting and the whole answer."""
@@ -3310,13 +3460,47 @@ class HttpSms(SmsProvider):
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body, retry_after_s = self._exchange(request, timeout_s)
-        if not 200 <= status < 300:
-            raise MEANINGS.get(status, SmsUnknown)(f"{self.kind} answered {status}", retry_after_s)
-        try:
-            ids = self.taken(body, values["id"])
-            return ids if self.receipt_url else []
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise SmsUnknown(f"{self.kind} answered {status} without a result") from None
+        ids = self._judge(status, body, retry_after_s)
+        return (ids or [values["id"]]) if self.entry["receipts"] else []
+
+    def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
+        """Return the ids in an answer, or raise what it stands for.
+
+        The provider's own code counts only where the status leaves it open what happened, or
+        agrees that the message was not taken: a 5xx answer may have passed a broken proxy.
+        """
+        text, whole = body.decode("utf-8", "replace"), len(body) < ANSWER_MAX_BYTES
+        ok, fault = 200 <= status < 300, MEANINGS.get(status, SmsUnknown)
+        verdict, words = self._verdict(text) if whole else (None, "")
+        if verdict and (ok or fault is not SmsUnknown):
+            raise verdict(f"{self.kind}: {words}", retry_after_s)
+        answered = f"{self.kind} answered {status} {responses.get(status, '')}"
+        if not ok:
+            raise fault(f"{answered} {words}".strip(), retry_after_s)
+        if not re.search(self.shape.success, text):
+            # What was not read may match.
+            says_so = whole and self.kind == "http"
+            raise (SmsFailed if says_so else SmsUnknown)(f"{answered}, without success")
+        if (pattern := self.entry.get("id")) and (own := re.search(pattern, text)):
+            return [own[own.lastindex or 0]]
+        return [str(one) for one in find(text, self.shape.ids)]
+
+    def _verdict(self, text: str) -> tuple[type[SmsFailed] | None, str]:
+        """What the provider's own codes in an answer stand for, in words; ``None``: it is open."""
+        if (refused := self.entry.get("refused")) and re.search(refused, text):
+            return SmsRefused, "the number is refused for good"
+        found = ((path, find(text, path)) for path in self.shape.codes)
+        path, values = next((pair for pair in found if pair[1]), ("", []))
+        codes, name = sorted({str(value) for value in values}), path.rpartition(".")[2]
+        known = [self.shape.meanings[code] for code in codes if code in self.shape.meanings]
+        faults = {fault for fault, _ in known}
+        if len(known) < len(codes) or faults <= {None}:
+            # Another code may quote a number; a short number is none.
+            return None, " ".join(f"{name} {c}" for c in codes if re.fullmatch("[0-9]{1,5}", c))
+        words = ", ".join(f"{name} {c}: {why}" for c, (_, why) in zip(codes, known, strict=True))
+        if len(faults) > 1:
+            return SmsUnknown if None in faults else SmsFailed, words
+        return faults.pop(), words
 
     def _exchange(self, request: dict[int, Any], timeout_s: float) -> tuple[int, bytes, int]:
         """Status, body (the first ``ANSWER_MAX_BYTES``) and Retry-After, in seconds or 0."""
@@ -3365,16 +3549,26 @@ class HttpSms(SmsProvider):
                 return curl
         return pycurl.Curl()
 
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Read the body of an answer with 2xx; return the ids of the message, or raise.
 
-        A body that is no result may raise any exception: then it is unknown whether the message
-        was taken (``MEANINGS``).
-        """
-        if not re.search(self.entry["success"], body.decode("utf-8", "replace")):
-            whole = len(body) < ANSWER_MAX_BYTES  # what was not read may match
-            raise (SmsFailed if whole else SmsUnknown)(f"{self.kind} answered without success")
-        return []
+def find(value: Any, path: str) -> list[Any]:
+    """What stands at a dotted path in JSON; an empty list if there is nothing.
+
+    A step is the name of a field, the number of an item, or ``*`` for each item. JSON that stands
+    within a text is read as well.
+
+    >>> find({"messages": [{"status": "0"}, {"status": "6"}]}, "messages.*.status")
+    ['0', '6']
+    """
+    step, _, rest = path.partition(".")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    items: list[Any] = []
+    if isinstance(value, dict):
+        items = [value[step]] if step in value else []
+    elif isinstance(value, list):
+        items = value if step == "*" else value[int(step) :][:1] if step.isdecimal() else []
+    return [found for item in items for found in (find(item, rest) if rest else [item])]
 
 
 def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
@@ -3388,6 +3582,8 @@ def _curl_options(method: str, connect_s: float) -> dict[int, Any]:
     }  # fmt: skip
 
 
+_PLACE: Final = r"\{([a-z_]+)\}"
+"""A place in a template."""
 _IDLE_CONNECTIONS_MAX: Final = 64
 """How many connections to a provider are kept open while nobody uses them."""
 _CURLOPT_QUICK_EXIT: Final = 322
@@ -3412,77 +3608,73 @@ ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
 """How a value is written into a body of each Content-Type."""
 
 
-class NexmoSms(HttpSms):
-    """The Vonage (once Nexmo) SMS API; a form by POST, so that no URL holds code or secret.
-
-    Source: Vonage SMS API, "Send an SMS": HTTP 200 for errors too; "0" is success.
-    """
-
-    template: ClassVar[Json] = {
-        "headers": FORM,
-        "body": "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
-        "&api_key={api_key}&api_secret={api_secret}",
-    }
-    REFUSED: ClassVar = {"3", "6", "7", "15", "29", "33"}
-    """Statuses that are about this one message: its number, its sender, its text."""
-
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """Each part that the message was split into must have been taken, or each refused."""
-        parts = json.loads(body)["messages"]
-        codes = {str(part["status"]) for part in parts}
-        if parts and all(part["status"] == "0" for part in parts):
-            return [str(part.get("message-id", "")) for part in parts]
-        if not codes or not all(re.fullmatch("[1-9][0-9]{0,2}", s) for s in codes):
-            raise SmsUnknown("nexmo took a part of it, or did not say")
-        if codes == {"1"}:
-            raise SmsThrottled("nexmo: status 1: faster than the account may send")
-        raise (SmsRefused if codes <= self.REFUSED else SmsFailed)(f"nexmo: status {max(codes)}")
+Meaning = tuple[type[SmsFailed] | None, str]
+"""What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-class TwilioSms(HttpSms):
-    """Twilio's Programmable Messaging.
-
-    Source: Twilio, "Message resource": 201 with a sid; 4xx with a code.
-    """
-
-    template: ClassVar[Json] = {
-        "headers": {**FORM, "Authorization": "Basic {basic}"},
-        "body": "From={from}&To={to}&Body={text}&StatusCallback={receipt_url}",
+def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
+    """Meanings by code; codes and words of what is taken, refused for good, failed, throttled."""
+    faults = None, SmsRefused, SmsFailed, SmsThrottled
+    return {
+        code: (fault, words)
+        for fault, by_codes in zip(faults, meanings, strict=True)
+        for codes, words in by_codes.items()
+        for code in codes.split()
     }
 
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """A message has a sid, and has not failed at once."""
-        answer = json.loads(body)
-        if answer.get("status") in ("failed", "undelivered", "canceled"):
-            raise SmsFailed("twilio took the message, and then failed to send it")
-        return [str(answer["sid"])]
 
-
-class KannelSms(HttpSms):
-    """A Kannel of one's own (smsbox), with its login in headers, where no log shows it.
-
-    Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers".
-    """
-
-    template: ClassVar[Json] = {
-        "headers": {
-            "Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
-            "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
-            "X-Kannel-Coding": "{coding}", "X-Kannel-DLR-Mask": "{receipt_mask}",
-            "X-Kannel-DLR-Url": "{receipt_url}",
-        },
-        "body": "{text}",
-    }  # fmt: skip
-    receipt_query = "&id={id}&status=%d"  # and not %A, which quotes the message
-
-    def taken(self, body: bytes, own_id: str) -> list[str]:
-        """``0`` is taken; ``3``: its link is down, and the message may leave later.
-
-        Kannel refuses by an HTTP status, so no other body is a refusal.
-        """
-        if not body.startswith(b"0"):
-            raise SmsUnknown("kannel keeps the message until its link is up again, or did not say")
-        return [own_id]
+SHAPES: Final[Mapping[str, Shape]] = {
+    # Source: Vonage SMS API, "Send an SMS", "Troubleshooting SMS": HTTP 200 for errors too, and a
+    # status for each part. A form by POST, so that no URL holds code or secret.
+    "nexmo": Shape(
+        FORM, "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
+        "&api_key={api_key}&api_secret={api_secret}&entity-id={entity_id}"
+        "&content-id={template_id}",
+        r'"status"\s*:\s*"?0\b', ("messages.*.status",), _codes(
+            {"0": "taken"},
+            {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
+             "15": "sender not allowed", "29": "number not on the test list",
+             "33": "number deactivated"},
+            {"1": "too fast", "2": "a parameter is missing", "4 14": "bad credentials",
+             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
+             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
+        ), "messages.*.message-id",
+    ),
+    # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
+    # a code; a status that says that it failed at once.
+    "twilio": Shape(
+        {**FORM, "Authorization": "Basic {basic}"}, "From={from}&MessagingServiceSid={service}"
+        "&To={to}&Body={text}&StatusCallback={receipt_url}",
+        r'"sid"\s*:\s*"', ("code", "status"), _codes(
+            {},
+            {"21211": "no valid number", "21408": "country not enabled in the account",
+             "21608": "number not verified in the trial account", "21610": "number opted out",
+             "21612": "no route to this number", "21614": "not a mobile number"},
+            {"20003": "bad credentials", "20404": "no such account",
+             "21212 21603 21606 21659": "not a sender of this account",
+             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
+             "failed undelivered canceled": "failed at once"},
+        ), "sid",
+    ),
+    # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
+    # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
+    # login is in headers, where no log shows it; the URL has %d, and not %A, which quotes the text.
+    "kannel": Shape(
+        {"Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
+         "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
+         "X-Kannel-Coding": "{coding}", "X-Kannel-Meta-Data": "{meta_data}",
+         "X-Kannel-DLR-Mask": "{receipt_mask}", "X-Kannel-DLR-Url": "{receipt_url}"},
+        "{text}", "^0", receipt_query="&id={id}&status=%d",
+    ),
+    # Source: docs.sms-gate.app, "Sending messages": from priority 100 on the phone does not delay.
+    "smsgate": Shape(
+        {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
+        '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
+        ' "ttl": {ttl}, "priority": 127}',
+        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}), "id",
+    ),
+}  # fmt: skip
+"""The kinds that are reached over HTTP with templates and meanings of their own."""
 
 
 class SnsSms(SmsProvider):
@@ -3515,7 +3707,9 @@ class SnsSms(SmsProvider):
         number = sender.removeprefix("+").isdecimal()
         origin = "AWS.MM.SMS.OriginationNumber" if number else "AWS.SNS.SMS.SenderID"
         attributes = {origin: sender, "AWS.SNS.SMS.SMSType": self.entry["type"]}
-        typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items()}
+        attributes["AWS.MM.SMS.EntityId"] = self.entry["entity_id"]
+        attributes["AWS.MM.SMS.TemplateId"] = self.entry["template_id"]
+        typed = {n: {"DataType": "String", "StringValue": v} for n, v in attributes.items() if v}
         message = {"PhoneNumber": to, "Message": text, "MessageAttributes": typed}
         # botocore bounds each wait, but neither a name server that hangs nor an answer that drips.
         publishing = self._threads.submit(self.client.publish, **message)
@@ -3536,8 +3730,8 @@ class SnsSms(SmsProvider):
 
 
 PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
-    "outbox": OutboxSms, "nexmo": NexmoSms, "twilio": TwilioSms, "kannel": KannelSms,
-    "sns": SnsSms, "http": HttpSms,
+    "outbox": OutboxSms, "nexmo": HttpSms, "twilio": HttpSms, "kannel": HttpSms,
+    "sns": SnsSms, "smsgate": HttpSms, "http": HttpSms,
 }  # fmt: skip
 """What ``kind`` may be in ``sms_providers``."""
 
@@ -3802,91 +3996,188 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
 
 
 class InboundSms(NamedTuple):
-    """An SMS from a phone: its number, the text, over which network, the provider's id."""
+    """An SMS from a phone: its number, the text, over which network, the provider's id.
+
+    ``ref``, ``part`` and ``parts``: of a longer one, its reference, and which part of how many
+    this is.
+    """
 
     sender: str
     text: str
     network: Network
     message_id: str
+    ref: str = ""
+    part: int = 1
+    parts: int = 1
 
 
-def _text(params: Json, *names: str) -> str:
-    return next((str(v) for v in map(params.get, names) if isinstance(v, str | int) and v), "")
+_IDS: Final = (
+    "messageId message-id MessageSid message_id message_uuid MessageUUID messageid smsId id"
+)
+FIELDS: Final[Mapping[str, str]] = {
+    "from": "msisdn from From", "text": "text Body message", "id": _IDS, "receipt_id": _IDS,
+    "mcc": "mccmnc.mcc mcc", "mnc": "mccmnc.mnc mnc", "network": "network-code", "sig": "sig",
+    "ref": "concat-ref", "part": "concat-part", "parts": "concat-total",
+    "status": "status MessageStatus Status status_name", "udh": "udh", "coding": "coding",
+}  # fmt: skip
+"""Where webhooks write what, if the entry has no ``fields``: dotted paths, the first one first."""
+SMSGATE_FIELDS: Final[Mapping[str, str]] = {
+    "from": "payload.sender payload.phoneNumber", "text": "payload.message", "id": "id",
+    "receipt_id": "payload.messageId", "status": "event",
+}  # fmt: skip
+"""The same for SMSGate; its ``payload.messageId`` of a received SMS is not unique."""
+_DELIVERED: Final = ("delivered", "read", "success", "delivrd", "1", "sms:delivered")
+_FAILED: Final = (
+    "failed", "rejected", "expired", "undelivered", "undeliverable", "undeliv", "delivery_failed",
+    "2", "16", "sms:failed",
+)  # fmt: skip
 
 
-def parse_inbound(params: Json, signature: str = "") -> InboundSms:
+def _read(params: Json, entry: Json, field: str) -> str:
+    """The text of a field of a webhook; "" if it is not where ``entry`` or ``FIELDS`` says."""
+    usual = {**FIELDS, **(SMSGATE_FIELDS if entry.get("kind") == "smsgate" else {})}
+    own = entry.get("fields", {}).get(field)
+    for path in [own] if own else usual[field].split():
+        for value in [params[path]] if path in params else find(params, path):
+            if isinstance(value, str | int) and value:
+                return str(value)
+    return ""
+
+
+def _octets(text: str) -> bytes:
+    """The bytes that a text in a query or form was read from, which need not be UTF-8."""
+    return re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", text).encode("utf-8", "surrogateescape")
+
+
+def _msisdn(text: str, country: str) -> str:
+    """A sender in international form, if it is a phone's number; else ""."""
+    # A short code (of six digits at most in most countries) is no phone, even if it begins like
+    # a country's numbers.
+    if len(text.strip().removeprefix("+").removeprefix("00")) <= 6:
+        return ""
+    text = international_number(text, country) if country else text.strip()
+    return "+" + text.removeprefix("+").removeprefix("00")
+
+
+def parse_inbound(params: Json, signature: str = "", entry: Json = {}) -> InboundSms:
     """Read a provider's webhook; what is missing is "".
 
-    Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one).
-    Twilio: ``From``, ``Body``, ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``.
-    BeepSend: ``from``, ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``.
+    Vonage: ``msisdn``, ``text``, ``messageId``, ``network-code`` (MCC and MNC in one), and
+    ``concat-ref``, ``concat-part``, ``concat-total`` of a part. Twilio: ``From``, ``Body``,
+    ``MessageSid``. Kannel and others: ``from``, ``text``, ``id``; a text in UCS-2 as its bytes
+    (``coding`` is 2, or they hold a zero), and ``udh``, the header of a part. BeepSend: ``from``,
+    ``message``, ``id``, ``mccmnc: {mcc, mnc}`` or ``mcc`` and ``mnc``. Others: ``fields``.
 
     Args:
         signature: Twilio's, which was checked. It is used as the message's id. Twilio signs all
             names and values joined without separators, so that somebody can repeat a call with
             other names and values, another id, and the same signature. Vonage's, ``sig``, is used
             if there is no id.
+        entry: That of the webhook in ``sms_inbound``.
+
+    Source: 3GPP TS 23.040, section 9.2.3.24.1 and .8 (concatenated short messages).
     """
-    code, pair = _text(params, "network-code"), params.get("mccmnc")
-    pair = pair if isinstance(pair, dict) else params
-    network = parse_network(code[:3] or _text(pair, "mcc"), code[3:] or _text(pair, "mnc"))
-    digits = _text(params, "msisdn", "from", "From").strip().removeprefix("+").removeprefix("00")
-    # A short code (of six digits at most in most countries) is no phone, even if it begins like
-    # a country's numbers.
-    sender = "+" + digits if len(digits) > 6 else ""
-    message_id = signature or _text(params, "messageId", "MessageSid", "id")
-    message_id = message_id or _text(params, "sig").lower()  # it is right in either case
-    return InboundSms(sender, _text(params, "text", "Body", "message"), network, message_id)
+    read = partial(_read, params, entry)
+    code, text = read("network"), read("text")
+    network = parse_network(code[:3] or read("mcc"), code[3:] or read("mnc"))
+    ref, part, parts = read("ref"), read("part"), read("parts")
+    if entry.get("kind") == "kannel":
+        octets = _octets(text)
+        wide = read("coding") == "2" or b"\0" in octets
+        text = octets.decode("utf-16-be" if wide else "utf-8", "replace")
+        if udh := re.search(rb"(?s)\0\x03(.)(.)(.)|\x08\x04(..)(.)(.)", _octets(read("udh"))):
+            ref, parts, part = (str(int.from_bytes(group)) for group in udh.groups() if group)
+    # It is right in either case.
+    message_id = signature or read("id") or read("sig").lower()
+    sms = InboundSms(_msisdn(read("from"), entry.get("country", "")), text, network, message_id)
+    numbers = re.fullmatch("0*([1-9][0-9]?)/0*([1-9][0-9]?)", f"{part}/{parts}")
+    if numbers and (n := int(numbers[1])) <= (of := int(numbers[2])) <= PARTS_MAX:
+        return sms._replace(ref=ref, part=n, parts=of)
+    return sms
 
 
-def parse_receipt(params: Json) -> tuple[str, str]:
+def parse_receipt(params: Json, entry: Json = {}) -> tuple[str, str]:
     """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
 
     Only these are read: some receipts quote the beginning of the message, and so its code.
-    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d.
+    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d;
+    SMSGate "Webhooks".
     """
-    status = _text(params, "status", "MessageStatus").lower()
-    failed = status in ("failed", "rejected", "expired", "undelivered", "2", "16")
-    outcome = "failed" if failed else "delivered" * (status in ("delivered", "read", "1"))
-    return _text(params, "messageId", "message-id", "MessageSid", "id"), outcome
+    read = partial(_read, params, entry)
+    status = read("status").lower()
+    outcome = "failed" if status in _FAILED else "delivered" * (status in _DELIVERED)
+    return read("receipt_id"), outcome
 
 
-def check_inbound(
-    entry: Json, secret: str, params: Json, url: str, form: Json, signature: str, now_s: float
-) -> None:
+class WebhookCall(NamedTuple):
+    """A call of a webhook, as far as signatures cover it.
+
+    Attributes:
+        params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
+        form: Those in the body, and
+        url: the whole URL under the name that providers call us by: Twilio signs these.
+        body: The body as it came, and
+        stamp: the header X-Timestamp, in seconds: SMSGate signs these.
+        signature: The header X-Twilio-Signature or X-Signature.
+    """
+
+    params: Json
+    form: Json = {}
+    url: str = ""
+    body: bytes = b""
+    stamp: str = ""
+    signature: str = ""
+
+
+def _vonage_signed(key: bytes, call: WebhookCall) -> bool:
+    signed = sorted((name, value) for name, value in call.params.items() if name != "sig")
+    text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
+    digest = hmac.new(key, text.encode("utf-8", "replace"), "sha256").digest()
+    right = _same(digest.hex(), str(call.params.get("sig")).lower())
+    # In a name Vonage does not replace "&" and "=", so that one could stand for two parameters.
+    return right and not any(re.search("[&=]", name) for name in call.params)
+
+
+def _twilio_signed(key: bytes, call: WebhookCall) -> bool:
+    fields = "".join(f"{name}{value}" for name, value in sorted(call.form.items()))
+    host, port = r"^(\w+://(?:\[.*?\]|[^:/]*))(:\d+)?", 443 if call.url.startswith("https") else 80
+    # Twilio has signed each of these.
+    urls = {call.url, re.sub(host, r"\1", call.url), re.sub(host, rf"\1:{port}", call.url)}
+    digests = [hmac.digest(key, (url + fields).encode("utf-8", "replace"), "sha1") for url in urls]
+    return any(_same(base64.b64encode(one).decode(), call.signature) for one in digests)
+
+
+def _smsgate_signed(key: bytes, call: WebhookCall) -> bool:
+    digest = hmac.digest(key, call.body + call.stamp.encode("utf-8", "replace"), "sha256")
+    return _same(digest.hex(), call.signature.lower())
+
+
+SIGNATURES: Final[Mapping[str, Callable[[bytes, WebhookCall], bool]]] = {
+    "nexmo": _vonage_signed, "twilio": _twilio_signed, "smsgate": _smsgate_signed,
+}  # fmt: skip
+"""How the kinds with a ``signature_secret`` sign.
+
+Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with ``&`` and ``=``
+in values made ``_``; Twilio, "Security": HMAC-SHA1, with and without the port; SMSGate,
+"Webhooks", "Payload signing": HMAC-SHA256 of body and time."""
+
+
+def check_inbound(entry: Json, secret: str, call: WebhookCall, now_s: float) -> None:
     """Let only the provider in, by ``path_secret``, ``signature_secret`` or both.
 
     Args:
         secret: From path or query.
-        params: The parameters, but for our own ``provider`` and ``secret``; Vonage signs these.
-        url: The whole URL under the name that providers call us by. Twilio signs it, and
-        form: the parameters in the body.
-        signature: The header X-Twilio-Signature.
 
     Raises:
         Forbidden: The secret or the signature is not right, or the call is over a day old.
-
-    Source: Vonage, "Signing messages": HMAC-SHA256 of the sorted ``&name=value``, with
-    ``&`` and ``=`` in values made ``_``; Twilio, "Security": HMAC-SHA1.
     """
     wanted, key = entry.get("path_secret"), entry.get("signature_secret")
     if wanted and not _same(wanted, secret):
         raise Forbidden("the secret of this webhook is missing or wrong")
-    if key and entry["kind"] == "twilio":
-        text = url + "".join(f"{name}{value}" for name, value in sorted(form.items()))
-        digest = hmac.digest(key.encode(), text.encode("utf-8", "replace"), "sha1")
-        right = _same(base64.b64encode(digest).decode(), signature)
-    elif key:
-        signed = sorted((name, value) for name, value in params.items() if name != "sig")
-        text = "".join(f"&{name}={re.sub('[&=]', '_', str(value))}" for name, value in signed)
-        digest = hmac.new(key.encode(), text.encode("utf-8", "replace"), "sha256").digest()
-        right = _same(digest.hex(), str(params.get("sig")).lower())
-        # Older than the ids of messages that we remember: it may be a replay.
-        stamp = re.fullmatch("[0-9]{1,11}", str(params.get("timestamp", "")))
-        right = right and not (stamp and now_s - int(stamp[0]) > DAY_S)
-        # In a name Vonage does not replace "&" and "=", so that one could stand for two parameters.
-        right = right and not any(re.search("[&=]", name) for name in params)
-    if key and not right:
+    # Older than the ids of messages that we remember: it may be a replay.
+    stamp = re.fullmatch("[0-9]{1,11}", call.stamp or str(call.params.get("timestamp", "")))
+    old = stamp and now_s - int(stamp[0]) > DAY_S
+    if key and (old or not SIGNATURES[entry["kind"]](key.encode(), call)):
         raise Forbidden("the signature of this webhook is missing, wrong or too old")
 
 
@@ -4351,27 +4642,49 @@ class Gateway:
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, asks, language)
 
-    def receive_sms(self, message: InboundSms) -> None:
+    def receive_sms(self, message: InboundSms) -> str:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
 
         Any other message changes nothing, nor does one that is not from the session's number.
+
+        Returns:
+            Why it was not used, in words for the log; "" if it was, or waits for its other parts.
         """
         # VALIDATE
-        named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", message.text.lower())
-        hawk_id = HawkId(named[0] if named else "")
-        with contextlib.suppress(InvalidParameter):
+        try:
             msisdn = self._msisdn({"msisdn": message.sender})
-            storage_id = self.secrets.id_for(hawk_id)
-            if hawk_id and (record := self.storage.get(storage_id)):
-                # The id of the message stands in for a nonce: each one is handled once.
-                header = HawkHeader(nonce="sms " + message.message_id)
-                ttl_s = DAY_S if message.message_id else 0
-                user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
-                who = (hawk_id, HawkKey(b""), user, storage_id, record)
-                session = Session(*who, header, request, ttl_s)
-                self._answer_sms(session, msisdn, message.network)
+        except InvalidParameter:
+            return "it has no sender, or one that cannot get SMS"
+        whole = self._join(message) if message.parts > 1 else message
+        if not whole:
+            return ""
+        named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", whole.text.lower())
+        hawk_id = HawkId(named[0] if named else "")
+        storage_id = self.secrets.id_for(hawk_id)
+        if not (hawk_id and (record := self.storage.get(storage_id))):
+            return "its session is unknown" if hawk_id else "there is no Hawk id in its text"
+        # The id of the message stands in for a nonce: each one is handled once.
+        header = HawkHeader(nonce="sms " + whole.message_id)
+        ttl_s = DAY_S if whole.message_id else 0
+        user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
+        who = (hawk_id, HawkKey(b""), user, storage_id, record)
+        session = Session(*who, header, request, ttl_s)
+        return self._answer_sms(session, msisdn, message.network)
 
-    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> None:
+    def _join(self, message: InboundSms) -> InboundSms | None:
+        """The whole message, with the id of its first part; ``None`` until all parts have come."""
+        names = f"{message.sender} {message.ref} {message.parts}".encode("utf-8", "replace")
+        name = HawkId(hashlib.sha256(names).hexdigest())
+        sealer = _sealer(self.secrets.seal, name)
+        content = json.dumps([message.message_id, message.text[:PART_MAX_CHARS]]).encode()
+        sealed = sealer.encrypt(content, None)
+        stored = self.storage.keep_part(self.secrets.id_for(name), message.part, sealed)
+        if len(stored) < message.parts:
+            return None
+        parts = [json.loads(sealer.decrypt(stored[n], None)) for n in sorted(stored)]
+        return message._replace(message_id=parts[0][0], text="".join(text for _, text in parts))
+
+    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> str:
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
 
         def asks(user: User) -> Ask:
@@ -4384,13 +4697,15 @@ class Gateway:
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
-            LOG.info("an SMS was not answered: errno %s", error.errno)
+            return f"errno {error.errno}: {error.message}"
+        return ""
 
     def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
         """Keep the outcome of a message that a provider reports, once it is final."""
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
-            LOG.info("sms: %s receipt: %s", kind, outcome)
+        if outcome or not message_id:
+            LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a certificate too, if there is a key."""
@@ -4676,13 +4991,15 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, session: Session, code: str, msisdn: Msisdn, language: str) -> str:
+    def _short_text(
+        self, session: Session, code: str, msisdn: Msisdn, language: str
+    ) -> MessageText:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(country_of(msisdn))
         tag = negotiate_language(language, self.catalogues)
         host = self.settings.line_host(session.origin)
-        return message_text(code, self.catalogues[tag], host)
+        return MessageText(message_text(code, self.catalogues[tag], host), code, tag)
 
     def _duration_s(self, params: Json) -> int:
         value, longest = params.get("duration"), self.settings.certificate_max_s
@@ -4943,9 +5260,27 @@ def _query_fields(text: str) -> Json:
         InvalidParameter: There are more than any provider sends.
     """
     try:
-        return dict(parse_qsl(text, keep_blank_values=True, max_num_fields=WEBHOOK_FIELDS_MAX))
+        # surrogateescape, because Kannel writes the bytes of UCS-2.
+        options: Any = {"max_num_fields": WEBHOOK_FIELDS_MAX, "errors": "surrogateescape"}
+        return dict(parse_qsl(text, keep_blank_values=True, **options))
     except ValueError:
         raise InvalidParameter(f"at most {WEBHOOK_FIELDS_MAX} parameters are read") from None
+
+
+def webhook_fields(body: bytes, content_type: str) -> Json:
+    """The fields in the body of a webhook: a form, or JSON whatever it calls itself; else none.
+
+    Those of a JSON array are called ``0``, ``1`` and so on. After an error the provider would send
+    the same garbage again, so this raises none but InvalidParameter for too many fields.
+    """
+    if media_type(content_type) == FORM["Content-Type"]:
+        return _query_fields(body.decode("utf-8", "surrogateescape"))
+    with contextlib.suppress(ValueError, RecursionError):
+        value = _JSON.decode(body.decode("utf-8-sig")) if body else {}
+        if isinstance(value, dict | list):
+            return value if isinstance(value, dict) else {str(n): v for n, v in enumerate(value)}
+    LOG.info("sms: the body of a webhook is neither a form nor JSON")
+    return {}
 
 
 EMPTY: Final = Answer(200, b"", "text/plain")
@@ -5146,17 +5481,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         sender = self.gateway.resend_code(session, self.params(), language)
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
-    def webhook(self, secret: str) -> tuple[str, Json]:
-        """The provider that calls us, and its parameters, if secret and signature are right."""
-        query, form = _query_fields(bottle.request.query_string), Json()
+    def webhook(self, secret: str) -> tuple[Json, WebhookCall]:
+        """The entry of the provider that calls us, and its call, if secret and signature are right.
+
+        Raises:
+            InvalidParameter, Forbidden: The provider is not named, or this is somebody else.
+        """
+        query, form, body = _query_fields(bottle.request.query_string), Json(), b""
         if bottle.request.method == "POST":
-            body, content_type = self.body(), bottle.request.content_type
-            if media_type(content_type) == FORM["Content-Type"]:
-                form = _query_fields(body.decode("utf-8", "replace"))
-            else:
-                # After an error the provider would send the same garbage again.
-                with contextlib.suppress(BadJson, UnsupportedMediaType):
-                    form = json_object(body, content_type)
+            body = self.body()
+            form = webhook_fields(body, bottle.request.content_type)
         # The URL is ours. A body may have fields of these names that mean something else.
         name, secret = query.pop("provider", ""), secret or query.pop("secret", "")
         params: Json = query | form
@@ -5164,23 +5498,30 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         entry = next((e for e in self.settings.inbound if e["kind"] == name), None)
         if entry is None:
             raise InvalidParameter("provider must be a kind that the setting sms_inbound opens")
-        signature = self.header("X_TWILIO_SIGNATURE")
-        signed = (self.settings.base_url + self.path(), form, signature)
-        check_inbound(entry, str(secret or ""), params, *signed, self.gateway.clock())
-        return str(name), params
+        signature = self.header("X_TWILIO_SIGNATURE" if name == "twilio" else "X_SIGNATURE")
+        stamp = self.header("X_TIMESTAMP") if name == "smsgate" else ""
+        url = self.settings.base_url + self.path()
+        call = WebhookCall(params, form, url, body, stamp, signature)
+        try:
+            check_inbound(entry, str(secret or ""), call, self.gateway.clock())
+        except Forbidden as error:
+            LOG.info("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
+            raise
+        return entry, call
 
     def sms_momt(self, secret: str = "") -> Answer:
         """GET or POST /sms/momt/ : a provider delivers an SMS."""
-        kind, params = self.webhook(secret)
-        signature = self.header("X_TWILIO_SIGNATURE") if kind == "twilio" else ""
-        self.gateway.receive_sms(parse_inbound(params, signature))
+        entry, call = self.webhook(secret)
+        kind, signature = entry["kind"], call.signature * (entry["kind"] == "twilio")
+        if unused := self.gateway.receive_sms(parse_inbound(call.params, signature, entry)):
+            LOG.info("sms: a message that %s delivered was not used: %s", kind, unused)
         return WEBHOOK_ANSWERS.get(kind) or json_answer({})
 
     def sms_receipt(self, secret: str = "") -> Answer:
         """GET or POST /sms/receipt/ : a provider tells what became of a message."""
-        kind, params = self.webhook(secret)
-        self.gateway.receive_receipt(kind, *parse_receipt(params))
-        return WEBHOOK_ANSWERS.get(kind) or json_answer({})
+        entry, call = self.webhook(secret)
+        self.gateway.receive_receipt(entry["kind"], *parse_receipt(call.params, entry))
+        return WEBHOOK_ANSWERS.get(entry["kind"]) or json_answer({})
 
     def sms_verify_code(self, session: Session) -> Json:
         """POST /sms/verify_code : the code comes back."""

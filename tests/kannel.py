@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_from_bytes
 
 import lab
 import pytest
@@ -67,11 +68,13 @@ class Kannel:
     def __init__(self, folder: Path, gateway_url: str, ports: list[int], smsc: list[str]) -> None:
         self.folder, (self.sendsms, admin, self.smsbox) = folder, ports
         momt = f"{gateway_url}/sms/momt/p4th?provider=kannel&from=%p&to=%P&text=%b&id=%I"
+        momt += "&coding=%c&udh=%u"
         groups = [
             ["group = core", f"admin-port = {admin}", "admin-interface = 127.0.0.1",
              "admin-password = x", f"smsbox-port = {self.smsbox}", "smsbox-interface = 127.0.0.1",
              'box-allow-ip = "127.0.0.1"', "store-type = file",
-             f'store-location = "{folder}/kannel.store"', "sms-resend-freq = 1"],
+             f'store-location = "{folder}/kannel.store"', "sms-resend-freq = 1",
+             "sms-combine-concatenated-mo = false"],  # so that we put parts together
             ["group = smsbox", "bearerbox-host = 127.0.0.1", f"sendsms-port = {self.sendsms}",
              "sendsms-interface = 127.0.0.1"],
             ["group = sendsms-user", *(f"{k} = {v}" for k, v in LOGIN.items()),
@@ -130,6 +133,12 @@ class FakeHandset:
     def text(self, sender: str, to: str, text: str) -> None:
         """Send a message from the phone."""
         self.socket.sendall(f"{sender} {to} text {text}\n".encode())
+
+    def wide(self, sender: str, to: str, text: str, udh: bytes = b"") -> None:
+        """Send a message in UCS-2 as its bytes, or with a header a part of one."""
+        kind = f"udh {quote_from_bytes(udh)}" if udh else "data"
+        octets = quote_from_bytes(text.encode("utf-16-be"), safe="")
+        self.socket.sendall(f"{sender} {to} {kind} {octets}\n".encode())
 
     def close(self) -> None:
         """Hang up."""

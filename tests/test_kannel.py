@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_other_alphabets_arrive(site: Site) -> None:
     signed = {"Accept-Language": "it"}  # in the GSM alphabet, though not in ASCII
     assert client.call("POST", "/sms/verify", {"msisdn": NUMBER}, **signed).status == 200
     assert site.phone.receive()[2] == "text"
+
+
+@pytest.mark.parametrize("words", ["{}", "Мой код подтверждения: {}", "我的 {} 😀"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_phone_that_writes_ucs2(site: Site, words: str, parts: int, reverse: bool) -> None:
+    """Kannel delivers its bytes where mo-recode is off, which is its default."""
+    client = site.gateway.client()
+    client.register()
+    assert client.credentials
+    text = words.format(client.credentials.hawk_id)
+    size = -(-len(text) // parts)
+    ref = secrets.randbelow(256)
+    sent = [(bytes([5, 0, 3, ref, parts, n + 1]), text[n * size :][:size]) for n in range(parts)]
+    for udh, part in reversed(sent) if reverse else sent:
+        site.phone.wide(NUMBER, "12345", part, udh if parts > 1 else b"")
+    *_, text = site.phone.receive()
+    assert returned(client, text).body == {"msisdn": NUMBER}
 
 
 def test_receipts_become_the_outcome(site: Site) -> None:

@@ -41,6 +41,8 @@ MakeClient = Callable[..., WsgiClient]
 TO = gateway.Msisdn(NUMBER)
 OTHER = gateway.Msisdn("+447700900456")
 DAY = datetime.timedelta(days=1)
+ASKS = "?to={to}&t={text}"
+"""The least that an entry of kind http must have in its templates."""
 
 
 @pytest.fixture
@@ -134,7 +136,12 @@ def test_any_gateway_by_templates(
 @pytest.mark.parametrize("place", ["%7Bid%7D", "{id}", "m-%7Bid}"])
 def test_an_id_is_made_however_its_place_is_spelled(provider: Provider, place: str) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    entry = {"kind": "http", "endpoint": provider.url, "headers": form, "body": f"ref={place}"}
+    entry = {
+        "kind": "http",
+        "endpoint": provider.url,
+        "headers": form,
+        "body": f"ref={place}&to={{to}}&t={{text}}",
+    }
     sender = sender_of(entry)
     sender.send("Gateway", TO, TEXT)
     sender.send("Gateway", TO, TEXT)
@@ -154,13 +161,14 @@ def test_a_get_without_a_body(provider: Provider) -> None:
 
 def test_a_body_of_no_declared_type_is_not_called_a_form(provider: Provider) -> None:
     """As libcurl would by itself."""
-    entry = {"kind": "http", "endpoint": provider.url, "body": "m={text}", "headers": {"X-A": "é"}}
+    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "headers": {"X-A": "é"}}
+    entry |= {"body": "m={text}"}
     sender_of(entry).send("Gateway", TO, "x&y")
-    sender_of({**entry, "body": ""}).send("Gateway", TO, "x&y")
-    [request, empty] = provider.received
+    sender_of({**entry, "endpoint": provider.url + ASKS, "body": ""}).send("Gateway", TO, "x&y")
+    [request, bare] = provider.received
     assert (request.body, request.headers["x-a"]) == ("m=x&y", "é")
-    assert (empty.body, empty.headers["content-length"]) == ("", "0")
-    assert "content-type" not in request.headers | empty.headers
+    assert (bare.body, bare.headers["content-length"]) == ("", "0")
+    assert "content-type" not in request.headers | bare.headers
     assert request.headers["user-agent"] == "msisdn-gateway"
 
 
@@ -343,7 +351,7 @@ def test_sns_that_cannot_be_reached_surely_did_not_take_it(monkeypatch: pytest.M
 KANNEL = {"kind": "kannel", "username": "u", "password": "p"}
 TWILIO = {"kind": "twilio", "account_sid": "AC1", "auth_token": "t"}
 NEXMO = {"kind": "nexmo", "api_key": "k", "api_secret": "s"}
-HTTP = {"kind": "http", "success": '"ok": ?true'}
+HTTP = {"kind": "http", "body": "{to} {text}", "success": '"ok": ?true'}
 HALF = b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"messages": [{"status": "0"}]}'
 
 
@@ -373,7 +381,8 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (NEXMO, nexmo("3", "7"), "Refused"),
         (NEXMO, nexmo(), "Unknown"),
         (NEXMO, reply("<h1>Welcome to the hotel"), "Unknown"),
-        (NEXMO, reply({"messages": [{"status": 0}]}), "Unknown"),
+        (NEXMO, reply({"messages": [{"status": 0}]}), None),
+        (NEXMO, nexmo("99"), "Unknown"),  # no status that is documented
         (NEXMO, reply("x" * 100_000), "Unknown"),  # read up to a limit
         (NEXMO, reply({"messages": [{"status": "0"}]}, 500), "Unknown"),
         (NEXMO, cut(b""), "Unknown"),
@@ -498,7 +507,7 @@ def test_a_kept_connection_that_closes_does_not_make_the_phone_get_two(
 ) -> None:
     """By itself libcurl sends a request again that a kept connection took without an answer."""
     provider.answer = reply("OK")
-    entry = {"kind": "http", "method": method, "endpoint": provider.url + "?to={to}"}
+    entry = {"kind": "http", "method": method, "endpoint": provider.url + ASKS}
     [one] = sender_of(entry).providers
     one.send("Gateway", TO, "text")
     provider.answer = cut(b"")
@@ -526,7 +535,7 @@ def test_a_connection_that_closed_while_it_was_kept_is_made_anew(provider: Provi
 
 def test_a_long_answer_costs_no_memory(provider: Provider) -> None:
     provider.answer = flood(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000000\r\n\r\n", b"OK")
-    [one] = sender_of({"kind": "http", "endpoint": provider.url, "success": "^OK"}).providers
+    [one] = sender_of({"kind": "http", "endpoint": provider.url + ASKS, "success": "^OK"}).providers
     assert isinstance(one, gateway.HttpSms)
     started = time.monotonic()
     status, body, _ = one._exchange(one._request(one._values("Gateway", TO, "text")), 9.0)
@@ -611,7 +620,7 @@ def test_a_proxy_sees_nothing_of_a_message_over_tls(
     monkeypatch.setenv("SSL_CERT_FILE", str(tls))
     monkeypatch.setenv(variable, f"http://user:word@127.0.0.1:{proxy.server_port}")
     headers = {"Authorization": "Bearer hunter2"}
-    entry = {"kind": "http", "endpoint": provider.url + "?to={to}", "headers": headers}
+    entry = {"kind": "http", "endpoint": provider.url + ASKS, "headers": headers}
     sender = sender_of(entry)
     for _ in range(3):
         sender.send("Gateway", TO, "text")
@@ -662,7 +671,7 @@ def test_nothing_of_a_message_is_logged(
 
 # -- Half-configured ------------------------------------------------------------
 
-URL = {"endpoint": "http://127.0.0.1:9/"}
+URL = {"endpoint": "http://127.0.0.1:9/" + ASKS}
 
 
 @pytest.mark.parametrize(
@@ -676,16 +685,23 @@ URL = {"endpoint": "http://127.0.0.1:9/"}
         ({"kind": "http"}, "endpoint"),
         ({"kind": "http", "endpoint": "gw.example/send"}, "endpoint"),
         ({"kind": "http", "endpoint": "ftp://gw.example/"}, "endpoint"),
-        ({"kind": "http", "endpoint": "http://user:hunter2@gw.example/"}, "endpoint"),
+        ({"kind": "http", "endpoint": "http://user:hunter2@gw.example/"}, "no user:password@"),
         ({"kind": "http", "endpoint": "http://{to}.example/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example\\@hunter2/"}, "endpoint"),
         ({"kind": "http", "endpoint": "http://gw.example:port/"}, "endpoint"),
         ({"kind": "http", **URL, "method": "GET / HTTP/1.1\r\nA: b\r\n"}, "method"),
         ({"kind": "http", **URL, "headers": {"A: b\r\nC": "d"}}, "templates"),
-        ({"kind": "http", **URL, "body": "{number}"}, "templates"),
+        (
+            {"kind": "http", **URL, "body": "{number}"},
+            r"has \{number\} in its templates; there are",
+        ),
+        ({"kind": "http", "endpoint": "http://h/?to={to}"}, r"\{text\} or \{code\}"),
+        ({"kind": "http", "endpoint": "http://h/?t={text}"}, r"needs \{to\}"),
         ({"kind": "http", **URL, "headers": {"A": 5}}, "headers"),
         ({"kind": "http", **URL, "headers": {"Content-Type": "image/png"}}, "types"),
-        ({"kind": "http", **URL, "success": "("}, "regular expression"),
+        ({"kind": "http", **URL, "success": "("}, "regular expression as success"),
+        ({"kind": "http", **URL, "refused": "["}, "regular expression as refused"),
+        ({"kind": "http", **URL, "id": "*"}, "regular expression as id"),
         ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
         ({"kind": "http", **URL, "api_key": "hunter2"}, "api_key"),
         ({**NEXMO, "timeout_s": 0}, "timeout_s"),
@@ -1257,7 +1273,7 @@ def test_what_no_header_can_say_is_surely_not_sent(provider: Provider) -> None:
     "entry",
     [
         {"kind": "nexmo", "api_key": "k", "api_secret": "s", "endpoint": "https://[bad/x"},
-        {"kind": "http", "endpoint": "https://user:hunter2\u2100@h/x"},
+        {"kind": "http", "endpoint": "https://user:hunter2\u2100@h/x" + ASKS},
         {"kind": "sns", "region": "eu west 1"},
         {"kind": "sns", "region": "eu-west-1", "endpoint": "nonsense"},
     ],
@@ -1266,3 +1282,100 @@ def test_an_entry_that_cannot_be_is_refused_and_not_quoted(entry: Any) -> None:
     with pytest.raises(gateway.SettingsError, match="sms_providers") as refused:
         sender_of(entry)
     assert "hunter2" not in "".join(traceback.format_exception(refused.value))
+
+
+# -- In words -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "words"),
+    [
+        (NEXMO, nexmo("4"), "nexmo: status 4: bad credentials"),
+        (NEXMO, nexmo("9"), "nexmo: status 9: no credit"),
+        (NEXMO, nexmo("6", "7"), "nexmo: status 6: no route to this number, status 7: number"),
+        (TWILIO, reply({"code": 21211, "status": 400}, 400), "twilio: code 21211: no valid number"),
+        (TWILIO, reply({"code": 20003}, 401), "twilio: code 20003: bad credentials"),
+        (TWILIO, reply({"code": 21999}, 400), "twilio answered 400 Bad Request code 21999"),
+        (TWILIO, reply({"code": 447700900123}, 400), "twilio answered 400 Bad Request"),
+        (TWILIO, reply({"code": "hunter2"}, 401), "twilio answered 401 Unauthorized"),
+        (TWILIO, reply({"sid": "SM1", "status": "failed"}, 201), "status failed: failed at once"),
+        (KANNEL, reply("Authorization failed", 403), "kannel answered 403 Forbidden"),
+        (HTTP, reply("", 402), "http answered 402 Payment Required"),
+        (HTTP, reply("no"), "http answered 200 OK, without success"),
+        ({**HTTP, "refused": "bad number"}, reply("bad number", 404), "the number is refused"),
+    ],
+)
+def test_the_log_says_why(
+    provider: Provider, entry: gateway.Json, answer: Any, words: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    provider.answer = answer
+    with contextlib.suppress(gateway.SmsFailed):
+        sender_of({"endpoint": provider.url, **entry}).send("Gateway", TO, "text")
+    assert f"sms: {words}" in caplog.text or words in caplog.text
+    assert "447700900123" not in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "meaning"),
+    [
+        (reply("ERR 13 bad number"), "Refused"),
+        (reply("ERR 13 bad number", 404), "Refused"),
+        (reply("ERR 13 bad number", 500), "Unknown"),  # a proxy may have broken
+        (reply("ERR 13 bad number " + "x" * 100_000), "Unknown"),  # nobody reads it to its end
+        (reply("ERR 14 no credit"), "Failed"),
+        (reply("OK 7"), None),
+    ],
+)
+def test_an_entry_tells_what_refuses_a_number_for_good(
+    provider: Provider, answer: Any, meaning: str | None
+) -> None:
+    provider.answer = answer
+    entry = {
+        "kind": "http",
+        "endpoint": provider.url + ASKS,
+        "success": "^OK",
+        "refused": "^ERR 13",
+    }
+    [one] = sender_of(entry).providers
+    if meaning is None:
+        one.send("Gateway", TO, "text")
+        return
+    with pytest.raises(gateway.SmsFailed) as caught:
+        one.send("Gateway", TO, "text")
+    assert type(caught.value) is getattr(gateway, f"Sms{meaning}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ids"),
+    [('"id": ?"(\\w+)"', ["a1"]), ("a[0-9]", ["a1"]), ("b(x)?", ["b"]), ("", None)],
+)
+def test_the_id_in_an_answer(provider: Provider, pattern: str, ids: list[str] | None) -> None:
+    """Its group, or all of the match; without one our own id is what receipts name."""
+    provider.answer = reply('{"id": "a1", "b": 2}')
+    url = provider.url + "?to={to}&t={text}&own={id}&back={receipt_url}"
+    entry = {"kind": "http", "endpoint": url, "id": pattern, "receipts": True}
+    inbound = [{"kind": "http", "path_secret": "p"}]
+    found = sender_of(entry, sms_inbound=inbound).send("Gateway", TO, "text").ids
+    query = provider.received[0].query
+    assert query["back"] == "http://127.0.0.1:5000/sms/receipt/p?provider=http"
+    assert found == (ids or [query["own"]])
+
+
+def test_a_client_sees_the_registered_text_of_its_language(
+    provider: Provider, make_client: MakeClient
+) -> None:
+    """The code and the language go where a provider of templates wants them."""
+    provider.answer = reply("{}")
+    entry = {"kind": "http", "endpoint": provider.url, "body": '{"to": "{to}", "c": "{code}", '
+             '"l": "{language}"}', "headers": {"Content-Type": "application/json"}}  # fmt: skip
+    client = make_client(sms_providers=[entry])
+    client.register()
+    assert client.call("/sms/verify", {"msisdn": NUMBER}, environ={
+        "HTTP_ACCEPT_LANGUAGE": "pt-BR"}).status == 200  # fmt: skip
+    sent = json.loads(provider.received[0].body)
+    assert sent == {"to": NUMBER, "c": sent["c"], "l": "pt-br"}
+    assert client.call("/sms/verify_code", {"code": sent["c"]}).json == {"msisdn": NUMBER}
+    assert client.call("/sms/mt/verify", {"msisdn": NUMBER}).status == 204
+    assert re.fullmatch("[0-9a-f]{32}", json.loads(provider.received[1].body)["c"])

@@ -862,8 +862,8 @@ def test_readme_has_the_entries_as_they_are_declared() -> None:
                (("connect_timeout_s", 2), ("timeout_s", 5)))  # fmt: skip
     for kind, declaration in gateway.SMS_LISTS["sms_inbound"].items():
         [row] = re.findall(rf"^\| .*`{kind}`.* \| (.*) \|$", readme.partition("told from")[2], re.M)
-        secrets = gateway.declared(declaration).keys() - {"kind"}
-        assert secrets == set(re.findall(r"`(\w+_secret)`", row)), kind
+        names = gateway.declared(declaration).keys() - {"kind"}
+        assert names == set(re.findall(r"`(\w+_secret|fields|country)`", row)), kind
 
 
 # -- Secrets ------------------------------------------------------------------

@@ -328,9 +328,11 @@ def test_an_unsigned_call_without_an_id_is_never_taken_for_a_replay(
     assert client.credentials
     text = client.credentials.hawk_id
     body = {"msisdn": NUMBER, "text": text, "From": NUMBER, "Body": text, "from": NUMBER}
+    body |= {"message": text}
+    payload = {"sender": NUMBER, "message": text}
     for n in range(3):
-        query = urlencode(body | {"message": text})
-        assert client.get(f"/sms/momt/?provider={kind}&{query}").status == 200
+        sent = json.dumps({**body, "payload": payload}).encode()
+        assert client.raw("POST", f"/sms/momt/?provider={kind}", sent).status == 200
         assert len(client.outbox()) == n + 1
     assert client.gateway.storage._run("KEYS", "{*") == []
 
