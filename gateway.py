@@ -1802,7 +1802,8 @@ def load_proof_key(path: Path, from_s: int, pem: bytes) -> ProofKey:
     Raises:
         StartError: It is no private key of the curve P-256.
     """
-    with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm, jwt.PyJWTError):
+    wrong = ValueError, TypeError, UnsupportedAlgorithm, jwt.PyJWTError, InvalidParameter
+    with contextlib.suppress(*wrong):
         key: Any = load_pem_private_key(pem, None)
         jwk = canonical_jwk(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key(), as_dict=True))
         kid = _b64url(hashlib.sha256(_json(jwk)).digest()).decode()
