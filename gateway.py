@@ -47,7 +47,7 @@ Contents (a section uses only those above it):
     6. Hawk                  Who sent this request, and did anybody change it?
     7. Codes and messages    What does the SMS say?
     8. Numbers at rest       Who can read a stored number?
-    9. BrowserID             What does the certificate say, and who can check it?
+    9. Proofs                What does a proof say, and who can check it?
     10. Storage              What is kept about a user, and for how long?
     11. Limits               What may be asked how often?
     12. SMS                  How does a message leave, and how does one come in?
@@ -64,6 +64,8 @@ Glossary:
     Hawk key   secret half; signs every request of the session
     principal  whom a certificate is about: a pseudonym of the number on this server
     assertion  a statement signed with the client's key, valid at one relying party
+    SD-JWT     what a certificate is today (RFC 9901); its assertion is called a KB-JWT
+    JWK, JWKS  a public key as JSON, and a document of several (RFC 7517)
 """
 
 from __future__ import annotations
@@ -108,12 +110,13 @@ import traceback
 import unicodedata
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import responses
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
@@ -130,7 +133,7 @@ from babel.languages import get_territory_language_info
 from babel.support import NullTranslations, Translations
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import dsa, rsa, utils
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -734,7 +737,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     certificate_store: Annotated[_Table, _about("dynamodb://… for users; empty = same store")] = ""
     store_max_bytes: Annotated[_Bytes, _about("embedded store; full = 503")] = _memory_bytes() // 2
     data_dir: Annotated[_Text, _about("where the embedded server and the outbox live")] = "data"
-    keys_dir: Annotated[_Text, _about("where the master secret and the key pair live")] = "keys"
+    keys_dir: Annotated[_Text, _about("where the master secret and the key pairs live")] = "keys"
     master_secret: Annotated[_Hex64, _about("openssl rand -hex 32; empty = in keys_dir")] = ""
     trusted_proxies: Annotated[_Proxies, _about("whose X-Forwarded-For is believed")] = None
     allowed_origins: Annotated[_Origins, _about("CORS: origins, or * for any")] = _fresh(["*"])
@@ -746,6 +749,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     session_ttl_s: Annotated[int, _about("seconds to be verified in", 1, 365 * DAY_S)] = DAY_S
     verified_ttl_s: Annotated[_Ttl, _about("seconds if verified; 0 = for ever")] = 365 * DAY_S
     certificate_max_s: Annotated[int, _about("longest life in seconds", 1, 365 * DAY_S)] = DAY_S
+    jwks_overlap_s: Annotated[int, _about("seconds a new key is shown, then signs", 1, DAY_S)] = 600
     hawk_skew_s: Annotated[int, _about("seconds a client's clock may be off", 1, HOUR_S)] = 60
     hawk_require_hash: Annotated[bool, _about("refuse a signed body without its hash")] = False
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
@@ -1158,7 +1162,7 @@ def derive_credentials(token: SessionToken) -> Credentials:
 
 
 class Secrets(NamedTuple):
-    """Seven secrets of 32 bytes, each derived from the master secret by its label."""
+    """Eight secrets of 32 bytes, each derived from the master secret by its label."""
 
     storage_id: bytes
     code: bytes
@@ -1167,10 +1171,11 @@ class Secrets(NamedTuple):
     mask: bytes
     number: bytes
     limits: bytes
+    pairwise: bytes
 
     @classmethod
     def derive(cls, master: bytes) -> Secrets:
-        """All seven from the 32-byte master secret."""
+        """All of them from the 32-byte master secret."""
         return cls(*(hkdf(master, f"msisdn-gateway/v1/{name}".encode()) for name in cls._fields))
 
     def id_for(self, hawk_id: HawkId) -> StorageId:
@@ -1655,13 +1660,30 @@ def _sealer(secret: bytes, hawk_id: HawkId) -> AESSIV:
 
 
 # =============================================================================
-# 9. BrowserID
+# 9. Proofs
 # =============================================================================
 
+# Two pairs of the same shape. The gateway signs what it vouches for, about the client's key; the
+# client signs for one site:
+#
+#                gateway signs                        client signs
+# BrowserID      certificate, about public-key     ~  assertion: aud
+# SD-JWT         issuer-signed JWT, about cnf.jwk  ~  KB-JWT: aud, nonce, sd_hash
+#
+# A JWT for one audience is the third form: whoever holds it may show it.
+
 PrivateKey = rsa.RSAPrivateKey | dsa.DSAPrivateKey
-"""A key that signs certificates (ours) or assertions (a client's)."""
+"""A key that signs BrowserID's certificates (ours) or assertions (a client's)."""
 PublicKey = rsa.RSAPublicKey | dsa.DSAPublicKey
 """The public half of such a key."""
+PROOF_S: Final = 3600
+"""How long an SD-JWT lives, unless ``duration`` says otherwise."""
+BEARER_S: Final = 600
+"""How long a JWT for one audience lives at most: whoever holds it may show it."""
+BINDING_S: Final = 300
+"""How old a KB-JWT may be: the site made its nonce a moment ago."""
+PROOF_SKEW_S: Final = 60
+"""How far the clock of whoever made a proof may be ahead of its verifier's."""
 SMALL_FACTORS: Final = math.lcm(*range(3, 752, 2))
 """A modulus that shares a factor with this number is no RSA key. Source: NIST SP 800-89, 5.3.3."""
 
@@ -1704,10 +1726,17 @@ ALGORITHMS: Final = {"RS128": 1024, "RS256": 2048, "DS128": 1024, "DS256": 2048}
 """The size in bits of an algorithm's keys: what the number in its name stands for."""
 
 
+_SIGNED_BY: Final = {
+    "EC": ("ES256",), "OKP": ("EdDSA", "Ed25519"), "RSA": ("RS256", "PS256")
+}  # fmt: skip
+"""The algorithms of a client's JWK, by its kty. Ed25519 is the newer name of EdDSA (RFC 9864)."""
+
+
 def _jws() -> jwt.PyJWS:
     # PyJWS and not PyJWT, which reads "exp" and "iat" as seconds. BrowserID's are milliseconds, so
     # that PyJWT would accept a certificate for fifty thousand years.
-    jws = jwt.PyJWS(algorithms=[])
+    jws = jwt.PyJWS(algorithms=["ES256", "EdDSA", "PS256"])
+    jws.register_algorithm("Ed25519", jwt.algorithms.OKPAlgorithm())
     for name in ALGORITHMS:
         hash = hashes.SHA1() if name == "DS128" else hashes.SHA256()  # noqa: S303 - the format's
         rs = name.startswith("RS")
@@ -1748,12 +1777,29 @@ def public_key_json(key: PublicKey) -> Json:
     return {"algorithm": "DS", "y": f"{y:x}", "p": f"{g.p:x}", "q": f"{g.q:x}", "g": f"{g.g:x}"}
 
 
-def canonical_key(value: object, thorough: bool = True) -> Json:
-    """Check a public key in BrowserID's form (an object, or its JSON as a string).
+def client_key(value: object, thorough: bool = True) -> Json:
+    """Check a client's public key, a JWK or one in BrowserID's form, or the JSON of it as a string.
 
     Args:
-        thorough: Check everything. Otherwise a DS key is checked only by its sizes, because
-            the rest may take 30 ms.
+        thorough: Check everything. Otherwise a key is checked only by its form and sizes, because
+            the rest may take 30 ms (a DS key), or 150 ms (an RSA key of 4096 bits).
+
+    Returns:
+        The key as a proof states it, from ``canonical_jwk`` or ``canonical_key``.
+
+    Raises:
+        InvalidParameter: Another form, or no plausible key of an allowed size.
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, dict) and "kty" in value:
+        return canonical_jwk(value, thorough)
+    return canonical_key(value, thorough)
+
+
+def canonical_key(value: object, thorough: bool = True) -> Json:
+    """Check a public key in BrowserID's form; ``thorough`` as in ``client_key``.
 
     Returns:
         The key as a certificate states it: no leading zeros, lower case, no further fields.
@@ -1761,29 +1807,58 @@ def canonical_key(value: object, thorough: bool = True) -> Json:
     Raises:
         InvalidParameter: Another form, or no plausible key of a size in ``ALGORITHMS``.
     """
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
     if isinstance(value, dict) and (kind := value.get("algorithm")) in ("RS", "DS"):
-        is_dsa = partial(_is_dsa, thorough)
-        names, base, plausible = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, is_dsa)
-        texts: Json = {name: value.get(name) for name in names}
-        numbers = (isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in texts.values())
-        if all(numbers) and plausible(*(int(text, base) for text in texts.values())):
+        names, base, check = ("ne", 10, _is_rsa) if kind == "RS" else ("ypqg", 16, _is_dsa)
+        texts: Json = {name: _limbs_as_text(value.get(name), base) for name in names}
+        numbers = [isinstance(t, str) and _DIGITS[base].fullmatch(t) for t in texts.values()]
+        if all(numbers) and check(thorough, *[int(text, base) for text in texts.values()]):
             return {"algorithm": kind} | {n: t.lstrip("0").lower() for n, t in texts.items()}
     raise InvalidParameter(
         'publicKey must be {"algorithm": "RS", "n": "<decimal>", "e": "<decimal>"} of 1024 or 2048 '
-        'bits, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", "q": "<hex>", "g": "<hex>"} of '
-        "1024/160 or 2048/256 bits; all numbers as strings, and a real key"
+        'bits and an exponent from 65537 on, or {"algorithm": "DS", "y": "<hex>", "p": "<hex>", '
+        '"q": "<hex>", "g": "<hex>"} of 1024/160 or 2048/256 bits, all numbers as strings; or a '
+        "JWK; and a real key"
     )
 
 
 _DIGITS: Final = {10: re.compile("[0-9]{1,700}"), 16: re.compile("[0-9a-fA-F]{1,700}")}
 
 
-def _is_rsa(n: int, e: int) -> bool:
-    size, odd = n.bit_length(), n % 2 == e % 2 == 1
-    return size in (1024, 2048) and odd and 3 <= e < 2**32 and math.gcd(n, SMALL_FACTORS) == 1
+def _limbs_as_text(value: Any, base: int) -> Any:
+    """The digits of a number that the client page of 2014 sends as jsbn, its library, holds it.
+
+    That is ``{"arr": [28-bit limbs, lowest first], "t": how many of them count, "s": 0}``.
+    """
+    match value:
+        case {"arr": [*limbs], "t": int(count), "s": 0} if 0 < count <= min(len(limbs), 80):
+            if all(type(limb) is int and 0 <= limb < 2**28 for limb in limbs[:count]):
+                number = sum(limb << 28 * n for n, limb in enumerate(limbs[:count]))
+                return f"{number:x}" if base == 16 else str(number)
+    return value
+
+
+def _is_rsa(thorough: bool, n: int, e: int, *, bits: Container[int] = (1024, 2048)) -> bool:
+    # NIST SP 800-89, 5.3.3. If n were prime, everybody could compute d, which is 1/e mod n - 1.
+    plausible = n.bit_length() in bits and n % 2 == e % 2 == 1 and 65537 <= e < 2**32
+    return plausible and math.gcd(n, SMALL_FACTORS) == 1 and not (thorough and _is_prime(n))
+
+
+def _is_prime(n: int) -> bool:
+    """Fermat's test, by OpenSSL where that can: ``pow`` takes five times as long, with the GIL.
+
+    m to the power of n - 1 is 1 if n is prime. So an RSA key of the modulus n and the exponent
+    n - 2 then finds that 1/m is the signature of m, which here is a padded empty message. (Beyond
+    3072 bits OpenSSL takes no such exponent.)
+    """
+    if n.bit_length() > 3072:
+        return pow(2, n - 1, n) == 1
+    size = -(-n.bit_length() // 8)
+    padded = int.from_bytes(b"\0\1" + b"\xff" * (size - 3) + b"\0", "big")
+    with contextlib.suppress(InvalidSignature, ValueError):  # ValueError: m and n share a factor
+        inverse = pow(padded, -1, n).to_bytes(size, "big")
+        key = rsa.RSAPublicNumbers(n - 2, n).public_key()
+        return key.recover_data_from_signature(inverse, padding.PKCS1v15(), None) == b""
+    return False
 
 
 def _is_dsa(thorough: bool, y: int, p: int, q: int, g: int) -> bool:
@@ -1799,6 +1874,43 @@ def _look_prime(p: int, q: int) -> bool:
     return all(pow(2, m - 1, m) == 1 for m in (p, q))
 
 
+def canonical_jwk(value: Json, thorough: bool = True) -> Json:
+    """Check a JWK (RFC 7517): EC P-256, OKP Ed25519, or RSA of 2048 to 4096 bits.
+
+    Returns:
+        Its public members, and no others, sorted as for a thumbprint (RFC 7638).
+
+    Raises:
+        InvalidParameter: Another form, no plausible key, or a private one.
+    """
+    names = _JWK_MEMBERS.get(str(value.get("kty")), ())
+    with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
+        # OpenSSL sees whether a point of P-256 is one; the order of that curve is prime.
+        read = jwt.PyJWK({name: value[name] for name in names if name in value})
+        jwk, key = read.Algorithm.to_jwk(read.key, as_dict=True), cast(Any, read.key)
+        if isinstance(key, rsa.RSAPublicKey):
+            numbers = key.public_numbers()
+            sound = _is_rsa(thorough, numbers.n, numbers.e, bits=range(2048, 4097))
+        else:
+            y = int.from_bytes(jwt.utils.base64url_decode(jwk["x"]), "little") % 2**255
+            sound = jwk["crv"] == "P-256" or y not in _SMALL_ORDER
+        if sound and read.algorithm_name in _SIGNED_BY[jwk["kty"]] and not value.keys() & _PRIVATE:
+            return {name: jwk[name] for name in names}
+    raise InvalidParameter(
+        "publicKey must be a JWK of kty EC and crv P-256, of kty OKP and crv Ed25519, or of kty "
+        "RSA, 2048 to 4096 bits and an exponent from 65537 on; a real key, without private members"
+    )
+
+
+_JWK_MEMBERS: Final = {
+    "EC": ("crv", "kty", "x", "y"), "OKP": ("crv", "kty", "x"), "RSA": ("e", "kty", "n")
+}  # fmt: skip
+_PRIVATE: Final = {"d", "p", "q", "dp", "dq", "qi", "oth"}
+_ORDER_8: Final = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+_SMALL_ORDER: Final = {0, 1, _ORDER_8, *(2**255 - n for n in (18, 19, 20, 19 + _ORDER_8))}
+"""The y of the Ed25519 keys for which everybody can sign; libsodium refuses the same ones."""
+
+
 def parse_public_key(value: object) -> PublicKey:
     """A public key in BrowserID's form, to verify signatures with; raises as ``canonical_key``."""
     key = canonical_key(value)
@@ -1811,8 +1923,12 @@ def parse_public_key(value: object) -> PublicKey:
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
     algorithm = algorithm_of(key.public_key())
-    signed = _HEADERS[algorithm] + b"." + _b64url(_json(claims))
-    signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, cast(Any, key))
+    return _signed(algorithm, _HEADERS[algorithm], claims, key)
+
+
+def _signed(algorithm: str, header: bytes, claims: Json, key: Any) -> str:
+    signed = header + b"." + _b64url(_json(claims))
+    signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, key)
     return (signed + b"." + _b64url(signature)).decode()
 
 
@@ -1831,23 +1947,56 @@ def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
     Raises:
         InvalidToken: It is malformed, not signed by ``key``, or not valid at ``now_ms``.
     """
-    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT would accept padding
-        raise InvalidToken("not three pieces of base64url")
-    try:
-        claims = json.loads(_JWS.decode(token, cast(Any, key), [algorithm_of(key)]))
-    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
-        raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
-    if not isinstance(claims, dict) or type(claims.get("exp")) is not int:
+    _, claims = _opened(token, key, (algorithm_of(key),))
+    if type(claims.get("exp")) is not int:
         raise InvalidToken("the claims hold no exp in milliseconds")
     if type(claims.get("iat", 0)) is not int or not claims.get("iat", 0) <= now_ms < claims["exp"]:
         raise InvalidToken("not valid at this time")
     return claims
 
 
+def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json]:
+    """Header and claims of a token that ``key`` signed by one of these algorithms.
+
+    Of a name that a JSON object has twice, some verifiers read the first value and some the last.
+    So nobody may write such an object.
+    """
+    if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT would accept padding
+        raise InvalidToken("not three pieces of base64url")
+    try:
+        told = _JWS.decode_complete(token, key, algorithms)
+        header = jwt.utils.base64url_decode(token.partition(".")[0])
+        parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
+    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+        raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
+    if not isinstance(parts[1], dict):
+        raise InvalidToken("the claims are no JSON object")
+    return parts[0], parts[1]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Json:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _same_origin(told: object, ours: str) -> bool:
+    """Whether ``told`` is the origin ``ours``, however it is spelled: browsers add no slash."""
+    return isinstance(told, str) and origin_of(told) == origin_of(ours) != ""
+
+
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
     """``<uuid>@<issuer>``: the same for a number on this server, computable by it alone."""
-    digest = hmac.new(secret, msisdn.encode(), "sha256").digest()
-    return f"{uuid.UUID(bytes=digest[:16], version=4)}@{issuer}"
+    return f"{_keyed_uuid(secret, msisdn)}@{issuer}"
+
+
+def pseudonym_for(secret: bytes, msisdn: Msisdn, audience: str) -> str:
+    """``sub`` of a JWT: a pseudonym of the number for one audience, computable by us alone."""
+    return str(_keyed_uuid(secret, f"{audience} {msisdn}"))
+
+
+def _keyed_uuid(secret: bytes, text: str) -> uuid.UUID:
+    return uuid.UUID(bytes=hmac.new(secret, text.encode(), "sha256").digest()[:16], version=4)
 
 
 def issue_certificate(
@@ -1885,6 +2034,12 @@ def verify_backed_assertion(
 ) -> Json:
     """The certificate's claims, if ``certificate~assertion`` proves them to ``audience``.
 
+    There is exactly one certificate, and it is ours. BrowserID also knew chains of them, and in a
+    chain the holder of any certificate can write another one, about any number.
+
+    Args:
+        audience: The origin of the relying party.
+
     Raises:
         InvalidToken: Something does not hold; the text says what.
     """
@@ -1896,7 +2051,7 @@ def verify_backed_assertion(
         client_key = parse_public_key(claims.get("public-key"))
     except InvalidParameter:
         raise InvalidToken("the certificate holds no usable public key") from None
-    if verify_token(assertion, client_key, now_ms).get("aud") != audience:
+    if not _same_origin(verify_token(assertion, client_key, now_ms).get("aud"), audience):
         raise InvalidToken(f"the assertion is not meant for {audience}")
     return claims
 
@@ -1923,9 +2078,249 @@ def load_signing_key(settings: Settings, algorithm: str = "RS") -> tuple[Private
     )
 
 
-def _pem(key: PrivateKey) -> bytes:
+def _pem(key: PrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+
+
+# -- A proof for today: SD-JWT and JWT, by ES256 keys that rotate --------------
+
+
+class ProofKey(NamedTuple):
+    """One of our ES256 keys.
+
+    Attributes:
+        from_s: The second from which on it signs, until that of the next key.
+        private: Signs.
+        jwk: Its public half as ``/.well-known/jwks.json`` shows it. Its ``kid`` is its thumbprint
+            (RFC 7638).
+    """
+
+    from_s: int
+    private: ec.EllipticCurvePrivateKey
+    jwk: Json
+
+
+def load_proof_key(path: Path, from_s: int, pem: bytes) -> ProofKey:
+    """Read the content of ``path``, which is ``proof-<from_s>.pem``.
+
+    Raises:
+        StartError: It is no private key of the curve P-256.
+    """
+    wrong = ValueError, TypeError, UnsupportedAlgorithm, jwt.PyJWTError, InvalidParameter
+    with contextlib.suppress(*wrong):
+        key: Any = load_pem_private_key(pem, None)
+        jwk = canonical_jwk(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key(), as_dict=True))
+        kid = _b64url(hashlib.sha256(_json(jwk)).digest()).decode()
+        return ProofKey(from_s, key, jwk | {"kid": kid, "alg": "ES256", "use": "sig"})
+    raise StartError(
+        f"{path} is no private key of P-256 in PEM: restore it from a back-up, or remove it and "
+        "run “gateway.py rotate-keys”"
+    )
+
+
+class KeyFiles(NamedTuple):
+    """What ``keys_dir`` holds beside the master secret; the parent gives it to its workers.
+
+    Attributes:
+        browserid: ``browserid.pem``.
+        proofs: The files ``proof-<from_s>.pem`` by their ``from_s``.
+        token: ``operator.token``.
+    """
+
+    browserid: bytes
+    proofs: Mapping[int, bytes]
+    token: str
+
+
+def _proof_path(settings: Settings, from_s: int) -> Path:
+    return Path(settings.keys_dir, f"proof-{from_s}.pem")
+
+
+def add_proof_key(settings: Settings, from_s: int) -> Path:
+    """Make a key that signs from ``from_s`` on; one that is there already is left as it is.
+
+    No file is ever changed. So all processes and machines that see the folder agree, and whatever
+    is interrupted leaves it usable.
+    """
+    path = _proof_path(settings, from_s)
+    keep_private_file(path, lambda: _pem(ec.generate_private_key(ec.SECP256R1())))
+    return path
+
+
+def _proof_files(settings: Settings) -> dict[int, bytes]:
+    found = {}
+    for path in Path(settings.keys_dir).glob("proof-*.pem"):
+        if name := re.fullmatch(r"proof-([0-9]{1,11})\.pem", path.name):
+            # The second argument makes nothing: it fails if the file has just been removed.
+            found[int(name[1])], _ = keep_private_file(path, path.read_bytes)
+    return found
+
+
+class Keys:
+    """The keys that sign: BrowserID's, and those of today's proofs, of which one signs at a time.
+
+    The proof keys in ``keys_dir`` are looked at again every tenth part of ``jwks_overlap_s``.
+
+    Raises:
+        StartError: A file holds no key of its kind.
+    """
+
+    def __init__(self, settings: Settings, files: KeyFiles) -> None:
+        self._settings, self.files, self._looked_s = settings, files, -math.inf
+        self.browserid = cast(PrivateKey, load_pem_private_key(files.browserid, None))
+        public = self.browserid.public_key()
+        self.browserid_json = public_key_json(public)
+        self._ours = [self.browserid_json]
+        if isinstance(public, rsa.RSAPublicKey):
+            self._ours.append(jwt.algorithms.RSAAlgorithm.to_jwk(public, as_dict=True))
+        self._take(files.proofs)
+
+    def _take(self, files: Mapping[int, bytes]) -> None:
+        """Use these proof keys, the newest first."""
+        self._proofs = [
+            load_proof_key(_proof_path(self._settings, from_s), from_s, pem)
+            for from_s, pem in sorted(files.items(), reverse=True)
+        ]
+
+    def _look(self, now_s: float) -> list[ProofKey]:
+        if abs(now_s - self._looked_s) > self._settings.jwks_overlap_s / 10:
+            self._looked_s = now_s
+            try:
+                if files := _proof_files(self._settings):
+                    self._take(files)
+            except StartError as error:
+                LOG.warning("the proof keys of before stay in use: %s", error)
+        return self._proofs
+
+    def signer(self, now_s: float) -> ProofKey:
+        """The key that signs now."""
+        proofs = self._look(now_s)
+        return next((key for key in proofs if key.from_s <= now_s), proofs[-1])
+
+    def published(self, now_s: float) -> list[ProofKey]:
+        """The next keys, the one that signs, and all whose proofs may still live; newest first."""
+        proofs = self._look(now_s)
+        dead_s = now_s - self._settings.certificate_max_s - PROOF_SKEW_S
+        return proofs[:1] + [old for new, old in pairwise(proofs) if new.from_s > dead_s]
+
+    def is_ours(self, key: Json) -> bool:
+        """Whether a key, in canonical form, is one of our own; the RSA pair has two forms."""
+        ours = self._ours + [proof.jwk for proof in self._proofs]
+        return any(key.items() <= mine.items() for mine in ours)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """``<from_s of the newest proof key> <a digest of all public keys>``, for the store."""
+        kids = [key.jwk["kid"] for key in self._proofs]
+        digest = hashlib.sha256(_json({"browserid": self.browserid_json, "kids": kids}))
+        return f"{self._proofs[0].from_s} {digest.hexdigest()}".encode()
+
+
+def load_keys(settings: Settings) -> tuple[Keys, bool]:
+    """The keys in ``keys_dir``, made at first start, and whether BrowserID's was made just now.
+
+    Raises:
+        StartError: A file cannot be read.
+    """
+    key, is_new = load_signing_key(settings)
+    if not _proof_files(settings):
+        add_proof_key(settings, 0)
+    files = KeyFiles(_pem(key), _proof_files(settings), load_operator_token(settings))
+    return Keys(settings, files), is_new
+
+
+def phone_claims(
+    issuer: str, msisdn: Msisdn, method: str, verified_s: int, now_s: int, duration_s: int
+) -> Json:
+    """What an SD-JWT and a JWT both say; all times are seconds.
+
+    Args:
+        issuer: Our ``public_url``.
+        method: How the number was verified: ``sms/mt`` or ``sms/momt``.
+    """
+    return {
+        "iss": issuer,
+        "vct": f"{issuer}/vct/phone/1",
+        "iat": now_s,
+        "exp": now_s + duration_s,
+        "phone_number": msisdn,
+        "phone_number_verified": True,
+        "auth_time": verified_s,
+        "amr": ["sms"],
+        "method": method,
+    }
+
+
+def issue_proof(key: ProofKey, claims: Json) -> str:
+    """An SD-JWT (RFC 9901) without disclosures; if the claims name an ``aud``, a JWT for it.
+
+    Whoever has the private half of ``cnf.jwk`` may show the SD-JWT, whoever holds the JWT that.
+    """
+    kind, end = ("JWT", "") if "aud" in claims else ("dc+sd-jwt", "~")
+    header = _b64url(_json({"alg": "ES256", "kid": key.jwk["kid"], "typ": kind}))
+    return _signed("ES256", header, claims, key.private) + end
+
+
+def verify_proof(token: str, jwks: Json, issuer: str, now_s: float, audience: str = "") -> Json:
+    """The claims of the JWT for ``audience``, or, without one, of the JWT in an SD-JWT.
+
+    Args:
+        jwks: What the issuer's ``/.well-known/jwks.json`` says.
+
+    Raises:
+        InvalidToken: Something does not hold; the text says what.
+    """
+    try:
+        kid = jwt.get_unverified_header(token)["kid"]
+        key = jwt.PyJWKSet.from_dict(jwks)[kid].key
+    except (jwt.PyJWTError, KeyError, TypeError, ValueError, RecursionError):
+        raise InvalidToken(f"it names no key of {issuer}") from None
+    header, claims = _opened(token, key, ("ES256",))
+    # So nothing in the header can choose another key, and one form is not taken for another.
+    if header != {"alg": "ES256", "kid": kid, "typ": "JWT" if audience else "dc+sd-jwt"}:
+        raise InvalidToken("the header is not that of this form")
+    if claims.get("iss") != issuer or claims.get("vct") != f"{issuer}/vct/phone/1":
+        raise InvalidToken(f"it is not a proof of {issuer}")
+    iat, exp = claims.get("iat"), claims.get("exp")
+    if not (type(iat) is type(exp) is int and iat - PROOF_SKEW_S <= now_s < exp):
+        raise InvalidToken("not valid at this time")
+    if audience and not _same_origin(claims.get("aud"), audience):
+        raise InvalidToken(f"it is not meant for {audience}")
+    return claims
+
+
+def verify_presentation(
+    presentation: str, jwks: Json, issuer: str, audience: str, nonce: str, now_s: float
+) -> Json:
+    """The proof's claims, if ``<issuer-signed JWT>~<KB-JWT>`` proves them to ``audience`` now.
+
+    It does for SD-JWT what ``verify_backed_assertion`` does for BrowserID.
+
+    Args:
+        nonce: What the site gave this client, a moment ago and for once.
+
+    Raises:
+        InvalidToken: Something does not hold; the text says what.
+    """
+    proof, _, binding = presentation.rpartition("~")
+    claims = verify_proof(proof, jwks, issuer, now_s)  # with another "~" in it that is no token
+    try:
+        jwk = canonical_jwk(claims["cnf"]["jwk"], thorough=False)  # the issuer has looked at it
+    except (InvalidParameter, KeyError, TypeError, AttributeError):
+        raise InvalidToken("the proof holds no usable key") from None
+    header, note = _opened(binding, jwt.PyJWK(jwk).key, _SIGNED_BY[jwk["kty"]])
+    if header.get("typ") != "kb+jwt" or "crit" in header:
+        raise InvalidToken("what follows the ~ is no KB-JWT")
+    digest = hashlib.sha256(f"{proof}~".encode()).digest()
+    if note.get("sd_hash") != _b64url(digest).decode():
+        raise InvalidToken("the KB-JWT belongs to another proof")
+    if not _same_origin(note.get("aud"), audience) or note.get("nonce") != nonce:
+        raise InvalidToken(f"it was not made for {audience}, or for another nonce")
+    iat = note.get("iat")
+    if type(iat) is not int or not -PROOF_SKEW_S <= now_s - iat <= BINDING_S:
+        raise InvalidToken("the KB-JWT is too old, or from the future")
+    return claims
 
 
 # =============================================================================
@@ -1951,10 +2346,12 @@ def _pem(key: PrivateKey) -> bytes:
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret; the start checks it
+# "keys"                         a fingerprint of the keys   for ever
+#                                that sign; likewise
 
 
 class User(NamedTuple):
-    """All that is kept about one session, packed into at most 95 bytes.
+    """All that is kept about one session, packed into at most 96 bytes.
 
     Attributes:
         hawk_key: 32 bytes, masked by ``mask_hawk_key``.
@@ -1968,10 +2365,11 @@ class User(NamedTuple):
         code_digest: 8 bytes while a code waits, else empty.
         long, by_outbox, network, code_expires_s: That code is a long one; the outbox showed it;
             the network that it was sent for; when it expires, in seconds since the epoch.
+        code_by_phone: A phone asked for that code by SMS.
         tries: Wrong codes returned while a code waits.
         older_digest: 8 bytes: the code before it, which is no longer accepted.
-        verified_s, verified_by_outbox: When the number was last verified (0 = never); whether
-            by a code that the outbox showed.
+        verified_s, verified_by_outbox, verified_by_phone: When the number was last verified (0 =
+            never); whether by a code that the outbox showed, or that a phone asked for by SMS.
         tried: The SMS providers that messages were given to, one bit each.
         ticket: A random number of 2 bytes that identifies the message that is being sent.
 
@@ -1998,16 +2396,27 @@ class User(NamedTuple):
     again: bool = False
     by_outbox: bool = False
     verified_by_outbox: bool = False
+    code_by_phone: bool = False
+    verified_by_phone: bool = False
+
+    @property
+    def method(self) -> str:
+        """How the number was verified: ``sms/momt`` if its phone asked for the code by SMS.
+
+        A phone cannot ask once a client did. So if the last message was asked for by phone, all
+        were; that also tells it of records from before ``verified_by_phone``.
+        """
+        return "sms/momt" if self.by_phone or self.verified_by_phone else "sms/mt"
 
     def pack(self) -> bytes:
         """The record: 34 bytes once registered, 82 to 93 while a code waits, then 70 to 93.
 
-        It is at most 95 while a message is being sent. What is not there yet is zero, and zeros
-        at the end are left out.
+        It is 95 while a message is being sent, and 96 if a phone asked by SMS. What is not there
+        yet is zero, and zeros at the end are left out.
         """
-        flags = sum(flag << n for n, flag in enumerate(self[12:]))
+        more, flags = divmod(sum(flag << n for n, flag in enumerate(self[12:])), 256)
         start = (RECORD_VERSION, flags, self.hawk_key, self.sealed, self.network.pack())
-        return RECORD.pack(*start, *self[3:12]).rstrip(b"\0")
+        return RECORD.pack(*start, *self[3:12], more).rstrip(b"\0")
 
     @classmethod
     def unpack(cls, packed: bytes) -> User:
@@ -2022,15 +2431,16 @@ class User(NamedTuple):
         version, bits, key, sealed, network, *rest = layout.unpack(packed.ljust(layout.size, b"\0"))
         if version == 1:  # has no asked_s: that is the expiry minus the 600 s that a code lived
             bits = (bits & 1) * 0b10010 | (bits & 2) << 1
-            rest = [rest[0], max(0, rest[1] - 600), *rest[1:4], b"", *rest[4:], 0]
+            rest = [rest[0], max(0, rest[1] - 600), *rest[1:4], b"", *rest[4:], 0, 0]
         rest = [(value if any(value) else b"") if type(value) is bytes else value for value in rest]
-        flags = (bool(bits >> n & 1) for n in range(8))
+        bits |= rest.pop() << 8
+        flags = (bool(bits >> n & 1) for n in range(10))
         return cls(key, sealed if any(sealed) else b"", Network.unpack(network), *rest, *flags)
 
 
-RECORD: Final = struct.Struct(">BB32s24s3sBIII8s8sBHH")
+RECORD: Final = struct.Struct(">BB32s24s3sBIII8s8sBHHB")
 """Version, flags, key; number, network, sends, last asked for, code expiry; verified; digests;
-tries; tried; ticket."""
+tries; tried; ticket; more flags, which stand at the end because most records have none."""
 
 
 _LAYOUTS: Final = {b"\1": struct.Struct(">BB32s24s3sBII8s8xBH"), b"\2": RECORD}
@@ -2096,8 +2506,9 @@ A counter is one number, the time at which it will be at rest (GCRA), in µs sin
 what one message costs; a level above the row's period is refused.
 
 ``tally`` counts for reports, for a day from the first of each kind: in a hash by region (of what is
-refused, by region and row), and in a sorted set by prefix ("": /register). That one holds 1,000 prefixes; if another comes, it takes the place and the
-count of the least, so that a count may be too high but a large one is never missing."""
+refused, by region and row), and in a sorted set by prefix ("": /register). That one holds 1,000
+prefixes; if another comes, it takes the place and the count of the least, so that a count may be
+too high but a large one is never missing."""
 
 TAKE_SCRIPT: Final = """#!lua
 -- counters
@@ -2194,6 +2605,16 @@ KEYS: the round's list; how many messages of this number were paid back in its d
 those of all: pairs of a row's letter and what one message costs there, in µs.
 
 The list lives on for a minute, longer than a message that is being sent meanwhile."""
+
+KEYS_SCRIPT: Final = """#!lua flags=allow-oom
+local stored = redis.call('GET', KEYS[1])
+local function from_s(text) return tonumber(string.match(text, '^%d+')) end
+if stored and from_s(stored) >= from_s(ARGV[1]) then return stored end
+redis.call('SET', KEYS[1], ARGV[1])
+return ARGV[1]
+"""
+"""KEYS: ``keys``. ARGV: our ``Keys.fingerprint``. Returns the one in force: that of the keys whose
+newest is the newest of all. So a rotation moves it, and a copy from before is found out."""
 
 
 Node = tuple[str, int]
@@ -2521,14 +2942,15 @@ class Storage:
             for text, size in self._run_everywhere(("INFO",), ("DBSIZE",))
         ]
 
-    def check(self, master: bytes = b"") -> list[str]:
+    def check(self, master: bytes = b"", keys: bytes = b"") -> list[str]:
         """Wait until the store answers; return warnings about how it is set up.
 
         Args:
             master: The master secret, whose proof (derived from it) the store keeps.
+            keys: The fingerprint of the keys that sign, which the store keeps, too.
 
         Raises:
-            StartError: It does not answer, cannot do what we need, or has another secret's proof.
+            StartError: It does not answer, cannot do what we need, or other keys are in force.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
         refusals = redis.AuthenticationError, redis.exceptions.NoPermissionError
@@ -2547,6 +2969,12 @@ class Storage:
                         f"the store {where} was written with another master secret, and nobody in "
                         "it can be read with this one: bring the right keys_dir back; or, if you "
                         "are sure that this is the one, delete the key “mark” in the store"
+                    )
+                if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
+                    raise StartError(
+                        f"the store {where} belongs to a gateway with other or newer signing keys: "
+                        "copy its whole keys_dir (rsync -a --delete); or, if you are sure that "
+                        "ours are the right ones, delete the key “keys” in the store"
                     )
                 return sorted({f"the store {where} {problem}" for problem in problems})
             except Unavailable as error:
@@ -2777,9 +3205,9 @@ class SplitStorage(Storage):
         super().ping(now_s)
         self.table.ping()
 
-    def check(self, master: bytes = b"") -> list[str]:
+    def check(self, master: bytes = b"", keys: bytes = b"") -> list[str]:
         """Check both stores."""
-        return super().check(master) + self.table.check()
+        return super().check(master, keys) + self.table.check()
 
 
 def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
@@ -4307,7 +4735,7 @@ def arm(user: User, ask: Ask, digest: bytes, sent: Sent, settings: Settings, now
     waits = code_waits(user, settings, now_s)
     return user._replace(
         sending=False, ticket=0, long=ask.long, network=ask.network,
-        by_outbox=sent.kind == "outbox", tried=sent.tried,
+        by_outbox=sent.kind == "outbox", tried=sent.tried, code_by_phone=ask.by_phone,
         code_digest=digest, code_expires_s=now_s + settings.code_ttl_s,
         older_digest=user.code_digest if waits else b"", tries=user.tries if waits else 0,
     )  # fmt: skip
@@ -4355,6 +4783,7 @@ def return_code(
     """
     if hmac.compare_digest(digest, user.code_digest):
         user = user._replace(verified_s=now_s, verified_by_outbox=user.by_outbox)
+        user = user._replace(verified_by_phone=user.code_by_phone)
         return user._replace(code_digest=b"", older_digest=b"", tries=0), None
     if user.older_digest and hmac.compare_digest(digest, user.older_digest):
         return user, WrongCode("a newer code was sent: use that one")
@@ -4406,6 +4835,22 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
     }
 
 
+class ProofAsked(NamedTuple):
+    """The proof that a request asks for.
+
+    Attributes:
+        client_key: In canonical form; ``None`` if none is given.
+        duration_s: How long it shall live.
+        audience, nonce: The origin that a JWT is for, and what that site gave the client; "" if
+            another form is asked for, and without a key none is.
+    """
+
+    client_key: Json | None
+    duration_s: int
+    audience: str
+    nonce: str
+
+
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
 
@@ -4441,14 +4886,14 @@ class Gateway:
 
     Args:
         master: The 32-byte master secret.
-        key: Signs certificates.
+        keys: Sign proofs.
     """
 
     def __init__(
-        self, settings: Settings, storage: Storage, sms: SmsSender, key: PrivateKey, master: bytes,
+        self, settings: Settings, storage: Storage, sms: SmsSender, keys: Keys, master: bytes,
         clock: Clock = time.time, random_bytes: RandomBytes = secrets.token_bytes,
     ) -> None:  # fmt: skip
-        self.settings, self.storage, self.sms, self.key = settings, storage, sms, key
+        self.settings, self.storage, self.sms, self.keys = settings, storage, sms, keys
         self.clock, self.random_bytes = clock, random_bytes
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
@@ -4708,20 +5153,17 @@ class Gateway:
             LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
 
     def verify_code(self, session: Session, params: Json) -> Json:
-        """Check the code that came back; sign a certificate too, if there is a key."""
+        """Check the code that came back; sign a proof too, if one is asked for."""
         # VALIDATE: cheap checks first; all of the body, so that a bad key never uses up a code (but
-        # not the numbers of a DS key: they may take 30 ms)
-        require(params, "code")
+        # not whether its numbers are prime, and so on: that may take 30 ms)
+        require(params, "code", *["audience"] * (params.get("format") == "jwt"))
         code, settings = fold(params["code"]), self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
         if not re.fullmatch(f"[0-9]{{{lengths[0]}}}|[0-9a-f]{{{lengths[1]}}}", code):
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
-        duration_s = self._duration_s(params)
-        client_key = None
-        if "publicKey" in params:
-            client_key = canonical_key(params["publicKey"], thorough=False)
+        asked = self._proof_asked(params, thorough=False)
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
         # ACT, RECORD. Before the commit nothing, not even the time it takes, may depend on whether
@@ -4738,31 +5180,30 @@ class Gateway:
         number = self._number(session, session.user)
         if self.sms.paid:
             self.limits.pay_back(rounds[-1], number)
+        answer: Json = {"msisdn": number}
         # ANSWER
-        if client_key is None:
-            return {"msisdn": number}
-        if client_key["algorithm"] == "DS":
-            canonical_key(client_key)  # if it is no key, the number is verified all the same
-        return {"msisdn": number, **self._certificate(session, number, client_key, duration_s)}
+        if asked.client_key:
+            client_key(asked.client_key)  # if it is no key, the number is verified all the same
+        if asked.client_key or asked.audience:
+            answer |= self._proof(session, asked)
+        return answer
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
-        """Sign a certificate for the client's key, once its number is verified."""
+        """Sign a proof, once the session's number is verified."""
 
         def decide(user: User) -> tuple[User, None]:
             self._expect_verified(user)
             return user, None
 
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
-        require(params, "publicKey")
+        require(params, "audience" if params.get("format") == "jwt" else "publicKey")
         decide(session.user)
-        duration_s = self._duration_s(params)
         self._expect_not_ended(session)
-        key = canonical_key(params["publicKey"])
+        asked = self._proof_asked(params)
         # RECORD: only the nonce. The commit also shows that the session is still there.
         self.step(session, decide)
         # ANSWER
-        number = self._number(session, session.user)
-        return self._certificate(session, number, key, duration_s)
+        return self._proof(session, asked)
 
     def unregister(self, session: Session, params: Json) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs.
@@ -5001,21 +5442,61 @@ class Gateway:
         host = self.settings.line_host(session.origin)
         return MessageText(message_text(code, self.catalogues[tag], host), code, tag)
 
-    def _duration_s(self, params: Json) -> int:
-        value, longest = params.get("duration"), self.settings.certificate_max_s
-        if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-            value = int(value) if len(value.lstrip("0")) < 4000 else longest
-        if value is not None and (type(value) is not int or value < 1):
-            raise InvalidParameter("duration must be whole seconds, at least 1")
-        return longest if value is None else min(value, longest)
+    def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
+        """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
+        if (form := params.get("format")) not in (None, "jwt"):
+            raise InvalidParameter('format must be "jwt"; without it the key tells the form')
+        audience, nonce = _audience(params) if form else ("", "")
+        duration_s, key = _duration_s(params), None
+        if "publicKey" in params:
+            key = client_key(params["publicKey"], thorough)
+            if self.keys.is_ours(key):
+                raise InvalidParameter("publicKey is a key of the gateway's: send one of your own")
+        is_jwk = key is not None and "kty" in key
+        if form and key and not is_jwk:
+            raise InvalidParameter("publicKey must be a JWK, if format is jwt")
+        longest_s = min(self.settings.certificate_max_s, BEARER_S if form else sys.maxsize)
+        usual_s = min(longest_s, PROOF_S) if is_jwk else longest_s
+        return ProofAsked(key, min(duration_s or usual_s, longest_s), audience, nonce)
 
-    def _certificate(
-        self, session: Session, number: Msisdn, client_key: Json, duration_s: int
-    ) -> Json:
-        user, issuer, now_ms = session.user, self.settings.issuer, int(self.clock() * 1000)
-        email = principal_for(self.secrets.principal, number, issuer)
-        who = (self.key, issuer, email, client_key, number)
-        return {"cert": issue_certificate(*who, user.verified_s, now_ms, duration_s)}
+    def _proof(self, session: Session, asked: ProofAsked) -> Json:
+        user, now_s, secrets = session.user, self.clock(), self.secrets
+        number, key = self._number(session, user), asked.client_key
+        if key and "kty" not in key:
+            issuer, now_ms = self.settings.issuer, int(now_s * 1000)
+            who = issuer, principal_for(secrets.principal, number, issuer), key, number
+            times = user.verified_s, now_ms, asked.duration_s
+            return {"cert": issue_certificate(self.keys.browserid, *who, *times)}
+        about = self.settings.base_url, number, user.method, user.verified_s
+        claims = phone_claims(*about, int(now_s), asked.duration_s)
+        if key:
+            claims["cnf"] = {"jwk": key}
+        if audience := asked.audience:
+            subject = pseudonym_for(secrets.pairwise, number, audience)
+            claims |= {"aud": audience, "sub": subject, "jti": self.random_bytes(16).hex()}
+        if asked.nonce:
+            claims["nonce"] = asked.nonce
+        return {"cert": issue_proof(self.keys.signer(now_s), claims)}
+
+
+def _audience(params: Json) -> tuple[str, str]:
+    """The origin of the site that a JWT is for, and its nonce."""
+    named, nonce = params["audience"], params.get("nonce", "")
+    audience = origin_of(named) if isinstance(named, str) else ""
+    if not audience:
+        raise InvalidParameter("audience must be an origin, like https://shop.example")
+    if not isinstance(nonce, str):
+        raise InvalidParameter("nonce must be a string")
+    return audience, nonce
+
+
+def _duration_s(params: Json) -> int | None:
+    value = params.get("duration")
+    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+        value = int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
+    if value is not None and (type(value) is not int or value < 1):
+        raise InvalidParameter("duration must be whole seconds, at least 1")
+    return value
 
 
 def _round(session: Session, user: User) -> str:
@@ -5081,6 +5562,9 @@ ROUTES: Final = (
     Route("GET", "/__version__", "version"),
     Route("GET", "/.well-known/browserid", "browserid"),
     Route("GET", "/.well-known/browserid/warning.html", "warning"),
+    Route("GET", "/.well-known/jwks.json", "jwks"),
+    Route("GET", "/.well-known/jwt-vc-issuer", "jwt_vc_issuer"),
+    Route("GET", "/vct/phone/1", "vct"),
     Route("GET", "/api-specs", "api_specs"),
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
@@ -5528,7 +6012,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return self.gateway.verify_code(session, self.params())
 
     def certificate_sign(self, session: Session) -> Json:
-        """POST /certificate/sign : a certificate for the client's key."""
+        """POST /certificate/sign : a certificate for the client's key, or another proof."""
         return self.gateway.sign_certificate(session, self.params())
 
     def session_state(self, session: Session) -> Json:
@@ -5555,9 +6039,29 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def browserid(self) -> Json:
         """GET /.well-known/browserid : the key that checks our certificates."""
-        page = "/.well-known/browserid/warning.html"
-        key = public_key_json(self.gateway.key.public_key())
+        page, key = "/.well-known/browserid/warning.html", self.gateway.keys.browserid_json
         return {"public-key": key, "authentication": page, "provisioning": page}
+
+    def jwks(self) -> Answer:
+        """GET /.well-known/jwks.json : the keys that check an SD-JWT or a JWT."""
+        keys = self.gateway.keys.published(self.gateway.clock())
+        return self._cached({"keys": [key.jwk for key in keys]})
+
+    def jwt_vc_issuer(self) -> Answer:
+        """GET /.well-known/jwt-vc-issuer : where these keys are."""
+        issuer = self.settings.base_url
+        return self._cached({"issuer": issuer, "jwks_uri": f"{issuer}/.well-known/jwks.json"})
+
+    def vct(self) -> Answer:
+        """GET /vct/phone/1 : what an SD-JWT of ours is about."""
+        about = "The number answered to its holder at auth_time: a code sent by SMS came back."
+        kind = f"{self.settings.base_url}/vct/phone/1"
+        return self._cached({"vct": kind, "name": "A phone number", "description": about})
+
+    def _cached(self, value: Json) -> Answer:
+        # A key is shown jwks_overlap_s before it signs; half of that leaves time to notice it.
+        max_age_s = self.settings.jwks_overlap_s // 2
+        return json_answer(value, headers={"Cache-Control": f"max-age={max_age_s}"})
 
     def warning(self) -> Answer:
         """GET /.well-known/browserid/warning.html : for people who end up there."""
@@ -5892,20 +6396,20 @@ class EmbeddedStore:
 
 def create_app(
     settings: Settings, storage_url: str = "", clock: Clock = time.time,
-    random_bytes: RandomBytes = secrets.token_bytes, pem: bytes = b"", token: str = "",
+    random_bytes: RandomBytes = secrets.token_bytes, keys: Keys | None = None,
 ) -> GatewayApp:  # fmt: skip
     """The WSGI application for some settings; keys are made if there are none.
 
     Args:
         storage_url: Where the store is, if ``settings`` do not say it.
-        pem, token: The signing key and the operator's token, if they are loaded already.
+        keys: Those in ``keys_dir``, if they are loaded already.
     """
     url, sms = storage_url or settings.storage_url, SmsSender(settings)
     storage = open_storage(settings, url, clock, random_bytes)
     master = load_master_secret(settings)[0]
-    key: Any = load_pem_private_key(pem, None) if pem else load_signing_key(settings)[0]
-    gateway = Gateway(settings, storage, sms, key, master, clock, random_bytes)
-    return GatewayApp(gateway, token or load_operator_token(settings))
+    keys = keys or load_keys(settings)[0]
+    gateway = Gateway(settings, storage, sms, keys, master, clock, random_bytes)
+    return GatewayApp(gateway, keys.files.token)
 
 
 def application() -> GatewayApp:
@@ -5914,13 +6418,23 @@ def application() -> GatewayApp:
     The embedded store allows that server only one process; more need a ``storage_url``.
     """
     settings = load_settings({}, os.environ)
-    master, _ = load_master_secret(settings)
+    master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
     url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
-    for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
+    check_store(settings, url, master, keys)
+    return create_app(settings, url, keys=keys)
+
+
+def check_store(settings: Settings, url: str, master: bytes, keys: Keys) -> None:
+    """Check that the store can be used, and by us; log warnings about how it is set up.
+
+    Raises:
+        StartError: It cannot, or it belongs to a gateway with other keys.
+    """
+    storage = open_storage(settings, url, time.time, secrets.token_bytes)
+    for warning in settings.warnings + storage.check(master, keys.fingerprint):
         LOG.warning(warning)
-    return create_app(settings, url)
 
 
 class BoundedBodies:
@@ -5966,23 +6480,22 @@ class BoundedBodies:
                     protocol.response_iter(408, [("content-length", "1")], iter(()))
 
 
-def worker_app(settings: Settings, parent: int, pem: bytes, token: str) -> BoundedBodies:
+def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodies:
     """The application of one of our worker processes, which die with their parent.
 
     The keys come from the parent. If a worker that is started later read the files again, it
-    might find, or make, other keys than the rest have.
+    might find, or make, other keys than the rest have. Proof keys are added while it runs.
 
     Args:
         settings: With the master secret and the store in them.
         parent: The process id of the gateway that started us.
-        pem: The signing key.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until Granian has its own
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return BoundedBodies(create_app(settings, pem=pem, token=token), settings.threads)
+    return BoundedBodies(create_app(settings, keys=Keys(settings, files)), settings.threads)
 
 
 def _stop_once() -> None:
@@ -6089,18 +6602,15 @@ def serve(settings: Settings) -> int:
     try:
         sms = SmsSender(settings)
         master, new_master = load_master_secret(settings)
-        key, new_key = load_signing_key(settings)
-        token = load_operator_token(settings)
+        keys, new_key = load_keys(settings)
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
-        storage = open_storage(settings, url, time.time, secrets.token_bytes)
-        for warning in settings.warnings + storage.check(master):
-            LOG.warning(warning)
+        check_store(settings, url, master, keys)
         data = store.folder if store else settings.shown("storage_url")
-        _announce(settings, data, sms, new_master or new_key, token)
+        _announce(settings, data, sms, new_master or new_key, keys.files.token)
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
-        _run_workers(settings, holder.getsockname()[0], _pem(key), token)
+        _run_workers(settings, holder.getsockname()[0], keys.files)
     finally:
         for number in STOP_SIGNALS:  # a second one must not interrupt the stop
             signal.signal(number, signal.SIG_IGN)
@@ -6111,7 +6621,7 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> None:
+def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
     from granian import Granian  # here, because only this command needs it
     from granian.constants import HTTPModes, Interfaces
     from granian.http import HTTP1Settings
@@ -6133,7 +6643,7 @@ def _run_workers(settings: Settings, address: str, pem: bytes, token: str) -> No
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     ended: Any = (lambda *_: None) if ignored else server.signal_handler_interrupt
     server.signal_handler_reload = ended  # type: ignore[method-assign]
-    load = partial(worker_app, settings, os.getpid(), pem, token)
+    load = partial(worker_app, settings, os.getpid(), files)
     try:
         server.serve(target_loader=load, wrap_loader=False)
     except SystemExit:  # a worker ended by itself; that is no failure if it was told to stop
@@ -6168,6 +6678,23 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
     key, _ = load_signing_key(settings, algorithm)
     print(f"made {path}", file=sys.stderr)
     print(json.dumps(public_key_json(key.public_key()), indent=2))
+    return 0
+
+
+def rotate_keys(settings: Settings, leaked: bool) -> int:
+    """Make the next key for proofs. After a leak: it signs at once, and the others end."""
+    master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
+    if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
+        check_store(settings, settings.storage_url, master, keys)
+    now_s, known = int(time.time()), keys.files.proofs
+    overlap_s = 0 if leaked else settings.jwks_overlap_s
+    path = add_proof_key(settings, max(now_s + overlap_s, max(known) + 1))
+    needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
+    for from_s in known.keys() - needed:
+        _proof_path(settings, from_s).unlink(missing_ok=True)
+    if settings.storage_url:
+        check_store(settings, settings.storage_url, master, load_keys(settings)[0])
+    print(f"made {path}; it signs in {overlap_s} s", file=sys.stderr)
     return 0
 
 
@@ -6262,6 +6789,7 @@ def _lab(command: str) -> Any:
 _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
     "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
+    "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
 }  # fmt: skip
@@ -6281,6 +6809,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
     parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
+    parser.add_argument("--leaked", action="store_true", help="rotate-keys: end all keys of before")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():

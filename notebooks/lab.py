@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import jwt
 import redis
 import urllib3
 from babel.support import NullTranslations
@@ -274,7 +275,7 @@ class Lab:
         given: gateway.Json = {"data_dir": f"{folder}/data", "keys_dir": f"{folder}/keys"}
         given |= {"public_url": "http://localhost:5000"} | settings
         self.settings = gateway.Settings(**given)
-        for name in ("browserid.pem", "master.secret"):
+        for name in ("browserid.pem", "master.secret", "proof-0.pem"):
             known = (TEST_KEYS / name).read_bytes
             gateway.keep_private_file(Path(self.settings.keys_dir, name), known)
         client_pem = (TEST_KEYS / "client.pem").read_bytes()
@@ -308,6 +309,30 @@ class Lab:
     def close(self) -> None:
         """Stop everything and leave nothing behind."""
         self._open.close()
+
+
+def present(proof: str, key: Any, audience: str, nonce: str, now_s: float) -> str:
+    """What a client shows to a site: its SD-JWT, and a KB-JWT that it signs for this occasion.
+
+    Args:
+        key: The client's: an EC P-256, Ed25519 or RSA private key of ``cryptography``.
+        audience: The site's origin.
+        nonce: What the site gave.
+    """
+    digest = base64.urlsafe_b64encode(hashlib.sha256(proof.encode()).digest()).decode()
+    note = {"aud": audience, "nonce": nonce, "iat": int(now_s), "sd_hash": digest.rstrip("=")}
+    return proof + jwt.encode(note, key, _algorithm_of(key), {"typ": "kb+jwt"})
+
+
+def public_jwk(key: Any) -> gateway.Json:
+    """The public JWK of such a private key, as PyJWT writes it."""
+    found = jwt.get_algorithm_by_name(_algorithm_of(key)).to_jwk(key.public_key(), as_dict=True)
+    return dict(found)
+
+
+def _algorithm_of(key: Any) -> str:
+    kind = type(key).__name__
+    return "EdDSA" if "Ed25519" in kind else "RS256" if "RSA" in kind else "ES256"
 
 
 def claims(token: str) -> gateway.Json:

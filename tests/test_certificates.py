@@ -397,6 +397,47 @@ def test_keys_are_read_and_written_alike(name: str) -> None:
     assert gateway.algorithm_of(key) == name
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_key_of_the_2014_page_is_the_number_that_it_stands_for(
+    client: WsgiClient, name: str
+) -> None:
+    """Its big-number library as JSON, "keysize" beside it; and what follows verifies."""
+    numbers = {part: limbs(number(name, part)) for part in public(name) if part != "algorithm"}
+    for value in numbers.values():
+        value["arr"] += [None, 77]  # what jsbn once used for a larger number; t says where it ends
+    key = {"algorithm": name[:2], "keysize": int(name[2:]), **numbers}
+    answer = client.verified().call("/certificate/sign", {"publicKey": json.dumps(key)})
+    assert opened(answer.json["cert"]).claims["public-key"] == public(name)
+    now_ms = int(time.time() * 1000)
+    assertion = gateway.make_assertion(key_of(name), AUDIENCE, now_ms + 60_000)
+    backed = f"{answer.json['cert']}~{assertion}"
+    issuer_key = client.gateway.keys.browserid.public_key()
+    claims = gateway.verify_backed_assertion(
+        backed, AUDIENCE, client.app.settings.issuer, issuer_key, now_ms
+    )
+    assert claims["verifiedMSISDN"] == NUMBER
+
+
+@pytest.mark.parametrize("path", ["/certificate/sign", "/sms/verify_code"])
+@pytest.mark.parametrize("form", ["BrowserID", "limbs", "JWK", "proof key"])
+def test_our_own_key_is_nobody_elses(client: WsgiClient, path: str, form: str) -> None:
+    """Whoever is certified with our key could show what we sign as their own."""
+    keys = client.verified().gateway.keys
+    numbers: Any = keys.browserid.public_key().public_numbers()
+    n, e = numbers.n, numbers.e
+    key = {
+        "BrowserID": {"algorithm": "RS", "n": f"00{n}", "e": str(e)},
+        "limbs": {"algorithm": "RS", "n": limbs(n), "e": limbs(e)},
+        "JWK": {"kty": "RSA", "n": b64(n.to_bytes(256, "big")), "e": "AQAB", "use": "enc"},
+        "proof key": keys.published(client.gateway.clock())[0].jwk,
+    }[form]
+    assert client.ask().status == 200
+    answer = client.call(path, {"code": client.code(), "publicKey": key})
+    assert (answer.status, answer.errno) == (400, 107)
+    assert "gateway's" in answer.json["message"]
+    assert client.call("/sms/verify_code", {"code": client.code()}).status == 200  # not used up
+
+
 @pytest.mark.parametrize("then", ["verified anew", "unregistered"])
 def test_a_certificate_tells_how_it_is_when_it_is_given(
     client: WsgiClient, monkeypatch: pytest.MonkeyPatch, then: str
@@ -461,6 +502,60 @@ ORDER_Q = int(
 )  # fmt: skip
 """Of order ``PRIME_Q`` modulo ``COMPOSITE_P``."""
 
+
+def limbs(number: int) -> dict[str, Any]:
+    """A number as ``JSON.stringify`` shows a jsbn BigInteger: limbs of 28 bits, lowest first."""
+    found = [number >> shift & 2**28 - 1 for shift in range(0, number.bit_length(), 28)]
+    return {"arr": found, "t": len(found), "s": 0}
+
+
+MODP_4096 = """
+FFFFFFFF FFFFFFFF C90FDAA2 2168C234 C4C6628B 80DC1CD1 29024E08 8A67CC74 020BBEA6 3B139B22 514A0879
+8E3404DD EF9519B3 CD3A431B 302B0A6D F25F1437 4FE1356D 6D51C245 E485B576 625E7EC6 F44C42E9 A637ED6B
+0BFF5CB6 F406B7ED EE386BFB 5A899FA5 AE9F2411 7C4B1FE6 49286651 ECE45B3D C2007CB8 A163BF05 98DA4836
+1C55D39A 69163FA8 FD24CF5F 83655D23 DCA3AD96 1C62F356 208552BB 9ED52907 7096966D 670C354E 4ABC9804
+F1746C08 CA18217C 32905E46 2E36CE3B E39E772C 180E8603 9B2783A2 EC07A28F B5C55DF0 6F4C52C9 DE2BCBF6
+95581718 3995497C EA956AE5 15D22618 98FA0510 15728E5A 8AAAC42D AD33170D 04507A33 A85521AB DF1CBA64
+ECFB8504 58DBEF0A 8AEA7157 5D060C7D B3970F85 A6E1E4C7 ABF5AE8C DB0933D7 1E8C94E0 4A25619D CEE3D226
+1AD2EE6B F12FFA06 D98A0864 D8760273 3EC86A64 521F2B18 177B200C BBE11757 7A615D6C 770988C0 BAD946E2
+08E24FA0 74E5AB31 43DB5BFC E0FD108E 4B82D120 A9210801 1A723C12 A787E6D7 88719A10 BDBA5B26 99C32718
+6AF4E23C 1A946834 B6150BDA 2583E9CA 2AD44CE8 DBBBC2DB 04DE8EF9 2E8EFC14 1FBECAA6 287C5947 4E6BC05D
+99B2964F A090C3A2 233BA186 515BE7ED 1F612970 CEE2D7AF B81BDD76 2170481C D0069127 D5B05AA9 93B4EA98
+8D8FDDC1 86FFB7DC 90A6C08F 4DF435C9 34063199 FFFFFFFF FFFFFFFF
+"""
+
+
+@cache
+def prime_of(bits: int) -> int:
+    """A prime of so many bits: half of an RSA key of twice as many."""
+    return rsa.generate_private_key(65537, 2 * bits).private_numbers().p
+
+
+def test_who_sees_a_prime_modulus_can_sign() -> None:
+    """Why such a key is refused, though it can sign and verify like any other."""
+    n = prime_of(1024)
+    d = pow(65537, -1, n - 1)
+    message = 0xC0FFEE
+    assert pow(pow(message, d, n), 65537, n) == message
+
+
+@pytest.mark.parametrize("bits", [1024, 2048, 3072, 4096])
+def test_a_prime_modulus_is_found_and_no_other(bits: int) -> None:
+    """By OpenSSL up to 3072 bits; ``pow`` as the judge."""
+    composite = rsa.generate_private_key(65537, bits).public_key().public_numbers().n
+    assert not gateway._is_prime(composite)
+    assert pow(2, composite - 1, composite) != 1
+    if bits < 4096:  # a prime of 4096 bits takes a minute to find
+        assert gateway._is_prime(prime_of(bits))
+        square = prime_of(bits // 2) ** 2
+        assert not gateway._is_prime(square)
+
+
+def test_a_prime_of_4096_bits_is_found() -> None:
+    """That of RFC 3526, group 16, which is one for certain."""
+    assert gateway._is_prime(int("".join(MODP_4096.split()), 16))
+
+
 REFUSED_KEYS: dict[str, Callable[[], Any]] = {
     # name: a key that some wrong implementation takes
     "no object": lambda: 7,
@@ -519,7 +614,20 @@ REFUSED_KEYS: dict[str, Callable[[], Any]] = {
     "e 0": lambda: rs(e="0"),
     "e 1": lambda: rs(e="1"),  # every message is its own signature
     "e 2": lambda: rs(e="2"),
-    "e even": lambda: rs(e="65536"),
+    "e 3": lambda: rs(e="3"),
+    "e 65535": lambda: rs(e="65535"),
+    "e even": lambda: rs(e="65538"),
+    "n prime, of 1024 bits": lambda: rs(n=str(prime_of(1024))),
+    "n prime, of 2048 bits": lambda: rs(n=str(prime_of(2048))),
+    "limbs of 29 bits": lambda: rs(n=limbs(number("RS256", "n")) | {"arr": [2**28] * 74, "t": 74}),
+    "limbs below 0": lambda: ds(y=limbs(number("DS128", "y")) | {"s": -1}),
+    "negative limb": lambda: ds(y={"arr": [-5, 7], "t": 2, "s": 0}),
+    "fewer limbs than t": lambda: ds(y=limbs(number("DS128", "y")) | {"t": 99}),
+    "no limbs": lambda: ds(y={"arr": [], "t": 0, "s": 0}),
+    "limbs of texts": lambda: ds(y={"arr": ["1", "2"], "t": 2, "s": 0}),
+    "limbs without t": lambda: ds(y={"arr": [1, 2], "s": 0}),
+    "thousands of limbs": lambda: rs(n={"arr": [1] * 4000, "t": 4000, "s": 0}),
+    "limbs of a fraction": lambda: ds(y={"arr": [1.0, 2], "t": 2, "s": 0}),
     "e as large as n": lambda: rs(e=rs()["n"]),
     "y 0": lambda: ds(y=0),
     "y 1": lambda: ds(y=1),  # x = 0: anybody can sign
@@ -842,6 +950,32 @@ def assertion_by(name: str = "RS128", **claims: Any) -> str:
     return handmade({"aud": AUDIENCE, "exp": NOW_MS + 60_000} | claims, name)
 
 
+def forged_by_chain() -> str:
+    """The holder of a certificate writes another one, about somebody else's number."""
+    claims = claims_of_certificate("RS128 other") | {"verifiedMSISDN": "+447700900666"}
+    own = f"{certificate()}~{handmade(claims, 'RS128')}"
+    return f"{own}~{handmade({'aud': AUDIENCE, 'exp': NOW_MS + 60_000}, 'RS128 other')}"
+
+
+@pytest.mark.parametrize(
+    "audience", [AUDIENCE, AUDIENCE + "/", "https://SHOP.example", AUDIENCE + ":443"]
+)
+def test_an_audience_is_an_origin_however_it_is_spelled(audience: str) -> None:
+    backed = f"{certificate()}~{assertion_by(aud=audience)}"
+    assert believe(backed)["verifiedMSISDN"] == NUMBER
+    key = key_of("RS256 server").public_key()
+    backed = f"{certificate()}~{assertion_by()}"
+    assert gateway.verify_backed_assertion(backed, audience, ISSUER, key, NOW_MS)
+
+
+def test_no_audience_is_no_origin() -> None:
+    """Two texts that are no origins are not the same one."""
+    backed, key = f"{certificate()}~{assertion_by(aud='')}", key_of("RS256 server").public_key()
+    for audience in ("", "shop.example", "null"):
+        with pytest.raises(gateway.InvalidToken):
+            gateway.verify_backed_assertion(backed, audience, ISSUER, key, NOW_MS)
+
+
 BAD_BACKED: dict[str, Callable[[], str]] = {
     "no assertion": lambda: certificate(),
     "empty assertion": lambda: certificate() + "~",
@@ -854,7 +988,24 @@ BAD_BACKED: dict[str, Callable[[], str]] = {
     "the certificate twice": lambda: f"{certificate()}~{certificate()}",
     "joined by a dot": lambda: f"{certificate()}.{assertion_by()}",
     "another audience": lambda: f"{certificate()}~{assertion_by(aud='https://evil.example')}",
-    "audience with a slash": lambda: f"{certificate()}~{assertion_by(aud=AUDIENCE + '/')}",
+    "audience with a path": lambda: f"{certificate()}~{assertion_by(aud=AUDIENCE + '/x')}",
+    "audience without a scheme": lambda: f"{certificate()}~{assertion_by(aud='shop.example')}",
+    "audience of another scheme": lambda: f"{certificate()}~"
+    f"{assertion_by(aud='http://shop.example')}",
+    "audience at another port": lambda: f"{certificate()}~{assertion_by(aud=AUDIENCE + ':8443')}",
+    "audience with a login": lambda: f"{certificate()}~{assertion_by(aud='https://a@shop.example')}",
+    "audience empty": lambda: f"{certificate()}~{assertion_by(aud='')}",
+    "audience twice": lambda: f"{certificate()}~" + handmade(
+        json.dumps({"exp": NOW_MS + 9}).replace("{", f'{{"aud":"x","aud":"{AUDIENCE}",').encode(),
+        "RS128",
+    ),
+    "a name twice, deep inside": lambda: f"{certificate()}~" + handmade(
+        f'{{"aud":"{AUDIENCE}","exp":{NOW_MS + 9},"z":[{{"a":1,"a":1}}]}}'.encode(), "RS128"
+    ),
+    "alg twice": lambda: f"{certificate()}~" + handmade(
+        {"aud": AUDIENCE, "exp": NOW_MS + 9}, "RS128", b'{"alg":"none","alg":"RS128"}'
+    ),
+    "a chain that forges": lambda: forged_by_chain(),
     "audience a list": lambda: f"{certificate()}~{assertion_by(aud=[AUDIENCE])}",
     "audience null": lambda: f"{certificate()}~{assertion_by(aud=None)}",
     "assertion by another client": lambda: f"{certificate()}~{assertion_by('RS128 other')}",

@@ -350,9 +350,7 @@ class Life(RuleBasedStateMachine):
 
     def certified(self, answer: Answer) -> None:
         """There is a certificate, and it says when the number was verified."""
-        _, claims = unpacked(
-            answer.json["cert"], gateway.public_key_json(self.me.gateway.key.public_key())
-        )
+        _, claims = unpacked(answer.json["cert"], self.me.gateway.keys.browserid_json)
         assert claims["verifiedMSISDN"] == self.number
         assert claims["lastVerifiedAt"] == self.verified_s * 1000
 

@@ -253,12 +253,12 @@ def test_api_specs_allows_what_we_take(
 
 def test_browserid_names_our_key_and_a_page(client: WsgiClient) -> None:
     body = client.get("/.well-known/browserid").json
-    key = client.gateway.key.public_key()
+    key = client.gateway.keys.browserid.public_key()
     assert body["public-key"] == gateway.public_key_json(key)
     assert body["authentication"] == body["provisioning"]
     page = client.get(body["authentication"])
     assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    private = client.gateway.key.private_numbers()
+    private = client.gateway.keys.browserid.private_numbers()
     assert str(getattr(private, "d", "x")) not in json.dumps(body)
 
 

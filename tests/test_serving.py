@@ -1222,9 +1222,8 @@ def good_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a keys folder."""
     folder = tmp_path_factory.mktemp("good")
     settings = gateway.Settings(keys_dir=str(folder), data_dir=str(folder / "data"))
-    gateway.load_signing_key(settings)
+    gateway.load_keys(settings)
     gateway.load_master_secret(settings)
-    gateway.load_operator_token(settings)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -1281,7 +1280,9 @@ def test_a_damaged_key_file_is_refused_and_kept(
         assert before.decode().strip() not in said
 
 
-@pytest.mark.parametrize("name", ["browserid.pem", "master.secret", "operator.token"])
+@pytest.mark.parametrize(
+    "name", ["browserid.pem", "master.secret", "operator.token", "proof-0.pem"]
+)
 def test_with_a_damaged_key_file_nothing_starts(
     name: str, good_keys: dict[str, bytes], start_gateway: Start, tmp_path: Path
 ) -> None:

@@ -123,6 +123,8 @@ NETWORKS = st.builds(
 DIGESTS = st.just(b"") | st.binary(min_size=8, max_size=8).filter(any)
 FLAGS = ("masked", "long", "by_phone", "sending", "asked_long", "again", "by_outbox",
          "verified_by_outbox")  # fmt: skip
+MORE_FLAGS = ("code_by_phone", "verified_by_phone")
+"""Those of the second byte, at the end of the record: only a phone that asks by SMS sets them."""
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "hawk_key": BYTES_32,
     "sealed": st.just(b"") | st.binary(min_size=24, max_size=24).filter(any),
@@ -136,7 +138,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tries": st.integers(0, 255),
     "tried": st.integers(0, 2**16 - 1),
     "ticket": st.integers(0, 2**16 - 1),
-    **dict.fromkeys(FLAGS, st.booleans()),
+    **dict.fromkeys((*FLAGS, *MORE_FLAGS), st.booleans()),
 }
 USERS = st.builds(gateway.User, **FIELDS)
 ALL_FLAGS: dict[str, Any] = dict.fromkeys(FLAGS, True)
@@ -150,10 +152,10 @@ ALL_FLAGS: dict[str, Any] = dict.fromkeys(FLAGS, True)
 @example(gateway.User(KEY, older_digest=b"o" * 8))
 @examples(max_examples=200, deadline=None)
 def test_record_round_trip(user: gateway.User) -> None:
-    """Also when key, number or digest end in zero bytes; never more than 95 bytes."""
+    """Also when key, number or digest end in zero bytes; never more than 96 bytes."""
     packed = user.pack()
     assert gateway.User.unpack(packed) == user
-    assert len(packed) <= 95
+    assert len(packed) <= 96
     assert packed[0] == gateway.RECORD_VERSION == 2
 
 
@@ -184,6 +186,22 @@ def test_each_flag_is_one_bit(name: str) -> None:
     assert gateway.User(KEY, **ALL_FLAGS).pack()[1] == 255
 
 
+@pytest.mark.parametrize("name", MORE_FLAGS)
+def test_each_flag_of_the_second_byte_is_one_bit(name: str) -> None:
+    flag: dict[str, Any] = {name: True}
+    packed = gateway.User(KEY, **flag).pack()
+    assert (len(packed), packed[1], packed[-1].bit_count()) == (96, 0, 1)
+    assert gateway.User.unpack(packed) == gateway.User(KEY, **flag)
+
+
+def test_a_record_from_before_the_second_byte_tells_how_it_was_verified() -> None:
+    """Of 95 bytes at most. A phone cannot ask once a client did, so ``by_phone`` is enough."""
+    for by_phone, method in ((False, "sms/mt"), (True, "sms/momt")):
+        user = gateway.User(KEY, by_phone=by_phone, verified_s=5, tries=3, tried=7, ticket=9)
+        assert len(user.pack()) == 95
+        assert gateway.User.unpack(user.pack()).method == method
+
+
 def test_networks_that_look_alike_differ() -> None:
     """``7`` is no MNC; ``07`` and ``007`` are two."""
     mncs = [""] + [f"{n:02}" for n in range(100)] + [f"{n:03}" for n in range(1000)]
@@ -195,7 +213,7 @@ def test_networks_that_look_alike_differ() -> None:
 def test_record_sizes(end: bytes) -> None:
     """What a user costs: 34 bytes registered, 82 to 93 while a code waits, then 70, 74 or 93.
 
-    And 95 while a message is being sent.
+    And 95 while a message is being sent; 96 at most, which is so if a phone asked by SMS.
     """
     registered = gateway.User((b"k" * 32 + end)[-32:], masked=True)
     assert len(registered.pack()) <= 34
@@ -216,7 +234,9 @@ def test_record_sizes(end: bytes) -> None:
     assert len(most._replace(tries=9).pack()) == 91
     assert len(most._replace(tries=9, tried=2**16 - 1).pack()) == 93
     assert len(asked._replace(ticket=1).pack()) == 95
-    assert len(most._replace(tries=9, tried=2**16 - 1, ticket=2**16 - 1).pack()) == 95
+    most = most._replace(tries=9, tried=2**16 - 1, ticket=2**16 - 1)
+    assert len(most.pack()) == 95
+    assert len(most._replace(code_by_phone=True, verified_by_phone=True).pack()) == 96
 
 
 def test_record_sizes_in_the_store(client: WsgiClient, storage: gateway.Storage) -> None:
@@ -244,14 +264,14 @@ def test_record_sizes_in_the_store(client: WsgiClient, storage: gateway.Storage)
 @example(b"")
 @example(b"\1" * 89)
 @example(b"\1" * 90)
-@example(b"\2" * 95)
 @example(b"\2" * 96)
+@example(b"\2" * 97)
 @example(b"\1" + b"\xff" * 88)
 @example(b"\2" + b"\xff" * 94)
 @examples(max_examples=200, deadline=None)
 def test_any_bytes_as_a_record(packed: bytes) -> None:
     """A user, or Unavailable; another error would be a 500 for ever after a downgrade."""
-    ours = len(packed) <= {b"\1": 89, b"\2": 95}.get(packed[:1], 0)
+    ours = len(packed) <= {b"\1": 89, b"\2": 96}.get(packed[:1], 0)
     if not ours or not packed:
         with pytest.raises(gateway.Unavailable):
             gateway.User.unpack(packed)
@@ -261,7 +281,7 @@ def test_any_bytes_as_a_record(packed: bytes) -> None:
     assert gateway.User.unpack(user.pack()) == user
 
 
-@pytest.mark.parametrize("length", [1, 34, 93, 96, 200])
+@pytest.mark.parametrize("length", [1, 34, 93, 97, 200])
 def test_records_of_other_versions(
     client: WsgiClient, storage: gateway.Storage, length: int
 ) -> None:
@@ -269,7 +289,7 @@ def test_records_of_other_versions(
     client.register()
     (key,) = contents(storage)
     # What is too long to be of a version that we read was not written by it either.
-    for version in (0, 3, 255, *(n for n, most in ((1, 89), (2, 95)) if length > most)):
+    for version in (0, 3, 255, *(n for n, most in ((1, 89), (2, 96)) if length > most)):
         record = bytes([version]) + b"\7" * (length - 1)
         storage._run("SET", key, record)
         for path in ("/sms/verify", "/certificate/sign", "/unregister"):
