@@ -74,7 +74,7 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
     started: list[Demo] = []
 
     def start(*options: str, **kwargs: Any) -> Demo:
-        (folder := tmp_path / f"demo{len(started)}").mkdir()
+        (folder := tmp_path / str(len(started))).mkdir()  # a socket may not lie deep
         started.append(Demo(folder, *options, **kwargs))
         return started[-1]
 

@@ -1142,24 +1142,40 @@ CLAIMS = """
 import os, sys, time
 import gateway
 gateway.TAKEOVER_S = 0.2
-settings, begin_s = gateway.Settings(port=int(sys.argv[1])), float(sys.argv[2])
+settings = gateway.Settings(port=int(sys.argv[1]))
+print("ready", flush=True)
+begin_s = float(input())
 while time.time() < begin_s:
     pass
 try:
     holder = gateway.claim_port(settings)
 except gateway.StartError:
-    os._exit(1)
-time.sleep(0.5)
-os._exit(0)
+    print("refused", flush=True)
+else:
+    print("has it", flush=True)
+sys.stdin.read()
 """
 
 
 @pytest.mark.parametrize("round", range(3))
 def test_of_many_that_claim_a_port_in_the_same_instant_one_wins(round: int) -> None:
     """All of them could bind: each allowed it until it had it."""
-    command = [sys.executable, "-c", CLAIMS, str(free_port()), str(time.time() + 3)]
-    claims = [subprocess.Popen(command, cwd=ROOT) for _ in range(4)]
-    assert sorted(claim.wait(20) for claim in claims) == [0, 1, 1, 1]
+    command = [sys.executable, "-c", CLAIMS, str(free_port())]
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        claims = [
+            stack.enter_context(
+                subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+            )
+            for _ in range(4)
+        ]
+        ends: Any = [(claim.stdin, claim.stdout) for claim in claims]
+        assert [told.readline() for _, told in ends] == ["ready\n"] * 4
+        begin_s = time.time() + 0.1
+        for asked, _ in ends:
+            asked.write(f"{begin_s}\n")
+        outcomes = sorted(told.readline() for _, told in ends)
+        assert outcomes == ["has it\n"] + ["refused\n"] * 3
 
 
 def test_a_port_of_another_program_is_refused_and_says_how_to_find_it(start_gateway: Start) -> None:
