@@ -41,6 +41,12 @@ SPREAD = {
     )
 }
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
+SLOW = {
+    *("bench", "demo", "docs", "failover", "faults", "interop", "jupyterlab", "kannel"),
+    *("pages_in_browser", "planted_faults", "prices", "providers", "serving", "signatures"),
+    *("smpp", "split", "store_pool", "stores", "tls"),
+}
+"""Files that start what takes long: ``make check`` leaves them out, like tests marked slow."""
 UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
 """Files that share what a worker should not make twice."""
 
@@ -104,8 +110,13 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, lambda *_: None)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First those that run alone: later each would wait until every worker has done its test."""
+    for item in items:
+        starts = "start_gateway" in getattr(item, "fixturenames", ())
+        if starts or item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)
 
 
