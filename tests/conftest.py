@@ -227,7 +227,8 @@ def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = above / "docs"
     folder.mkdir()
     (folder / "left-over.html").write_text("from an earlier time")
-    variables = (f"DOCS={folder}", f"BUILD={above}/build", f"BIN={Path(sys.executable).parent}")
+    (above / "venv").symlink_to(Path(sys.executable).parent.parent)  # its path may hold a space
+    variables = (f"DOCS={folder}", f"BUILD={above}/build", f"BIN={above}/venv/bin")
     make = ["make", "-n", "docs", *variables]
     told = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for line in told.splitlines():

@@ -367,7 +367,7 @@ def tree(tmp_path: Path) -> Path:
     for tool in ("pybabel", "python"):
         found = Path(sys.executable).with_name(tool)
         script = tmp_path / ".venv" / "bin" / tool
-        script.write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec "{found}" "$@"\n')
         script.chmod(0o755)
     for stamp in ("server", "done"):
         (tmp_path / ".venv" / stamp).touch()
