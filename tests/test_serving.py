@@ -31,7 +31,7 @@ import pytest
 import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
-from support import NUMBER, ROOT, GatewayProcess
+from support import NUMBER, ROOT, GatewayProcess, free_port
 from test_sms import SmsApi, after
 
 import gateway
@@ -121,12 +121,6 @@ def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
 def outcome(reply: lab.Reply) -> tuple[int, int | None]:
     """Status and errno."""
     return reply.status, (reply.body or {}).get("errno")
-
-
-def free_port() -> int:
-    """A loopback port where nobody listens."""
-    with contextlib.closing(lab.free_port()) as holder:
-        return int(holder.getsockname()[1])
 
 
 def public_key(process: GatewayProcess) -> Any:

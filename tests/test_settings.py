@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ import lab
 import msgspec
 import psutil
 import pytest
-from support import GatewayProcess
+from support import GatewayProcess, free_port
 
 import gateway
 from gateway import Settings, SettingsError
@@ -970,8 +969,7 @@ def test_help_says_what_each_command_does(run: Callable[..., Ended]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["demo", "memory"])
 def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path) -> None:
-    with contextlib.closing(lab.free_port()) as holder:
-        port = str(holder.getsockname()[1])
+    port = str(free_port())
     argv = [sys.executable, "-u", "gateway.py", command, "--port", port, "--users", "2000000"]
     with subprocess.Popen(
         argv, cwd=lab.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -1048,8 +1046,7 @@ def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path)
     """``| head``: no traceback, and nothing is left half-done."""
     reader, writer = os.pipe()
     os.close(reader)
-    with contextlib.closing(lab.free_port()) as holder:
-        port = str(holder.getsockname()[1])
+    port = str(free_port())
     argv = [sys.executable, "gateway.py", command, "--port", port, "--keys-dir", str(tmp_path)]
     ended = subprocess.run(
         argv, stdout=writer, stderr=subprocess.PIPE, cwd=lab.ROOT, text=True, check=False
