@@ -43,7 +43,7 @@ Start = Callable[..., GatewayProcess]
 # -- Helpers ------------------------------------------------------------------
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 5) -> bool:
+def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
     """Tell whether a condition comes true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -128,7 +128,7 @@ def public_key(process: GatewayProcess) -> Any:
     return lab.Client(process.url).call("GET", "/.well-known/browserid").body["public-key"]
 
 
-def refusal(process: GatewayProcess, timeout_s: float = 8) -> str:
+def refusal(process: GatewayProcess, timeout_s: float = 30) -> str:
     """What a gateway said that refused to start."""
     assert process.process.wait(timeout_s) == 1, process.output
     assert "Traceback" not in process.output
@@ -1122,7 +1122,7 @@ def test_of_two_that_start_at_once_one_wins(
     def one_refused() -> bool:
         return any(process.process.poll() is not None for process in both)
 
-    assert eventually(one_refused, 10)
+    assert eventually(one_refused)
     [loser] = [process for process in both if process.process.poll() is not None]
     [winner] = [process for process in both if process is not loser]
     said = refusal(loser)
@@ -1191,7 +1191,7 @@ def test_two_gateways_beside_each_other(start_gateway: Start, tmp_path: Path) ->
 def test_an_address_that_is_not_ours(start_gateway: Start) -> None:
     with SmsApi() as api:
         process = start_gateway("--host", "192.0.2.1", *api.option(), wait=False)
-        said = refusal(process, 5)
+        said = refusal(process)
         assert "192.0.2.1" in said
         assert not (process.folder / "data").exists()
 
@@ -1423,7 +1423,7 @@ def test_a_store_that_evicts_is_refused_or_warned_of(
     with redis.Redis.from_url(external.url) as connection:
         connection.config_set("maxmemory-policy", "allkeys-lru")
     process = start_gateway("--storage-url", external.url, wait=False)
-    assert eventually(lambda: "maxmemory-policy" in process.output, 5), process.output
+    assert eventually(lambda: "maxmemory-policy" in process.output), process.output
     assert "Traceback" not in process.output
 
 
@@ -1529,7 +1529,7 @@ def test_application_under_another_server(
                 return client.call("GET", "/__heartbeat__").status == 200
             return False
 
-        assert eventually(answers, 15), log.read_text()
+        assert eventually(answers, 30), log.read_text()
         assert client.register().body["verificationUrl"] == f"{client.address}/sms/verify"
         assert client.verify(NUMBER).status == 200
         client.operator_token = (tmp_path / "keys" / "operator.token").read_text().strip()
