@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install runserver test lint notebooks docs bench attack trace update-l10n
+.PHONY: help install runserver test check lint notebooks docs bench attack trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,8 +25,11 @@ install: .venv/done  ## make .venv and install all pinned requirements
 runserver: .venv/server  ## start the gateway on http://127.0.0.1:5000
 	@exec $(BIN)/python gateway.py $(ARGS)
 
-test: .venv/done  ## run all tests, notebooks included
+test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
 	$(BIN)/python -m pytest $(ARGS)
+
+check: lint  ## before each commit, in a minute: lint, and the tests that are not slow
+	$(BIN)/python -m pytest -q -m "not slow" tests $(ARGS)
 
 lint: .venv/done  ## check formatting, style and types
 	$(BIN)/ruff format --check

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
@@ -22,9 +26,106 @@ import gateway  # noqa: E402 - it lies one folder up
 collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 
 
+# -- Several workers ----------------------------------------------------------
+#
+# A worker of xdist has its own session fixtures (its own store, its own pages) and its own
+# folder below pytest's. It is given one unit after the other, in the order of collection.
+
+WORKERS = min(2 * (os.cpu_count() or 1), 8)
+"""Two for each core: half of the time of these tests is waiting."""
+SPREAD = {
+    f"tests/test_{name}.py"
+    for name in (
+        *("bench", "certificates", "demo", "faults", "flows", "gateway", "http", "limits"),
+        *("prices", "providers", "serving", "settings", "sms", "storage", "store_pool"),
+    )
+}
+"""Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
+SLOW = {
+    *("bench", "demo", "docs", "failover", "faults", "interop", "jupyterlab", "kannel"),
+    *("pages_in_browser", "planted_faults", "prices", "providers", "serving", "signatures"),
+    *("smpp", "split", "store_pool", "stores", "tls"),
+}
+"""Files that start what takes long: ``make check`` leaves them out, like tests marked slow."""
+UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
+"""Files that share what a worker should not make twice."""
+
+
+class Units(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
+    """Gives out whole files; of those in ``SPREAD``, single tests with all their parameters."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid.partition("[")[0] if file in SPREAD else UNITS.get(file, file)
+
+
+class Room:
+    """Keeps the other workers from running tests while one that is ``alone`` runs.
+
+    The file ``room`` is locked by all who run a test: shared, or by one alone. The file ``door``
+    is locked by who waits for the room: whoever comes later waits behind it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.room, self.door = (folder / "room").open("w"), (folder / "door").open("w")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Run one test."""
+        alone = item.get_closest_marker("alone")
+        fcntl.flock(self.door, fcntl.LOCK_EX)
+        fcntl.flock(self.room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self.door, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(self.room, fcntl.LOCK_UN)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many workers: none for single files, which one may want to debug."""
+    files = [Path(argument.partition("::")[0]).is_file() for argument in config.args]
+    return 0 if all(files) else WORKERS
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Units:
+    """How the tests are shared out."""
+    config.option.loadscopereorder = False
+    return Units(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare a process that runs tests: a worker, or the only one."""
+    if hasattr(config, "workerinput"):
+        # The socket of a store may lie 103 bytes deep: "0", not "popen-gw0".
+        above, worker = os.path.split(config.option.basetemp)
+        config.option.basetemp = os.path.join(above, worker.removeprefix("popen-gw"))
+        config.pluginmanager.register(Room(Path(above)))
+    elif config.option.dist != "no":
+        return
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        # In the background and under nohup some are ignored. Then we go on to ignore them, but
+        # by a handler: children do not inherit that, and some tests are of these very signals.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First those that run alone: later each would wait until every worker has done its test."""
+    for item in items:
+        starts = "start_gateway" in getattr(item, "fixturenames", ())
+        if starts or item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
+# -- Fixtures -----------------------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gateway.EmbeddedStore]:
-    """One embedded Valkey server for the whole run."""
+    """One embedded Valkey server for the whole run of this worker."""
     embedded = gateway.EmbeddedStore(str(tmp_path_factory.mktemp("store")))
     yield embedded
     embedded.stop()
@@ -126,7 +227,8 @@ def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = above / "docs"
     folder.mkdir()
     (folder / "left-over.html").write_text("from an earlier time")
-    variables = (f"DOCS={folder}", f"BUILD={above}/build", f"BIN={Path(sys.executable).parent}")
+    (above / "venv").symlink_to(Path(sys.executable).parent.parent)  # its path may hold a space
+    variables = (f"DOCS={folder}", f"BUILD={above}/build", f"BIN={above}/venv/bin")
     make = ["make", "-n", "docs", *variables]
     told = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for line in told.splitlines():

@@ -16,7 +16,7 @@ from urllib.parse import quote_from_bytes
 import lab
 import pytest
 import redis
-from support import GatewayProcess
+from support import GatewayProcess, free_port
 
 MISSING = "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
 SMPP = lab.ROOT / ".parts" / "smpp" / "node_modules" / "smpp"
@@ -34,12 +34,10 @@ def require(smpp: bool = False) -> None:
 
 def free_ports(n: int) -> list[int]:
     """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(contextlib.closing(lab.free_port())) for _ in range(n)]
-        return [int(holder.getsockname()[1]) for holder in held]
+    return [free_port() for _ in range(n)]
 
 
-def wait_for(what: Callable[[], object], timeout_s: float = 20) -> object:
+def wait_for(what: Callable[[], object], timeout_s: float = 60) -> object:
     """Poll until ``what`` gives something."""
     deadline = time.monotonic() + timeout_s
     while not (found := what()):

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import support
 import urllib3
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from support import free_port as free_port  # for those who need nothing else of it
 
 import gateway
 
@@ -50,7 +50,7 @@ def left_out() -> str:
     return "left out, not installed: " + "; ".join(missing) if missing else ""
 
 
-def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 20) -> Any:
+def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
     """Poll until ``true()`` gives something; it may raise while it is not there yet."""
     deadline = time.monotonic() + timeout_s
     error: Exception | None = None
@@ -147,20 +147,6 @@ class Server:
         """Make sure that it is gone."""
         if self.process.poll() is None:
             self.kill()
-
-
-def free_port() -> int:
-    """A loopback port that was free a moment ago, below those that clients are given."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        if port not in _GIVEN:
-            with contextlib.suppress(OSError), contextlib.closing(socket.socket()) as probe:
-                probe.bind(("127.0.0.1", port))
-                _GIVEN.add(port)
-                return port
-    raise AssertionError("no free port")
-
-
-_GIVEN: set[int] = set()
 
 
 class Cluster:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +52,25 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(1, how)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died before we were heard
         os._exit(1)
+
+
+PORTS_EACH: Final = 1_500
+_FIRST_PORT = 20_000 + PORTS_EACH * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_PORTS = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + PORTS_EACH))
+for _ in range(os.getpid() % PORTS_EACH):  # another run begins elsewhere
+    next(_PORTS)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on, and that no other worker of xdist is given.
+
+    It lies below those that the kernel gives to clients, which would race for it.
+    """
+    for port in itertools.islice(_PORTS, PORTS_EACH):
+        with contextlib.suppress(OSError), contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 class Clock:
@@ -248,9 +269,7 @@ class GatewayProcess:
         env: dict[str, str] | None = None,
         files: int = 0,
     ) -> None:
-        if not port:
-            with contextlib.closing(lab.free_port()) as holder:
-                port = holder.getsockname()[1]
+        port = port or free_port()
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
         self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
@@ -278,7 +297,7 @@ class GatewayProcess:
         """What it has printed so far, on stdout and stderr."""
         return self.log.read_text("utf-8", "replace")
 
-    def wait_until_ready(self, timeout_s: float = 20) -> None:
+    def wait_until_ready(self, timeout_s: float = 60) -> None:
         """Wait until it answers; fail with its output if it ends instead."""
         http = urllib3.PoolManager(retries=False, timeout=5)
         deadline = time.monotonic() + timeout_s

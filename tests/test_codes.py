@@ -82,6 +82,7 @@ def test_codes_are_uniform() -> None:
     assert distance_from_uniform(ours) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draw", [biased_2014, biased_modulo, biased_bytes, biased_never_zero, biased_unpadded]
 )

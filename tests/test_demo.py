@@ -19,7 +19,7 @@ from typing import Any
 import lab
 import psutil
 import pytest
-from support import NUMBER, ROOT, GatewayProcess
+from support import NUMBER, ROOT, GatewayProcess, free_port
 from test_sms import SmsApi, refused
 
 import gateway
@@ -31,9 +31,7 @@ class Demo:
     """A running demo whose folders, port and environment are its own."""
 
     def __init__(self, folder: Path, *options: str, port: int = 0, typed: bool = False) -> None:
-        if not port:
-            with contextlib.closing(lab.free_port()) as holder:
-                port = holder.getsockname()[1]
+        port = port or free_port()
         self.port, self.temporary, self.cwd = port, folder / "tmp", folder / "cwd"
         self.temporary.mkdir()
         self.cwd.mkdir()
@@ -74,7 +72,7 @@ def start_demo(tmp_path: Path) -> Iterator[Callable[..., Demo]]:
     started: list[Demo] = []
 
     def start(*options: str, **kwargs: Any) -> Demo:
-        (folder := tmp_path / f"demo{len(started)}").mkdir()
+        (folder := tmp_path / str(len(started))).mkdir()  # a socket may not lie deep
         started.append(Demo(folder, *options, **kwargs))
         return started[-1]
 

@@ -94,7 +94,7 @@ def survives(running: GatewayProcess, kill: Callable[[], Any]) -> None:
             recent = [[s for at, s, _ in loop.answers[-500:] if at > since] for loop in loops]
             return since > killed and all(len(r) > 5 and 503 not in r for r in recent)
 
-        wait_for(quiet, "its recovery")
+        wait_for(quiet, "its recovery", 20)
     answers = sorted(answer for loop in loops for answer in loop.answers)
     assert [reply for loop in loops for reply in loop.wrong] == []
     assert {status for _, status, _ in answers} <= {200, 503}

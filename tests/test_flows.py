@@ -466,6 +466,7 @@ class Life(RuleBasedStateMachine):
         assert self.me.call("/unregister").status == 204
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gaps_s", [AT_ONCE, [30, 60]], ids=str)
 def test_random_lives_are_as_the_contract_says(make_client: MakeClient, gaps_s: list[int]) -> None:
     clock = Clock()

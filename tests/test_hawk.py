@@ -159,6 +159,7 @@ pieces = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.text() | st.lists(pieces).map(lambda found: "Hawk " + "".join(found)))
 def test_any_text_is_a_header_or_refused(text: str) -> None:

@@ -1216,6 +1216,7 @@ def test_a_header_of_which_one_field_is_changed(
     assert nonces(session) == []  # or strangers could fill the store
 
 
+@pytest.mark.slow
 def test_hosts_and_paths_of_any_length_leave_no_memory_behind(session: WsgiClient) -> None:
     """What is kept of the last ones must not be what a stranger has to send to fill it."""
     tracemalloc.start()
@@ -1403,6 +1404,7 @@ def test_a_nonce_is_remembered_as_long_as_it_could_come_again(
     assert 119_000 < fixed.gateway.storage._run("PTTL", key) <= 121_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [1, 4, 60, 119])
 def test_gateways_whose_clocks_differ_agree_on_a_nonce(
     make_client: MakeClient, ahead_s: int
@@ -1425,6 +1427,7 @@ def test_gateways_whose_clocks_differ_agree_on_a_nonce(
     assert len(one.outbox()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verified", [False, True])
 def test_refused_requests_with_far_timestamps_leave_nothing(
     fixed: WsgiClient, verified: bool

@@ -440,7 +440,7 @@ def tree(tmp_path: Path) -> Path:
     for tool in ("pybabel", "python"):
         found = Path(sys.executable).with_name(tool)
         script = tmp_path / ".venv" / "bin" / tool
-        script.write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec "{found}" "$@"\n')
         script.chmod(0o755)
     for stamp in ("server", "done"):
         (tmp_path / ".venv" / stamp).touch()
@@ -463,6 +463,7 @@ def update(tree: Path, answer: str = "", **environ: str) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_update_l10n_leaves_what_is_up_to_date(tree: Path) -> None:
     """So what is committed is what the tool makes: template, languages, compiled files."""
     before = files(tree)
@@ -482,6 +483,7 @@ def test_update_l10n_asks_first(tree: Path, answer: str) -> None:
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_update_l10n_of_a_changed_sentence_stops_until_it_is_translated(tree: Path) -> None:
     source = (tree / "gateway.py").read_text("utf-8")
     (tree / "gateway.py").write_text(source.replace("Your verification code", "Your code"), "utf-8")

@@ -51,7 +51,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> str:
             shutil.copytree(ROOT / name, copy / name)
         (copy / "gateway.py").write_bytes(source.replace(right, wrong))
         paths.append(f"fault{n}/notebooks/{notebook}.ipynb")
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-rA", "--tb=no"]
+    command += ["-p", "no:cacheprovider"]
     run = subprocess.run([*command, *paths], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout + run.stderr
     return run.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ import lab
 import msgspec
 import psutil
 import pytest
-from support import GatewayProcess
+from support import GatewayProcess, free_port
 
 import gateway
 from gateway import Settings, SettingsError
@@ -969,10 +968,10 @@ def test_help_says_what_each_command_does(run: Callable[..., Ended]) -> None:
         assert len(told.split(f"\n  {command} ")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["demo", "memory"])
 def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path) -> None:
-    with contextlib.closing(lab.free_port()) as holder:
-        port = str(holder.getsockname()[1])
+    port = str(free_port())
     argv = [sys.executable, "-u", "gateway.py", command, "--port", port, "--users", "2000000"]
     with subprocess.Popen(
         argv, cwd=lab.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -1023,6 +1022,7 @@ def test_store_may_use_half_of_the_memory() -> None:
     assert Settings().store_max_bytes == gateway._memory_bytes() // 2
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_where_nobody_is() -> None:
     argv = f"exec '{sys.executable}' gateway.py settings >&-"
     ended = subprocess.run(["/bin/sh", "-c", argv], cwd=lab.ROOT, capture_output=True, check=False)
@@ -1042,13 +1042,13 @@ def test_table_lists_every_setting_with_its_value(run: Callable[..., Ended]) -> 
     assert "86400" in lines["session_ttl_s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["settings", "messages", "generate-keypair", "demo"])
 def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path) -> None:
     """``| head``: no traceback, and nothing is left half-done."""
     reader, writer = os.pipe()
     os.close(reader)
-    with contextlib.closing(lab.free_port()) as holder:
-        port = str(holder.getsockname()[1])
+    port = str(free_port())
     argv = [sys.executable, "gateway.py", command, "--port", port, "--keys-dir", str(tmp_path)]
     ended = subprocess.run(
         argv, stdout=writer, stderr=subprocess.PIPE, cwd=lab.ROOT, text=True, check=False
@@ -1060,6 +1060,7 @@ def test_commands_end_quietly_when_nobody_reads_on(command: str, tmp_path: Path)
     assert "Exception" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 @pytest.mark.parametrize("command", ["settings", "messages", "--help"])
 def test_commands_print_in_any_alphabet(command: str, encoding: str) -> None:

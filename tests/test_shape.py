@@ -250,6 +250,7 @@ def test_who_only_runs_the_server_installs_only_the_first_part() -> None:
     assert "-r requirements.txt" in all_told
 
 
+@pytest.mark.slow
 def test_the_first_part_has_what_the_server_and_its_demo_import() -> None:
     """``gateway.py demo`` and ``memory`` use ``lab.py``, so that imports nothing else on top."""
     to_run = (ROOT / "requirements.txt").read_text("utf-8").split("\n\n")[0]

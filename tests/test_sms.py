@@ -804,6 +804,7 @@ def test_outbox_forgets_while_others_write(outbox: gateway.OutboxSms) -> None:
     assert texts(outbox, OTHER) == [f"{n}" for n in range(300)]
 
 
+@pytest.mark.slow
 def test_outbox_may_be_read_while_it_changes(outbox: gateway.OutboxSms) -> None:
     """A message may go (/unregister, the hour) between listing and reading it."""
     done, failed = threading.Event(), []

@@ -144,6 +144,7 @@ USERS = st.builds(gateway.User, **FIELDS)
 ALL_FLAGS: dict[str, Any] = dict.fromkeys(FLAGS, True)
 
 
+@pytest.mark.slow
 @given(USERS)
 @example(gateway.User(bytes(32)))
 @example(gateway.User(KEY, network=gateway.Network("000")))
@@ -164,6 +165,7 @@ def test_every_field_of_a_user_is_tried() -> None:
     assert set(FIELDS) == set(gateway.User._fields)
 
 
+@pytest.mark.slow
 @given(USERS, st.sampled_from(sorted(FIELDS)), st.data())
 @examples(max_examples=200, deadline=None)
 def test_no_field_of_a_record_hides_another(
@@ -1028,6 +1030,7 @@ def fill(storage: gateway.Storage) -> list[bytes]:
     return keys
 
 
+@pytest.mark.slow
 def test_store_max_bytes(keys_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full of sessions that strangers opened, the embedded store opens no more.
 

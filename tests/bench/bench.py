@@ -50,9 +50,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "notebooks
 
 import bare  # noqa: E402
 import clients  # noqa: E402
-import lab  # noqa: E402
 import psutil  # noqa: E402
-from support import GatewayProcess  # noqa: E402
+from support import GatewayProcess, free_port  # noqa: E402
 
 import gateway  # noqa: E402
 
@@ -382,8 +381,7 @@ class Bare:
     """The bare routes, or an SMS provider, in a process of their own."""
 
     def __init__(self, folder: Path, threads: int, provider_url: str = "") -> None:
-        with contextlib.closing(lab.free_port()) as holder:
-            self.port = holder.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, str(HERE / "bare.py"), str(self.port), str(threads)]
         command += [provider_url]
         log_path = folder / f"bare-{self.port}.log"
