@@ -4063,9 +4063,10 @@ SHAPES: Final[Mapping[str, Shape]] = {
             {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
              "15": "sender not allowed", "29": "number not on the test list",
              "33": "number deactivated"},
-            {"1": "too fast", "2": "a parameter is missing", "4 14": "bad credentials",
+            {"2": "a parameter is missing", "4 14": "bad credentials",
              "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
              "10": "too many connections", "11 22 23 32": "not allowed for this account"},
+            {"1": "too fast"},
         ), "messages.*.message-id",
     ),
     # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
@@ -4082,6 +4083,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
              "21212 21603 21606 21659": "not a sender of this account",
              "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
              "failed undelivered canceled": "failed at once"},
+            {"20429": "too fast"},
         ), "sid",
     ),
     # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
