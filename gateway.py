@@ -754,13 +754,13 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     hawk_require_hash: Annotated[bool, _about("refuse a signed body without its hash")] = False
     sends_per_session: Annotated[int, _about("messages a session may ask for", 1, 255)] = 5
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
-    limits: Annotated[_Limits, _about("record: count, but refuse nothing")] = "enforce"
-    sends_per_number: Annotated[_Rate, _about("messages to one number")] = "5/day"
-    sends_per_number_from_address: Annotated[_Rate, _about("of one client address")] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for 4 digits")] = "10/day"
-    unverified_per_destination: Annotated[_Rates, _about("by country")] = _fresh({"*": "50/day"})
-    unverified_per_address: Annotated[_Rate, _about("of one client address")] = "10/day"
-    registers_per_address: Annotated[_Rate, _about("sessions of one address")] = "60/minute"
+    limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
+    sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
+    sends_per_number_from_address: Annotated[_Rate, _about("of these, asked for by one address")] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = "10/day"
+    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh({"*": "50/day"})
+    unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
+    registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
     spend_per_day: Annotated[_Money, _about("money, in the currency of sms_price")] = 20.0
     sms_price: Annotated[_Prices, _about("of a message; * at multiplier 1")] = _fresh({"*": 0.05})
@@ -2505,8 +2505,8 @@ A counter is one number, the time at which it will be at rest (GCRA), in µs sin
 ``level`` is the time until then, and its key dies at that time. Each message raises the level by
 what one message costs; a level above the row's period is refused.
 
-``tally`` counts for reports, for a day from the first of each kind: in a hash by region (of what is
-refused, by region and row), and in a sorted set by prefix ("": /register). That one holds 1,000
+``tally`` counts for reports, for a day from the first of each kind: in a hash by region (of what
+is refused, by region and row), and in a sorted set by prefix ("": /register). That one holds 1,000
 prefixes; if another comes, it takes the place and the count of the least, so that a count may be
 too high but a large one is never missing."""
 

@@ -28,11 +28,13 @@ CONTRACT = [
     (413, 113, TOO_LARGE),
     (415, 106, {"Unsupported Media Type"}),  # shares its errno with 400
     (429, 114, {"Too Many Requests"}),  # codes of a session
-    (429, 116, {"Too Many Requests"}),  # messages of the gateway
+    (429, 115, {"Too Many Requests"}),  # messages to a number
+    (429, 116, {"Too Many Requests"}),  # messages to a destination, or of the gateway
+    (429, 117, {"Too Many Requests"}),  # requests of a client address
     (500, 999, {"Internal Server Error"}),
     (503, 201, {"Service Unavailable"}),
 ]
-"""CONTRACT section 2 without 115 and 117, which come with the finer limits."""
+"""CONTRACT section 2."""
 
 
 def make(error: type[gateway.GatewayError]) -> gateway.GatewayError:
@@ -59,7 +61,7 @@ def test_body_of_an_error(status: int, errno: int, phrases: set[str]) -> None:
     assert info.endswith(str(errno))
     retry_after = body.pop("retryAfter", None)
     assert body == {"code": status, "errno": errno, "message": "what was wrong"}
-    assert (retry_after is not None) == (errno in (114, 116, 201))
+    assert (retry_after is not None) == (errno in (114, 115, 116, 117, 201))
     assert answer.headers.get("Retry-After") == (str(retry_after) if retry_after else None)
     assert answer.headers.get("WWW-Authenticate") == ("Hawk" if status == 401 else None)
 
