@@ -422,7 +422,7 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 ACL = (
     "user gateway on >pass-word ~* -@all +get +set +del +exists +zadd +zrem +zremrangebyscore "
-    "+zrevrange +expire +eval +evalsha +info +dbsize +role +wait"
+    "+zrevrange +expire +hset +hgetall +eval +evalsha +info +dbsize +role +wait"
 )
 """README.md names the same commands."""
 
@@ -440,6 +440,8 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         assert storage.count_send(1.0, 1, b"a") == 0
         assert storage.count_send(2.0, 1, b"b") == 3599
         storage.uncount_send(b"a")
+        assert storage.keep_part(key, 2, b"b") == {2: b"b"}
+        assert storage.keep_part(key, 1, b"a") == {1: b"a", 2: b"b"}
         storage.ping(1)
         with pytest.raises(gateway.StartError, match="refuses our login") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
