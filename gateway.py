@@ -756,9 +756,15 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
     sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
-    sends_per_number_from_address: Annotated[_Rate, _about("of these, asked for by one address")] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = "10/day"
-    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh({"*": "50/day"})
+    sends_per_number_from_address: Annotated[
+        _Rate, _about("of these, asked for by one address")
+    ] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = (
+        "10/day"
+    )
+    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh(
+        {"*": "50/day"}
+    )
     unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
     registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -3806,6 +3812,8 @@ class HttpSms(SmsProvider):
         self.method = self.entry.get("method", "POST")
         self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
         self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=_IDLE_CONNECTIONS_MAX)
+        templates = [self.url, *self.shape.headers.values(), unquote(self.shape.body)]
+        self._places = set(re.findall(_PLACE, " ".join(templates)))
         self._check_templates()
 
     def _check_templates(self) -> None:
@@ -3822,13 +3830,11 @@ class HttpSms(SmsProvider):
         if self.content_type not in ESCAPES:
             raise self.bad(f"can have a body of one of the types {', '.join(ESCAPES)}")
         values = self._values("Gateway", Msisdn("+447700900123"), "8")
-        templates = " ".join([self.url, *self.shape.headers.values(), unquote(self.shape.body)])
-        places = set(re.findall(_PLACE, templates))
-        if unknown := places - values.keys():
+        if unknown := self._places - values.keys():
             known = ", ".join(f"{{{name}}}" for name in sorted(values))
             raise self.bad(f"has {{{min(unknown)}}} in its templates; there are {known}")
-        to = any(name.startswith("to") for name in places)
-        if not (to and places & {"text", "text_hex", "code"}):
+        to = any(name.startswith("to") for name in self._places)
+        if not (to and self._places & {"text", "text_hex", "code"}):
             raise self.bad("needs {to} in its templates, and {text} or {code}")
         try:
             self._request(values)
@@ -3847,9 +3853,10 @@ class HttpSms(SmsProvider):
         wide = measure(text).encoding == "UCS-2"
         service = sender if re.fullmatch("MG[0-9a-fA-F]{32}", sender) else ""
         own_id, own = secrets.token_hex(8), self.entry if self.kind in SHAPES else {}
+        national = national_number(to) if "to_national" in self._places else ""
         return {name: value for name, value in own.items() if isinstance(value, str)} | {
             "from": "" if service else sender, "from_digits": sender.removeprefix("+"),
-            "service": service, "to": to, "to_digits": to[1:], "to_national": national_number(to),
+            "service": service, "to": to, "to_digits": to[1:], "to_national": national,
             "text": text, "code": getattr(text, "code", text), "id": own_id,
             "language": getattr(text, "language", ""), "text_gsm": "" if wide else text,
             "text_hex": text.encode("utf-16-be", "replace").hex() * wide, "unicode": str(int(wide)),
@@ -3899,7 +3906,8 @@ class HttpSms(SmsProvider):
         """
         text, whole = body.decode("utf-8", "replace"), len(body) < ANSWER_MAX_BYTES
         ok, fault = 200 <= status < 300, MEANINGS.get(status, SmsUnknown)
-        verdict, words = self._verdict(text) if whole else (None, "")
+        document = _parsed(text)
+        verdict, words = self._verdict(text, document) if whole else (None, "")
         if verdict and (ok or fault is not SmsUnknown):
             raise verdict(f"{self.kind}: {words}", retry_after_s)
         answered = f"{self.kind} answered {status} {responses.get(status, '')}"
@@ -3911,13 +3919,13 @@ class HttpSms(SmsProvider):
             raise (SmsFailed if says_so else SmsUnknown)(f"{answered}, without success")
         if (pattern := self.entry.get("id")) and (own := re.search(pattern, text)):
             return [own[own.lastindex or 0]]
-        return [str(one) for one in find(text, self.shape.ids)]
+        return [str(one) for one in find(document, self.shape.ids)]
 
-    def _verdict(self, text: str) -> tuple[type[SmsFailed] | None, str]:
+    def _verdict(self, text: str, document: Any) -> tuple[type[SmsFailed] | None, str]:
         """What the provider's own codes in an answer stand for, in words; ``None``: it is open."""
         if (refused := self.entry.get("refused")) and re.search(refused, text):
             return SmsRefused, "the number is refused for good"
-        found = ((path, find(text, path)) for path in self.shape.codes)
+        found = ((path, find(document, path)) for path in self.shape.codes)
         path, values = next((pair for pair in found if pair[1]), ("", []))
         codes, name = sorted({str(value) for value in values}), path.rpartition(".")[2]
         known = [self.shape.meanings[code] for code in codes if code in self.shape.meanings]
@@ -3978,6 +3986,14 @@ class HttpSms(SmsProvider):
         return pycurl.Curl()
 
 
+def _parsed(value: Any) -> Any:
+    """What JSON in a text says; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def find(value: Any, path: str) -> list[Any]:
     """What stands at a dotted path in JSON; an empty list if there is nothing.
 
@@ -3988,10 +4004,7 @@ def find(value: Any, path: str) -> list[Any]:
     ['0', '6']
     """
     step, _, rest = path.partition(".")
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
-    items: list[Any] = []
+    value, items = _parsed(value), []
     if isinstance(value, dict):
         items = [value[step]] if step in value else []
     elif isinstance(value, list):

@@ -449,6 +449,8 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
             [payments.use() for _ in range(2)]
         limits.pay_back("session", gateway.Msisdn("+447700900123"))
         payments.undo()
+        assert storage.keep_part(key, 2, b"b") == {2: b"b"}
+        assert storage.keep_part(key, 1, b"a") == {1: b"a", 2: b"b"}
         storage.ping(1)
         with pytest.raises(gateway.StartError, match="refuses our login") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
