@@ -18,7 +18,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -309,6 +309,11 @@ README_LINKS = {
 }
 
 
+def relying_party(language: str, ending: str) -> str:
+    """The lines that relying parties may copy."""
+    return f"```{language}\n{source(f'notebooks/relying_party.{ending}')}```"
+
+
 def keys_readme() -> str:
     """keys/README.md without its title."""
     return source("keys/README.md").partition("\n")[2]
@@ -317,7 +322,8 @@ def keys_readme() -> str:
 MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "errors": errors, "settings": all_settings, "lessons": lesson_list,
     "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source, "names": names,
-    "keys/README.md": keys_readme,
+    "keys/README.md": keys_readme, "relying_party.py": partial(relying_party, "python", "py"),
+    "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
 }  # fmt: skip
 
 # -- What Sphinx calls -------------------------------------------------------------
@@ -328,6 +334,7 @@ def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
     text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
     text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
     text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
+    text[0] = re.sub(r"\]\(relying_party\.m?[pj]\w+\)", "](integrate/proofs.md)", text[0])
 
 
 def name_pictures(app: Sphinx, doctree: nodes.document) -> None:
