@@ -6333,9 +6333,7 @@ class EmbeddedStore:
         }  # fmt: skip
         named = [part for n, value in options.items() for part in ("--" + n, str(value))]
         command = [str(binary), *named]
-        delay_s = 0.0
-        while not self._stopping.wait(delay_s):
-            started = time.monotonic()
+        while not self._stopping.is_set():
             try:
                 # Without our environment, in which there may be secrets.
                 with start_bound(
@@ -6344,10 +6342,8 @@ class EmbeddedStore:
                     status = str(self._process.wait())
             except OSError as error:  # the kernel allows no more processes or files now
                 status = str(error.strerror)
-            if not self._stopping.is_set():
+            if not self._stopping.wait(0.2):  # if it cannot start at all, not in a tight loop
                 LOG.error("the embedded store ended (status %s); it is started again", status)
-            # After a crash it starts again at once; if it cannot start at all, not in a tight loop.
-            delay_s = 0.0 if time.monotonic() - started > 1 else 0.5
 
     def _sync_to_disk(self) -> None:
         """Call fsync once a second, so that a power cut loses one second of answers at most.
