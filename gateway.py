@@ -4791,7 +4791,8 @@ def application() -> GatewayApp:
     url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
-    for warning in open_storage(settings, url, time.time, secrets.token_bytes).check(master):
+    storage = open_storage(settings, url, time.time, secrets.token_bytes)
+    for warning in settings.warnings + storage.check(master):
         LOG.warning(warning)
     return create_app(settings, url)
 
