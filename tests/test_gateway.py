@@ -288,7 +288,7 @@ def test_a_malformed_network_counts_as_absent(mapped: WsgiClient, name: str, val
     session = mapped.another()
     session.register()
     body = {"msisdn": "+34612345678", "mcc": "214", name: value}
-    assert session.call("/sms/verify", body).json == {"mtSender": SPAIN[0]}
+    assert session.call("/sms/verify", body).json["mtSender"] == SPAIN[0]
     assert session.call("/sms/mt/verify", body).status == 204
 
 
