@@ -3060,10 +3060,9 @@ class Pace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._line: list[float] = []  # when the messages that wait came, in order
-        self._taken: deque[float] = deque()  # when those of the last SEND_BUDGET_S were taken
+        self._taken: deque[float] = deque(maxlen=1000)  # when the last ones were taken
         self._rate, self._pause_s = _PACE_MIN, 0.0  # when it last said "slower"
-        self._from_s = -math.inf  # and the end of that pause
-        self._since_s = math.inf  # when it first said so; _PACE_QUIET_S without it end that time
+        self._from_s = -math.inf  # the end of that pause
         self._next_s = self._promised_s = 0.0
 
     def send(self, send: Callable[[float], T], end_s: float) -> T:
@@ -3081,10 +3080,11 @@ class Pace:
             with self._lock:
                 bisect.insort(self._line, came_s)
             while (wait_s := self._turn(came_s, end_s)) > 0:
-                time.sleep(min(wait_s, _PACE_LOOK_S))
+                time.sleep(max(min(wait_s, _PACE_LOOK_S), wait_s / 4))
             try:
                 result = send(time.monotonic())
-                self._note_taken()
+                with self._lock:
+                    self._taken.append(time.monotonic())
                 return result
             except SmsThrottled as error:
                 self._slow_down(error.retry_after_s)
@@ -3097,39 +3097,22 @@ class Pace:
             gap_s = 1 / (self._rate + _PACE_GROWTH * (free_s + free_s**2))
             next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))  # made up for
             at_s = max(self._from_s, next_s + place * gap_s)
-            if self._is_hopeless(place, now_s, end_s):
+            if max(now_s, self._from_s) > end_s:
                 del self._line[place]
                 # Whoever is turned away is told a time of its own, so that all pass who come then.
-                self._promised_s = max(self._promised_s + gap_s, at_s)
+                line_s = max(self._from_s, next_s + len(self._line) * gap_s)
+                self._promised_s = max(self._promised_s + gap_s, line_s)
                 raise SmsThrottled("too many messages wait for it", self._promised_s - now_s)
             if at_s <= now_s:
                 del self._line[place]
                 self._next_s = next_s + gap_s
             return max(0.0, at_s - now_s)
 
-    def _is_hopeless(self, place: int, now_s: float, end_s: float) -> bool:
-        """Whether the turn of a place in the line cannot come in time.
-
-        What it took in the last ``SEND_BUDGET_S`` tells that, once it has throttled us for as long.
-        """
-        left_s = end_s - max(now_s, self._from_s)
-        known = self._since_s + SEND_BUDGET_S < now_s < self._from_s + _PACE_QUIET_S
-        likely = len(self._taken) * left_s / SEND_BUDGET_S
-        return left_s < 0 or (known and place > _PACE_HOPE * likely)
-
-    def _note_taken(self) -> None:
-        with self._lock:
-            self._taken.append(time.monotonic())
-            while self._taken[0] < self._taken[-1] - SEND_BUDGET_S:
-                self._taken.popleft()
-
     def _slow_down(self, retry_after_s: float) -> None:
         with self._lock:
             now_s = time.monotonic()
             self._rate = max(_PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
             pause_s = min(retry_after_s, _PACE_PAUSE_MAX_S)
-            if now_s > self._from_s + _PACE_QUIET_S:
-                self._since_s = now_s
             self._from_s, self._pause_s = max(self._from_s, now_s + pause_s), min(pause_s, 1.0)
 
 
@@ -3137,12 +3120,8 @@ _PACE_MIN: Final = 2.0
 """How many messages a second a provider that says "slower" is asked to take, at least."""
 _PACE_GROWTH: Final = 5.0
 """How many more it is asked to take after t seconds in which it did not say so: t + t² times."""
-_PACE_QUIET_S: Final = 3.0
-"""If it has not said so for longer, we do not know how many it takes."""
 _PACE_LOOK_S: Final = 0.1
-"""How often a message that waits looks whether its turn comes sooner than it seemed."""
-_PACE_HOPE: Final = 1.5
-"""How many times as many messages as seem possible may wait."""
+"""How often a message that waits looks whether its turn comes sooner; if that is far off, less."""
 _PACE_PAUSE_MAX_S: Final = 60.0
 """How long a provider is left alone at its wish (Retry-After), at most."""
 _THREADS_SPARE: Final = 64
