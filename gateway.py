@@ -191,7 +191,7 @@ DAY_S: Final = 86400
 """How long the id of an inbound message, and the outcome of one of ours, is remembered."""
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
-SEND_LAST_S: Final = 0.5
+_SEND_LAST_S: Final = 0.5
 """A provider is not asked any more if less of that is left: it could hardly answer in time."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
@@ -4196,9 +4196,9 @@ class Pace:
     """How fast a provider takes messages: as fast as they come, until it says "slower".
 
     From then on they leave one after another, the one that came first before the others, as many
-    in a second as it took in the last one, and ``PACE_GROWTH`` more with each second that passes,
-    until it says so again. So we find its limit, and ask only a little more often than it allows.
-    Workers that share the limit come to like parts of it, because each grows by as much.
+    in a second as it took in the last one, and more and more (``_PACE_GROWTH``) until it says so
+    again. So we find its limit, and ask only a little more often than it allows. Workers that share
+    the limit come to like parts of it, because each grows by as much.
 
     No thread holds the lock, or anything of the store, while it waits.
     """
@@ -4206,10 +4206,9 @@ class Pace:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._line: list[float] = []  # when the messages that wait came, in order
-        self._taken: deque[float] = deque()  # when those of the last SEND_BUDGET_S were taken
-        self._rate, self._pause_s = PACE_MIN, 0.0  # when it last said "slower"
-        self._from_s = -math.inf  # and the end of that pause
-        self._since_s = math.inf  # when it first said so; PACE_QUIET_S without it end that time
+        self._taken: deque[float] = deque(maxlen=1000)  # when the last ones were taken
+        self._rate, self._pause_s = _PACE_MIN, 0.0  # when it last said "slower"
+        self._from_s = -math.inf  # the end of that pause
         self._next_s = self._promised_s = 0.0
 
     def send(self, send: Callable[[float], T], end_s: float) -> T:
@@ -4227,10 +4226,11 @@ class Pace:
             with self._lock:
                 bisect.insort(self._line, came_s)
             while (wait_s := self._turn(came_s, end_s)) > 0:
-                time.sleep(min(wait_s, PACE_LOOK_S))
+                time.sleep(max(min(wait_s, _PACE_LOOK_S), wait_s / 4))
             try:
                 result = send(time.monotonic())
-                self._note_taken()
+                with self._lock:
+                    self._taken.append(time.monotonic())
                 return result
             except SmsThrottled as error:
                 self._slow_down(error.retry_after_s)
@@ -4239,58 +4239,38 @@ class Pace:
         """The seconds until a message's turn. If that is now, 0, and it has left the line."""
         with self._lock:
             now_s, place = time.monotonic(), bisect.bisect_left(self._line, came_s)
-            gap_s = 1 / (self._rate + PACE_GROWTH * max(0.0, now_s - self._from_s))
-            next_s = max(self._next_s, now_s - max(self._pause_s, PACE_LOOK_S))  # made up for
+            free_s = max(0.0, now_s - self._from_s)
+            gap_s = 1 / (self._rate + _PACE_GROWTH * (free_s + free_s**2))
+            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))  # made up for
             at_s = max(self._from_s, next_s + place * gap_s)
-            if self._is_hopeless(place, now_s, end_s):
+            if max(now_s, self._from_s) > end_s:
                 del self._line[place]
                 # Whoever is turned away is told a time of its own, so that all pass who come then.
-                self._promised_s = max(self._promised_s + gap_s, at_s)
+                line_s = max(self._from_s, next_s + len(self._line) * gap_s)
+                self._promised_s = max(self._promised_s + gap_s, line_s)
                 raise SmsThrottled("too many messages wait for it", self._promised_s - now_s)
             if at_s <= now_s:
                 del self._line[place]
                 self._next_s = next_s + gap_s
             return max(0.0, at_s - now_s)
 
-    def _is_hopeless(self, place: int, now_s: float, end_s: float) -> bool:
-        """Whether the turn of a place in the line cannot come in time.
-
-        What it took in the last ``SEND_BUDGET_S`` tells that, once it has throttled us for as long.
-        """
-        left_s = end_s - max(now_s, self._from_s)
-        known = self._since_s + SEND_BUDGET_S < now_s < self._from_s + PACE_QUIET_S
-        likely = len(self._taken) * left_s / SEND_BUDGET_S
-        return left_s < 0 or (known and place > PACE_HOPE * likely)
-
-    def _note_taken(self) -> None:
-        with self._lock:
-            self._taken.append(time.monotonic())
-            while self._taken[0] < self._taken[-1] - SEND_BUDGET_S:
-                self._taken.popleft()
-
     def _slow_down(self, retry_after_s: float) -> None:
         with self._lock:
             now_s = time.monotonic()
-            self._rate = max(PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
-            pause_s = min(retry_after_s, PACE_PAUSE_MAX_S)
-            if now_s > self._from_s + PACE_QUIET_S:
-                self._since_s = now_s
+            self._rate = max(_PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
+            pause_s = min(retry_after_s, _PACE_PAUSE_MAX_S)
             self._from_s, self._pause_s = max(self._from_s, now_s + pause_s), min(pause_s, 1.0)
 
 
-PACE_MIN: Final = 5.0
+_PACE_MIN: Final = 2.0
 """How many messages a second a provider that says "slower" is asked to take, at least."""
-PACE_GROWTH: Final = 20.0
-"""How many more it is asked to take with each second in which it does not say so."""
-PACE_QUIET_S: Final = 3.0
-"""If it has not said so for longer, we do not know how many it takes."""
-PACE_LOOK_S: Final = 0.1
-"""How often a message that waits looks whether its turn comes sooner than it seemed."""
-PACE_HOPE: Final = 1.5
-"""How many times as many messages as seem possible may wait."""
-PACE_PAUSE_MAX_S: Final = 60.0
+_PACE_GROWTH: Final = 5.0
+"""How many more it is asked to take after t seconds in which it did not say so: t + t² times."""
+_PACE_LOOK_S: Final = 0.1
+"""How often a message that waits looks whether its turn comes sooner; if that is far off, less."""
+_PACE_PAUSE_MAX_S: Final = 60.0
 """How long a provider is left alone at its wish (Retry-After), at most."""
-THREADS_SPARE: Final = 64
+_THREADS_SPARE: Final = 64
 """How many threads of each worker are never in sends, if it has twice as many; else half."""
 
 
@@ -4311,14 +4291,14 @@ class SmsSender:
         self.resting: dict[int, float] = {}
         self._failed_for: dict[int, Msisdn] = {}
         self._paces = [Pace() for _ in self.providers]
-        most = max(1, settings.threads // 2, settings.threads - THREADS_SPARE)
+        most = max(1, settings.threads // 2, settings.threads - _THREADS_SPARE)
         self._slots = threading.BoundedSemaphore(most)
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """A place for one send; ``THREADS_SPARE`` threads stay free for everything else.
+        """A place for one send; ``_THREADS_SPARE`` threads stay free for everything else.
 
         Raises:
             Unavailable: All are taken. Nobody waits for one: that would take another thread.
@@ -4354,11 +4334,11 @@ class SmsSender:
         end_s, once_round = time.monotonic() + SEND_BUDGET_S, 2 ** len(self.providers) - 1
         order = self._order(tried)[: self.settings.sms_send_tries]
         for others, n in enumerate(order):
-            if (left_s := end_s - time.monotonic()) < SEND_LAST_S:
+            if (left_s := end_s - time.monotonic()) < _SEND_LAST_S:
                 break
             tried |= 1 << n
             # While others could take it, it waits for its turn only for a part of the time.
-            turn_s = end_s - left_s + (left_s - SEND_LAST_S) / (len(order) - others)
+            turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
                 return Sent(self.providers[n].kind, ids, tried % once_round)

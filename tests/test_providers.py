@@ -833,7 +833,7 @@ def test_surplus_sends_are_refused_at_once_and_the_rest_is_served(
 
     with Provider(slow) as provider:
         process = start_gateway("--sms-providers", json.dumps([provider.nexmo()]),
-                                "--sends-per-hour", "1000")  # fmt: skip
+                                "--sends-per-hour", "1000", "--threads", "64")  # fmt: skip
         clients = [process.client() for _ in range(200)]
         for client in clients:
             client.register()

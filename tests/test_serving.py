@@ -818,7 +818,7 @@ def test_a_start_takes_as_many_threads_as_it_may(
 ) -> None:  # fmt: skip
     """They start when they are needed: the limit was met under load."""
     tasks(**limits)
-    assert gateway.fit_threads(gateway.Settings(workers=2)).threads == threads
+    assert gateway.fit_threads(gateway.Settings(workers=2, threads=64)).threads == threads
     assert ("pids.max" in caplog.text) == (threads < 64)
 
 

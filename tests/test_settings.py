@@ -29,7 +29,7 @@ CONTRACT: dict[str, Any] = {
     "host": "127.0.0.1",
     "port": 5000,
     "workers": len(os.sched_getaffinity(0)),
-    "threads": 64,
+    "threads": 1024,
     "public_url": "",
     "trusted_proxies": None,
     "storage_url": "",

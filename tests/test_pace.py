@@ -1,0 +1,170 @@
+"""A provider that says "slower": asked again, in order, at its pace; and never twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from provider import Provider, nexmo, reply, taken
+
+import gateway
+
+TO, OTHER = gateway.Msisdn("+447700900123"), gateway.Msisdn("+447700900456")
+
+
+@pytest.fixture
+def two() -> Iterator[list[Provider]]:
+    """Two providers that take everything."""
+    with Provider(taken) as first, Provider(taken) as second:
+        yield [first, second]
+
+
+def sender_of(*those: Provider, **settings: Any) -> gateway.SmsSender:
+    entries = [one.nexmo(priority=-n) for n, one in enumerate(those)]
+    return gateway.SmsSender(gateway.Settings(sms_providers=entries, **settings))
+
+
+def slower(retry_after_s: int) -> Callable[[Any], None]:
+    """HTTP 429, with ``Retry-After``."""
+
+    def answer(handler: Any) -> None:
+        handler.send_response(429)
+        handler.send_header("Retry-After", str(retry_after_s))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def in_turn(*answers: Callable[[Any], None]) -> Callable[[Any], None]:
+    """One after another; then everything is taken."""
+    left = list(answers)
+    return lambda handler: (left.pop(0) if left else taken)(handler)
+
+
+class Counted:
+    """Stands for the counts of a message: how many there are, and were."""
+
+    def __init__(self) -> None:
+        self.used = self.given_back = 0
+
+    def use(self) -> bytes:
+        self.used += 1
+        return b"name"
+
+    def give_back(self, name: bytes) -> None:
+        assert name == b"name"
+        self.given_back += 1
+
+
+@pytest.mark.parametrize("first", [nexmo("1"), reply("", 429), reply({"code": 20429}, 429)])
+def test_it_is_asked_again_and_has_not_failed(two: list[Provider], first: Any) -> None:
+    one, another = two
+    sender, counts = sender_of(one, another), Counted()
+    for to in (TO, OTHER):
+        one.answer = in_turn(first, first)
+        assert sender.send("Gateway", to, "text", payments=counts).kind == "nexmo"  # type: ignore[arg-type]
+    assert [len(p.received) for p in two] == [6, 0]
+    assert (sender.resting, sender._failed_for) == ({}, {})
+    assert (counts.used, counts.given_back) == (2, 0)  # once each, and not for each try
+
+
+def test_its_retry_after_is_kept(two: list[Provider]) -> None:
+    """By the messages that come meanwhile, too."""
+    one = two[0]
+    one.answer = in_turn(slower(1))
+    sender, begun_s = sender_of(one), time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(sender.send, "Gateway", TO, "first")
+        while not one.received:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        second = pool.submit(sender.send, "Gateway", OTHER, "second")
+        assert [first.result().kind, second.result().kind] == ["nexmo", "nexmo"]
+    assert 1 <= time.monotonic() - begun_s < 4
+    texts = [request.form["text"] for request in one.received]
+    assert (texts[0], sorted(texts[1:])) == ("first", ["first", "second"])
+
+
+def test_one_that_wants_to_be_left_alone_for_long_is_not_waited_for(two: list[Provider]) -> None:
+    one, another = two
+    one.answer = slower(600)
+    sender, begun_s = sender_of(one, another), time.monotonic()
+    for to in (TO, OTHER):
+        assert sender.send("Gateway", to, "text").kind == "nexmo"
+    assert [len(p.received) for p in two] == [1, 2]
+    assert time.monotonic() - begun_s < 3
+
+
+def test_nobody_takes_it(two: list[Provider]) -> None:
+    """Then the client is told when it is worth it, and nothing stays counted."""
+    for one in two:
+        one.answer = slower(30)
+    sender, counts = sender_of(*two), Counted()
+    with pytest.raises(gateway.SmsThrottled) as caught:
+        sender.send("Gateway", TO, "text", payments=counts)  # type: ignore[arg-type]
+    assert 25 < caught.value.retry_after_s < 40
+    assert (counts.used, counts.given_back) == (2, 2)
+    error = gateway._not_sent(caught.value)
+    assert (error.status, error.errno) == (503, 201)
+    assert error.retry_after_s
+    assert 25 < error.retry_after_s < 40
+
+
+def test_a_message_waits_for_its_part_of_the_time(
+    two: list[Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next provider has its chance; and all of it ends in time."""
+    monkeypatch.setattr(gateway, "SEND_BUDGET_S", 3.0)
+    one, another = two
+    one.answer = nexmo("1")
+    sender, begun_s = sender_of(one, another), time.monotonic()
+    assert sender.send("Gateway", TO, "text").kind == "nexmo"
+    assert 1 < time.monotonic() - begun_s < 2.9
+    assert len(another.received) == 1
+    assert 2 <= len(one.received) < 10  # it is not pestered
+    another.answer = nexmo("1")
+    begun_s = time.monotonic()
+    with pytest.raises(gateway.SmsThrottled):
+        sender.send("Gateway", OTHER, "text")
+    assert time.monotonic() - begun_s < 3.5
+
+
+def test_what_came_first_leaves_first() -> None:
+    """Also what was throttled: it goes back to its place, and not to the end."""
+    pace, left, lock = gateway.Pace(), list[int](), threading.Lock()
+    tries = dict.fromkeys(range(8), 0)
+
+    def message(n: int) -> None:
+        time.sleep(0.1 + n * 0.01)
+
+        def send(_: float) -> None:
+            with lock:
+                tries[n] += 1
+                if tries[n] == 1:
+                    raise gateway.SmsThrottled("slower", 1.0 if n == 0 else 0.0)
+                left.append(n)
+
+        pace.send(send, time.monotonic() + 60)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(message, range(8)))
+    assert sorted(left) == list(range(8))
+    moved = [abs(place - n) for place, n in enumerate(left)]
+    assert max(moved) <= 3
+
+
+def test_without_a_word_there_is_no_pace() -> None:
+    """As fast as they come: 500 at once, and again after a time of throttling."""
+    pace, done = gateway.Pace(), list[float]()
+    for _ in range(2):
+        begun_s = time.monotonic()
+        with ThreadPoolExecutor(100) as pool:
+            list(pool.map(lambda _: pace.send(done.append, time.monotonic() + 5), range(500)))
+        assert time.monotonic() - begun_s < 4
+    assert len(done) == 1000
+    assert pace._line == []
