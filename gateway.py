@@ -681,9 +681,15 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
     sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
-    sends_per_number_from_address: Annotated[_Rate, _about("of these, asked for by one address")] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = "10/day"
-    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh({"*": "50/day"})
+    sends_per_number_from_address: Annotated[
+        _Rate, _about("of these, asked for by one address")
+    ] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = (
+        "10/day"
+    )
+    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh(
+        {"*": "50/day"}
+    )
     unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
     registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -917,6 +923,14 @@ def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
     """The mobile country codes of a number's country; empty if the country is unknown."""
     entry = re.search(rf"\b{country_of(msisdn) or 'none'}([0-9,]+)", MCCS_BY_REGION)
     return tuple(entry[1].split(",")) if entry else ()
+
+
+def _example_of(region: str) -> Msisdn:
+    """A mobile number of a region, which nobody need have; "" if libphonenumber knows none."""
+    mobile = phonenumbers.PhoneNumberType.MOBILE
+    number = phonenumbers.example_number_for_type(region, mobile)
+    e164 = phonenumbers.PhoneNumberFormat.E164
+    return Msisdn(phonenumbers.format_number(number, e164) if number else "")
 
 
 def number_for(table: Mapping[str, str], default: str, network: Network, msisdn: str = "") -> str:
@@ -1675,9 +1689,9 @@ def _pem(key: PrivateKey) -> bytes:
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "receipt " 12 bytes            the outcome of a message    a day
-# "{limits}" letter 12 bytes     a counter of section 11:    until it is at rest
+# "{limits}" letter 11 bytes     a counter of section 11:    until it is at rest
 #                                a time
-# "{limits}s" 12 bytes           what a session has taken    a day
+# "{limits}s" 11 bytes           what a session has taken    a day
 #                                from counters
 # "{limits}" outcome             counts for reports          a day
 # "heartbeat"                    the last health check       a minute
@@ -1906,8 +1920,8 @@ local cost, entries = {}, redis.call('HGETALL', KEYS[1])
 for i = 4, #ARGV, 2 do cost[ARGV[i]] = tonumber(ARGV[i + 1]) end
 for i = 2, #entries, 2 do
   local counters, back = entries[i], tonumber(redis.call('GET', KEYS[2]) or 0)
-  for at = 1, #counters - 12, 13 do
-    local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 12)
+  for at = 1, #counters - 11, 12 do
+    local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 11)
     local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
     keep(key, level(redis.call('GET', key)) - cost[row] * part)
   end
@@ -2571,6 +2585,23 @@ def _receipt_key(kind: str, message_id: str) -> StorageId:
 # =============================================================================
 
 
+def address_block(address: str, ipv6_bits: int) -> str:
+    """What one client address counts as: an IPv4 address as it is, of IPv6 its network.
+
+    Whoever has one address of IPv6 has a whole network of them: usually a /64, often a /56.
+
+    Args:
+        address: As ``GatewayApp.client_address`` returns it; "" stays "".
+        ipv6_bits: The length of the network's prefix.
+
+    >>> address_block("2001:db8:0:1ff::7", 56)
+    '2001:db8:0:100::/56'
+    """
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address, ipv6_bits), strict=False))
+
+
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
@@ -2679,10 +2710,43 @@ def price_of(settings: Settings, msisdn: str, region: str) -> float:
     return prices["*"] * times
 
 
+_SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
+                "month": (30 * DAY_S, 1)}  # fmt: skip
+"""The lines of a bill: seconds, and whether budgets are full at their beginning."""
+
+
+def _worst_case(settings: Settings, price: float, region: str = "") -> dict[str, tuple[float, str]]:
+    """The most that strangers can make us spend, by ``_SPANS``, and the limit that bounds it.
+
+    Args:
+        region: Spent on messages to it that nobody verifies; "": on all that is sent.
+    """
+    lines = {}
+    for span, (span_s, full) in _SPANS.items():
+        bounds = []
+        for limit in LIMITS:
+            if limit.row in ("dhm" if region else "hm"):
+                count, period_s = budget(settings, limit, region)
+                each = 1 if limit.row == "m" else price
+                bounds.append((each * count * (full + span_s / period_s), limit.setting))
+        lines[span] = min(bounds)
+    return lines
+
+
+def _destination_prices(settings: Settings) -> dict[str, float]:
+    """What a message to each region that is served costs, by one of its mobile numbers."""
+    return {
+        r: price_of(settings, _example_of(r), r) for r in re.findall("[A-Z]{2}", MCCS_BY_REGION)
+    }
+
+
 class Counter(NamedTuple):
     """A counter in the store: its row, its key; the row's period and a message's cost, in µs.
 
-    Its value takes 72 bytes with the key (Valkey 9), while it is not at rest.
+    It takes 72 to 88 bytes with its key (Valkey 9) until it is at rest: a day at most, by default.
+    So a message costs that for its number, its prefix, its address and both pairs of them, if they
+    are new; the others are shared. Its session's list takes 176 bytes for a day, and 120 more at
+    most for each further message.
     """
 
     limit: Limit
@@ -2709,9 +2773,13 @@ class Limits:
         self._budget, self._shared_key = lru_cache(partial(budget, settings)), lru_cache(self.key)
 
     def key(self, row: str, what: str) -> bytes:
-        """The key of a counter: a tag that keeps all in one slot, the row, 12 bytes."""
+        """The key of a counter: a tag that keeps all in one slot, the row, 11 bytes.
+
+        With 12 bytes the list of a round would take twice the memory: its entry for a message
+        names five counters, and a hash of values above 64 bytes is no listpack.
+        """
         digest = hmac.digest(self._secret, f"{row} {what}".encode(), "sha256")
-        return b"{limits}%b%b" % (row.encode(), digest[:12])
+        return b"{limits}%b%b" % (row.encode(), digest[:11])
 
     def counters(self, who: Mapping[str, str], region: str = "", price: float = 1) -> list[Counter]:
         """The counters of some rows.
@@ -2770,7 +2838,7 @@ class Limits:
         region, prefix = country_of(msisdn), msisdn[:-4]
         who = {"n": str(msisdn), "p": prefix, "d": region, "h": "", "m": ""}
         if address:
-            home, client = _network(address, 56), _network(address, 64)
+            home, client = address_block(address, 56), address_block(address, 64)
             who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {client}"}
         price = price_of(self.settings, msisdn, region)
         return (region, prefix), self.counters(who, region, price)
@@ -2778,7 +2846,7 @@ class Limits:
     def take_register(self, address: str) -> None:
         """Count a session that a client address opens; raises TooManyFromAddress."""
         if address:
-            self.take(self.counters({"r": _network(address, 64)}))
+            self.take(self.counters({"r": address_block(address, 64)}))
 
     def pay_back(self, session: str, msisdn: Msisdn) -> None:
         """Pay back the messages of a round, after a right code. The store may be away."""
@@ -2789,11 +2857,6 @@ class Limits:
         pairs = (part for cost in costs for part in (cost.limit.row, cost.cost_us))
         keys = [self.key("s", session), self.key("b", msisdn)]
         owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, *pairs))
-
-
-def _network(address: str, bits: int) -> str:
-    """The part of a client address that is one client: of IPv6 the first bits."""
-    return f"{int(ipaddress.ip_address(address)) >> 128 - bits:x}" if ":" in address else address
 
 
 class Payments:
@@ -5285,6 +5348,8 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
     ]
+    if sms.paid:
+        lines.append(_bill_line(settings))
     if sms.outbox:
         lines += [
             "       The outbox prints every code here, and shows them to whoever has this URL:",
@@ -5334,6 +5399,34 @@ def show_messages(settings: Settings) -> int:
     return 0
 
 
+def bill(settings: Settings) -> int:
+    """Print the most that can be spent, with the limit that bounds each line."""
+    prices = _destination_prices(settings)
+    places = [("everywhere", "", max(prices.values()))]
+    places += sorted(((r, r, price) for r, price in prices.items()), key=lambda row: -row[2])
+    print(f"{'to':10} {'price':>8}" + "".join(f" {span:>10}" for span in _SPANS), " bounded by")
+    for place, region, price in places:
+        lines = _worst_case(settings, price, region).values()
+        amounts = "".join(f" {amount:10.2f}" for amount, _ in lines)
+        print(f"{place:10} {price:8.3f}{amounts} ", ", ".join({name: 0 for _, name in lines}))
+    return 0
+
+
+def _bill_line(settings: Settings) -> str:
+    """The bill in a line; warns if attacked destinations could use up what others need."""
+    prices, limit = _destination_prices(settings), LIMITS[4]
+    worst = _worst_case(settings, max(prices.values())).items()
+    counts = {region: budget(settings, limit, region)[0] for region in prices}
+    spent = sum(counts[region] * price for region, price in prices.items())
+    if sum(counts.values()) > settings.sends_per_hour / 2 or spent > settings.spend_per_day / 2:
+        LOG.warning(
+            "unverified_per_destination: what all countries may get is more than half of "
+            "sends_per_hour or spend_per_day, so that attacks on some reach the others: serve "
+            "fewer countries, or raise these two"
+        )
+    return "  bill at most " + ", ".join(f"{span} {amount:.2f}" for span, (amount, _) in worst)
+
+
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
@@ -5358,7 +5451,7 @@ def _lab(command: str) -> Any:
 _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "serve": (serve,), "demo": (demo, "msisdn"), "memory": (memory, "users"),
     "generate-keypair": (generate_keypair, "algorithm"), "messages": (show_messages,),
-    "settings": (show_settings, "toml"),
+    "settings": (show_settings, "toml"), "bill": (bill,),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
