@@ -1123,6 +1123,14 @@ def country_mccs(msisdn: Msisdn) -> tuple[str, ...]:
     return tuple(MCCS_BY_REGION.get(country_of(msisdn), ()))
 
 
+def _example_of(region: str) -> Msisdn:
+    """A mobile number of a region, which nobody need have; "" if libphonenumber knows none."""
+    mobile = phonenumbers.PhoneNumberType.MOBILE
+    number = phonenumbers.example_number_for_type(region, mobile)
+    e164 = phonenumbers.PhoneNumberFormat.E164
+    return Msisdn(phonenumbers.format_number(number, e164) if number else "")
+
+
 def number_for(table: Mapping[str, str], default: str, network: Network, msisdn: str = "") -> str:
     """Look up a sender or verifier: by MCC+MNC, by MCC, else the default.
 
@@ -2344,9 +2352,9 @@ def verify_presentation(
 #                                no messages
 # 16 bytes, as a storage id      the parts of an SMS by      ten minutes
 #                                number, each sealed
-# "{limits}" letter 12 bytes     a counter of section 11:    until it is at rest
+# "{limits}" letter 11 bytes     a counter of section 11:    until it is at rest
 #                                a time
-# "{limits}s" 12 bytes           what a session has taken    a day
+# "{limits}s" 11 bytes           what a session has taken    a day
 #                                from counters
 # "{limits}" outcome             counts for reports          a day
 # "heartbeat"                    the last health check       a minute
@@ -2590,8 +2598,8 @@ local cost, entries = {}, redis.call('HGETALL', KEYS[1])
 for i = 4, #ARGV, 2 do cost[ARGV[i]] = tonumber(ARGV[i + 1]) end
 for i = 2, #entries, 2 do
   local counters, back = entries[i], tonumber(redis.call('GET', KEYS[2]) or 0)
-  for at = 1, #counters - 12, 13 do
-    local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 12)
+  for at = 1, #counters - 11, 12 do
+    local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 11)
     local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
     keep(key, level(redis.call('GET', key)) - cost[row] * part)
   end
@@ -3365,10 +3373,45 @@ def price_of(settings: Settings, msisdn: str, region: str) -> float:
     return prices["*"] * times
 
 
+_SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
+                "month": (30 * DAY_S, 1)}  # fmt: skip
+"""The lines of a bill: seconds, and whether budgets are full at their beginning."""
+
+
+def _worst_case(settings: Settings, price: float, region: str = "") -> dict[str, tuple[float, str]]:
+    """The most that strangers can make us spend, by ``_SPANS``, and the limit that bounds it.
+
+    Args:
+        region: Spent on messages to it that nobody verifies; "": on all that is sent.
+    """
+    lines = {}
+    for span, (span_s, full) in _SPANS.items():
+        bounds = []
+        for limit in LIMITS:
+            if limit.row in ("dhm" if region else "hm"):
+                count, period_s = budget(settings, limit, region)
+                each = 1 if limit.row == "m" else price
+                bounds.append((each * count * (full + span_s / period_s), limit.setting))
+        lines[span] = min(bounds)
+    return lines
+
+
+def _destination_prices(settings: Settings) -> dict[str, float]:
+    """What a message to each region that is served costs, by one of its mobile numbers."""
+    return {
+        r: price_of(settings, _example_of(r), r)
+        for r in MCCS_BY_REGION
+        if "*" in settings.countries or r in settings.countries or not settings.countries
+    }
+
+
 class Counter(NamedTuple):
     """A counter in the store: its row, its key; the row's period and a message's cost, in µs.
 
-    Its value takes 72 bytes with the key (Valkey 9), while it is not at rest.
+    It takes 72 to 88 bytes with its key (Valkey 9) until it is at rest: a day at most, by default.
+    So a message costs that for its number, its prefix, its address and both pairs of them, if they
+    are new; the others are shared. Its session's list takes 176 bytes for a day, and 120 more at
+    most for each further message.
     """
 
     limit: Limit
@@ -3395,9 +3438,13 @@ class Limits:
         self._budget, self._shared_key = lru_cache(partial(budget, settings)), lru_cache(self.key)
 
     def key(self, row: str, what: str) -> bytes:
-        """The key of a counter: a tag that keeps all in one slot, the row, 12 bytes."""
+        """The key of a counter: a tag that keeps all in one slot, the row, 11 bytes.
+
+        With 12 bytes the list of a round would take twice the memory: its entry for a message
+        names five counters, and a hash of values above 64 bytes is no listpack.
+        """
         digest = hmac.digest(self._secret, f"{row} {what}".encode(), "sha256")
-        return b"{limits}%b%b" % (row.encode(), digest[:12])
+        return b"{limits}%b%b" % (row.encode(), digest[:11])
 
     def counters(self, who: Mapping[str, str], region: str = "", price: float = 1) -> list[Counter]:
         """The counters of some rows.
@@ -6650,6 +6697,8 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
     ]
+    if sms.paid:
+        lines.append(_bill_line(settings))
     if sms.outbox:
         lines += [
             "       The outbox prints every code here, and shows them to whoever has this URL:",
@@ -6756,6 +6805,34 @@ def _master_secret_of(settings: Settings) -> bytes:
     return load_master_secret(settings)[0]
 
 
+def bill(settings: Settings) -> int:
+    """Print the most that can be spent, with the limit that bounds each line."""
+    prices = _destination_prices(settings)
+    places = [("everywhere", "", max(prices.values()))]
+    places += sorted(((r, r, price) for r, price in prices.items()), key=lambda row: -row[2])
+    print(f"{'to':10} {'price':>8}" + "".join(f" {span:>10}" for span in _SPANS), " bounded by")
+    for place, region, price in places:
+        lines = _worst_case(settings, price, region).values()
+        amounts = "".join(f" {amount:10.2f}" for amount, _ in lines)
+        print(f"{place:10} {price:8.3f}{amounts} ", ", ".join({name: 0 for _, name in lines}))
+    return 0
+
+
+def _bill_line(settings: Settings) -> str:
+    """The bill in a line; warns if attacked destinations could use up what others need."""
+    prices, limit = _destination_prices(settings), LIMITS[4]
+    worst = _worst_case(settings, max(prices.values())).items()
+    counts = {region: budget(settings, limit, region)[0] for region in prices}
+    spent = sum(counts[region] * price for region, price in prices.items())
+    if sum(counts.values()) > settings.sends_per_hour / 2 or spent > settings.spend_per_day / 2:
+        LOG.warning(
+            "unverified_per_destination: what all countries may get is more than half of "
+            "sends_per_hour or spend_per_day, so that attacks on some reach the others: serve "
+            "fewer countries, or raise these two"
+        )
+    return "  bill at most " + ", ".join(f"{span} {amount:.2f}" for span, (amount, _) in worst)
+
+
 def demo(settings: Settings, msisdn: str) -> int:
     """Walk the registration flow against a running gateway, or one started for it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its gateway ends too
@@ -6783,6 +6860,7 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
+    "bill": (bill,),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 

@@ -5,6 +5,7 @@ The processes are forked, each has an application of its own, and they share not
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import threading
@@ -158,7 +159,7 @@ def test_each_limit_and_its_retry_after(
         wait_s = named(ask(app, *asks[-1]), errno, name)
         assert wait_s == each_s
     after = content(apps[0].gateway.storage, b"{limits}")
-    rows = {key for key in counters if key[8:9] in b"anpqdfhm" and len(key) == 21}
+    rows = {key for key in counters if key[8:9] in b"anpqdfhm" and len(key) == 20}
     assert {key: after[key] for key in rows} == {key: counters[key] for key in rows}
     assert len(stand_in.received) == len(asks) - 1
     clock.now_s += wait_s - 1
@@ -379,7 +380,10 @@ def test_providers_that_fail_over(
 def test_the_price_of_a_destination(make_client: Client, paid: dict[str, Any]) -> None:
     """Its own entry by region or calling code, else ``*`` times its multiplier."""
     settings = gateway.Settings(sms_price={"*": 0.05, "FR": 0.2, "4479": 0.7})
-    price = lambda number, region: gateway.price_of(settings, number, region)  # noqa: E731
+
+    def price(number: str, region: str) -> float:
+        return gateway.price_of(settings, number, region)
+
     assert price(NUMBER, "GB") == 0.05
     assert price("+447911123456", "GB") == 0.7
     assert price("+33612345678", "FR") == 0.2
@@ -584,24 +588,25 @@ def test_no_byte_of_the_store_shows_a_number_or_an_address(
         assert secret not in dump
     for letter in "anpqdfhmsbr":  # and each kind of key is of the same form
         keys = [key for key in everything if key.startswith(b"{limits}" + letter.encode())]
-        assert all(len(key) == 21 or key[21:] in (b"50", b"80", b"100") or letter == "s"
+        assert all(len(key) == 20 or key[20:] in (b"50", b"80", b"100") or letter == "s"
                    or letter == "r" for key in keys)  # fmt: skip
 
 
 def test_memory_of_the_counters(client: From, stand_in: Provider) -> None:
-    """What the docstrings of ``Limits`` say, by the server's own word."""
+    """What the docstring of ``Counter`` says, by the server's own word."""
     run = client.gateway.storage._run
     one = client.at(HERE)
     one.ask()
-    keys = [counter.key for counter in client.gateway.limits.message(NUMBER, HERE)[1]]
-    each = [run("MEMORY", "USAGE", key) for key in keys]
+    counters = client.gateway.limits.message(gateway.Msisdn(NUMBER), HERE)[1]
+    each = [run("MEMORY", "USAGE", counter.key) for counter in counters]
+    assert len(each) == 8
     assert max(each) <= 88, each
-    (session,) = [key for key in run("KEYS", "{limits}s*") if len(key) == 21]
+    (session,) = [key for key in run("KEYS", "{limits}s*") if len(key) == 20]
     first = run("MEMORY", "USAGE", session)
+    assert first <= 176
     for _ in range(2):
         one.ask()
     assert run("MEMORY", "USAGE", session) - first <= 2 * 120
-    assert first <= 330
 
 
 @pytest.mark.parametrize("how", ["down", "full"])
@@ -642,3 +647,50 @@ def test_a_store_that_takes_no_counts(
             assert two.ask(OTHER).status == 200
     finally:
         store.stop()
+
+
+# -- The bill -----------------------------------------------------------------
+
+
+def test_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
+    """What binds each line, by sums made by hand."""
+    settings = gateway.Settings(
+        sends_per_hour=100, spend_per_day=20.0, sms_price={"*": 0.05, "FR": 0.1, "GB": 0.02},
+        unverified_per_destination={"*": "50/day", "GB": "500/day", "FR": "1/hour"},
+    )  # fmt: skip
+    assert gateway.bill(settings) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["to", "price", "hour", "first", "day", "day", "month", "bounded", "by"]
+    bills = {line.split()[0]: line.split()[1:] for line in lines}
+    month = f"{20 * 31:.2f}"
+    assert bills["everywhere"] == ["0.200", "20.83", "40.00", "20.00", month, "spend_per_day"]
+    # An hour at 0.02: 200 messages; a day of 500 messages a day: 20, then 10.
+    gb = ["0.020", "4.00", "20.00", "10.00", "310.00"]
+    assert bills["GB"] == [*gb, "sends_per_hour,", "unverified_per_destination"]
+    fr = ["0.100", "0.20", "2.50", "2.40", "72.10", "unverified_per_destination"]
+    assert bills["FR"] == fr
+    assert len(bills) > 200
+
+
+def test_a_day_costs_what_the_bill_says(
+    make_client: Client, paid: dict[str, Any], stand_in: Provider
+) -> None:
+    """A hundred addresses for a first day, with providers that fail over: money up to the line."""
+    with Provider(sms.reply("", 504)) as unknown:
+        entries = [{**unknown.nexmo(), "priority": 1}, stand_in.nexmo()]
+        money = {"spend_per_day": 2.0, "sms_price": {"*": 0.1}, "sms_providers": entries}
+        client = From(make_client(clock=Clock(), **paid | WIDE | money).app)
+        for n in range(100):
+            for _ in range(2):
+                client.at(f"192.0.2.{n}").ask(f"+44770{n:02}90{n:03}")
+            client.gateway.clock.now_s += 864  # type: ignore
+        spent = 0.1 * (len(unknown.received) + len(stand_in.received))
+        assert 3.8 < spent <= 4.0 + 1e-9
+
+
+def test_the_start_says_the_bill(start_gateway: Any, stand_in: Provider) -> None:
+    """And warns, while one attacked country after the other can use up what others need."""
+    providers = json.dumps([stand_in.nexmo()])
+    output = start_gateway("--sms-providers", providers, "--spend-per-day", "20.0").output
+    assert "  bill at most hour 20.83, first day 40.00, day 20.00, month 620.00" in output
+    assert "unverified_per_destination: what all countries may get" in output
