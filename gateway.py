@@ -1740,9 +1740,7 @@ ALGORITHMS: Final = {"RS128": 1024, "RS256": 2048, "DS128": 1024, "DS256": 2048}
 """The size in bits of an algorithm's keys: what the number in its name stands for."""
 
 
-_SIGNED_BY: Final = {
-    "EC": ("ES256",), "OKP": ("EdDSA", "Ed25519"), "RSA": ("RS256", "PS256")
-}  # fmt: skip
+_SIGNED_BY: Final = {"EC": ("ES256",), "OKP": ("EdDSA", "Ed25519"), "RSA": ("RS256", "PS256")}
 """The algorithms of a client's JWK, by its kty. Ed25519 is the newer name of EdDSA (RFC 9864)."""
 
 
@@ -1897,7 +1895,7 @@ def canonical_jwk(value: Json, thorough: bool = True) -> Json:
     Raises:
         InvalidParameter: Another form, no plausible key, or a private one.
     """
-    names = _JWK_MEMBERS.get(str(value.get("kty")), ())
+    names = _JWK_MEMBERS.get(str(value.get("kty")), "").split()
     with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
         # OpenSSL sees whether a point of P-256 is one; the order of that curve is prime.
         read = jwt.PyJWK({name: value[name] for name in names if name in value})
@@ -1916,9 +1914,7 @@ def canonical_jwk(value: Json, thorough: bool = True) -> Json:
     )
 
 
-_JWK_MEMBERS: Final = {
-    "EC": ("crv", "kty", "x", "y"), "OKP": ("crv", "kty", "x"), "RSA": ("e", "kty", "n")
-}  # fmt: skip
+_JWK_MEMBERS: Final = {"EC": "crv kty x y", "OKP": "crv kty x", "RSA": "e kty n"}
 _PRIVATE: Final = {"d", "p", "q", "dp", "dq", "qi", "oth"}
 _ORDER_8: Final = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 _SMALL_ORDER: Final = {0, 1, _ORDER_8, *(2**255 - n for n in (18, 19, 20, 19 + _ORDER_8))}

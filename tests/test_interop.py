@@ -488,7 +488,7 @@ def theirs(name: str) -> Theirs:
     if name == "DS128":  # in the group that jwcrypto, the JavaScript side, took for all
         return Theirs(*get_keypair("device.example"))
     if name == "RS256":
-        key = rsa.generate_private_key(3, 2048)  # the smallest exponent
+        key = rsa.generate_private_key(65537, 2048)  # the smallest exponent that is taken
         return Theirs(
             gateway.public_key_json(key.public_key()), browserid.jwt.RS256Key(their_data(key))
         )
