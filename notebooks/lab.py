@@ -594,7 +594,7 @@ def demo(settings: gateway.Settings, msisdn: str) -> int:
     except gateway.InvalidParameter as error:
         raise gateway.SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     with contextlib.ExitStack() as stack:
-        if not _is_gateway(settings.base_url):
+        if not _is_gateway(Client(settings.base_url)):
             print(f"Nothing answers at {settings.base_url}: starting a gateway for this demo.")
             settings = stack.enter_context(_own_gateway())
         return _walk(settings, number)
@@ -679,9 +679,9 @@ def _one_line(body: Any) -> str:
     return json.dumps(short(body), ensure_ascii=False) if body else ""
 
 
-def _is_gateway(base_url: str) -> bool:
+def _is_gateway(client: Client) -> bool:
     try:
-        return "endpoint" in (Client(base_url).call("GET", "/").body or {})
+        return "endpoint" in (client.call("GET", "/").body or {})
     except (urllib3.exceptions.HTTPError, ValueError):
         return False
 
@@ -701,7 +701,8 @@ def _own_gateway() -> Iterator[gateway.Settings]:
         stack.callback(server.wait)
         stack.callback(server.terminate)
         deadline = time.monotonic() + 20
-        while not _is_gateway(url):
+        client = Client(url)  # one: what SIGTERM raises is lost within the finalizer of each
+        while not _is_gateway(client):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the demo's gateway does not start")
             time.sleep(0.05)
