@@ -1977,7 +1977,7 @@ def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json
         told = _JWS.decode_complete(token, key, algorithms)
         header = jwt.utils.base64url_decode(token.partition(".")[0])
         parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
-    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+    except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
         raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(parts[1], dict):
         raise InvalidToken("the claims are no JSON object")
@@ -6723,14 +6723,15 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
         check_store(settings, settings.storage_url, master, keys)
     now_s, known = int(time.time()), keys.files.proofs
-    overlap_s = 0 if leaked else settings.jwks_overlap_s
-    path = add_proof_key(settings, max(now_s + overlap_s, max(known) + 1))
+    from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
+    path = add_proof_key(settings, from_s)
     needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
-    for from_s in known.keys() - needed:
-        _proof_path(settings, from_s).unlink(missing_ok=True)
+    for old_s in known.keys() - needed:
+        _proof_path(settings, old_s).unlink(missing_ok=True)
     if settings.storage_url:
         check_store(settings, settings.storage_url, master, load_keys(settings)[0])
-    print(f"made {path}; it signs in {overlap_s} s", file=sys.stderr)
+    wait_s = 0 if leaked else from_s - now_s  # with no other key it signs at once
+    print(f"made {path}; it signs in {wait_s} s", file=sys.stderr)
     return 0
 
 
