@@ -241,8 +241,10 @@ def settings(title: str, url: str, **more: Any) -> gateway.Settings:
         default = gateway.declared(gateway.SMS_LISTS["sms_providers"][entry["kind"]])["endpoint"]
         path = urlsplit(str(entry.get("endpoint") or default["default"])).path
         entries.append({**entry, "endpoint": url + path})
-    public = {"public_url": "https://id.example", "sms_inbound": values.get("sms_inbound", [])}
-    return gateway.Settings(**{**public, "sms_providers": entries, **more})
+    public = {"public_url": "https://id.example", "trusted_proxies": []}
+    inbound = values.get("sms_inbound", [])
+    own = {"sms_inbound": inbound, "sms_providers": entries}
+    return gateway.Settings(**{**public, **own, **more})
 
 
 @pytest.fixture
@@ -439,9 +441,8 @@ def test_a_message_from_a_phone_is_answered(
     caplog.set_level("DEBUG")
     stand_in.answer = reply(vonage("0"))
     inbound = SECTIONS[title][1]["sms_inbound"]
-    client = make_client(
-        public_url="https://id.example", sms_inbound=inbound, sms_providers=[stand_in.nexmo()]
-    )
+    place: dict[str, Any] = {"public_url": "https://id.example", "trusted_proxies": []}
+    client = make_client(**place, sms_inbound=inbound, sms_providers=[stand_in.nexmo()])
     client.host = "id.example"
     client.register()
     assert client.credentials
@@ -468,7 +469,7 @@ def phone(make_client: MakeClient, stand_in: Provider) -> WsgiClient:
     title = "A phone of your own: SMSGate"
     values = settings(title, stand_in.url.removesuffix("/sms"))
     stand_in.answer = reply({"id": "PyDmBQZZXYmyxMwED8Fzy", "state": "Pending"}, 202)
-    names = ("public_url", "sms_inbound", "sms_providers")
+    names = ("public_url", "trusted_proxies", "sms_inbound", "sms_providers")
     client = make_client(**{name: getattr(values, name) for name in names})
     client.host = "id.example:443"
     client.register()

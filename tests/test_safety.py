@@ -63,7 +63,8 @@ def test_clients_of_2014_need_no_hash(make_client: Make) -> None:
 
 
 def test_the_start_warns_of_a_public_url_without_tls() -> None:
-    api: Any = {"sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]}
+    providers = [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]
+    api: Any = {"sms_providers": providers, "trusted_proxies": []}
     open_to_all = gateway.Settings(public_url="http://id.example", **api)
     assert "http" in open_to_all.warnings[0]
     assert "hawk_require_hash" in open_to_all.warnings[0]
@@ -77,7 +78,7 @@ def test_the_start_warns_of_a_public_url_without_tls() -> None:
 
 def test_the_warning_is_in_the_log(start_gateway: Start) -> None:
     process = start_gateway(
-        "--public-url", "http://id.example",
+        "--public-url", "http://id.example", "--trusted-proxies", "[]",
         "--sms-providers", '[{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]',
     )  # fmt: skip
     assert "WARNING gateway: public_url is http" in process.output
