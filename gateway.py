@@ -5316,7 +5316,8 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session)
         key = self.secrets.key_for("ended", number)
-        self.storage.create(key, b"%d" % now_s, self.settings.verified_ttl_s)
+        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
         """Ask the store something; if it does not answer, this request asks nothing more."""

@@ -48,7 +48,8 @@ class Out(NamedTuple):
         sent: Its form, JSON or query; ``...`` is any value.
         taken: Status and body of the answer to a message that it takes; ``ids``: of that message.
         headers: What these must be.
-        refused, failed: Answers to a number that is refused for good, and to another failure.
+        refused, failed, throttled: Answers to a number that is refused for good, to another
+            failure, and to messages that come too fast.
         wide: What else it is sent for a text that needs UCS-2, if that shows.
     """
 
@@ -59,6 +60,7 @@ class Out(NamedTuple):
     refused: tuple[int, Any] | None = None
     failed: tuple[int, Any] | None = None
     wide: dict[str, Any] = {}
+    throttled: tuple[int, Any] | None = None
 
 
 def basic(login: str) -> dict[str, str]:
@@ -97,7 +99,7 @@ OUT: dict[str, Out] = {
     "Twilio, messaging service": Out(
         {"MessagingServiceSid": "MG0123456789abcdef0123456789abcdef", "To": NUMBER,
          "Body": SENTENCE}, (201, {"sid": "SM1", "status": "accepted"}), None, TWILIO,
-        (400, {"code": 21610, "status": 400}), (429, {"code": 20429, "status": 429}),
+        (400, {"code": 21610, "status": 400}), throttled=(429, {"code": 20429, "status": 429}),
     ),
     "Amazon": Out(
         {"PhoneNumber": NUMBER, "Message": SENTENCE, **{
@@ -286,8 +288,8 @@ def test_a_message_leaves_in_the_shape_of_its_document(title: str, stand_in: Pro
     one.send(sender, TO, WIDE)
     wide = sent_to(stand_in)
     assert {name: wide.get(name) for name in shape.wide} == shape.wide
-    for answer, meaning in ((shape.refused, "Refused"), (shape.failed, "Failed")):
-        if answer:
+    for meaning in ("Refused", "Failed", "Throttled"):
+        if answer := getattr(shape, meaning.lower()):
             stand_in.answer = reply(answer[1], answer[0])
             with pytest.raises(gateway.SmsFailed) as caught:
                 one.send(sender, TO, TEXT)

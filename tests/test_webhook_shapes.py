@@ -319,8 +319,8 @@ def test_twilio_signs_with_and_without_the_port(
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"text": "{id}"}, "it has no sender, or one that is no phone number"),
-        ({"from": "Bank", "text": "{id}"}, "it has no sender, or one that is no phone number"),
+        ({"text": "{id}"}, "it has no sender, or one that cannot get SMS"),
+        ({"from": "Bank", "text": "{id}"}, "it has no sender, or one that cannot get SMS"),
         ({"from": NUMBER}, "there is no Hawk id in its text"),
         ({"from": NUMBER, "text": "hunter2"}, "there is no Hawk id in its text"),
         ({"from": NUMBER, "text": "0" * 64}, "its session is unknown"),
