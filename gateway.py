@@ -4866,7 +4866,7 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
         wait_s = max(wait_s, error.retry_after_s or 0)
     return {
         "resendIn": wait_s,
-        "sendsLeft": max(0, settings.sends_per_session - sends),
+        "sendsLeft": max(int(settings.limits != "enforce"), settings.sends_per_session - sends),
         "triesLeft": settings.code_tries - user.tries if waits else 0,
         "expiresIn": user.code_expires_s - now_s if waits else 0,
         "verified": bool(user.verified_s),

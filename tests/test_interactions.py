@@ -140,6 +140,24 @@ def test_gaps_and_double_clicks_by_mode(
     assert reports == (limits == "record")
 
 
+@pytest.mark.parametrize("limits", ["record", "off"])
+def test_a_session_that_nothing_stops_is_told_so(make: Callable[..., From], limits: str) -> None:
+    """A client that obeys ``sendsLeft`` would refuse itself; the record has one byte for it."""
+    client = make(limits=limits)
+    settings, now_s = client.gateway.settings, int(client.gateway.clock())
+    user = gateway.User(b"k" * 32, b"s" * 24, sends=254, asked_s=now_s - 1, masked=True)
+    ask = gateway.Ask(gateway.Msisdn(NUMBER), user.sealed, gateway.Network(), long=True)
+    for ticket in range(3):
+        user = gateway.reserve(user._replace(sending=False), ask, ticket, settings, now_s) or user
+        assert gateway.User.unpack(user.pack()) == user
+    assert (user.sends, user.ticket) == (255, 2)
+    one = client.at(HERE)
+    for left in (4, 3, 2, 1, 1, 1):
+        answer = one.call("/sms/resend_code") if left < 4 else one.ask()
+        assert (answer.status, answer.json["next"]["sendsLeft"]) == (200, left)
+        later(one, 31)
+
+
 # -- IPv6 -------------------------------------------------------------------------
 
 
