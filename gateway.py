@@ -3163,7 +3163,7 @@ class SplitStorage(Storage):
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``; from DynamoDB if there is a stub."""
-        previous: bytes | None = b""
+        previous: bytes | None = None
         while (stub := super().get(key)) != previous:
             if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
                 return stub
@@ -4866,7 +4866,7 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
         wait_s = max(wait_s, error.retry_after_s or 0)
     return {
         "resendIn": wait_s,
-        "sendsLeft": max(0, settings.sends_per_session - sends),
+        "sendsLeft": max(int(settings.limits != "enforce"), settings.sends_per_session - sends),
         "triesLeft": settings.code_tries - user.tries if waits else 0,
         "expiresIn": user.code_expires_s - now_s if waits else 0,
         "verified": bool(user.verified_s),
@@ -5316,7 +5316,8 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session)
         key = self.secrets.key_for("ended", number)
-        self.storage.create(key, b"%d" % now_s, self.settings.verified_ttl_s)
+        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
         """Ask the store something; if it does not answer, this request asks nothing more."""

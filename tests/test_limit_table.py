@@ -27,6 +27,7 @@ import gateway
 HERE, THERE = "198.51.100.7", "203.0.113.9"
 OTHER, ELSEWHERE = "+447700900999", "+447700910123"
 Client = Callable[..., WsgiClient]
+WRONG = "000000"
 
 
 @pytest.fixture
@@ -275,7 +276,7 @@ def test_a_right_code_pays_its_round_back(client: From, stand_in: Provider) -> N
         assert one.ask().status == 200
     four = dict.fromkeys("apqdh", 4.0)
     assert levels(client) == four | {"n": 2, "f": 2}
-    assert one.call("/sms/verify_code", {"code": "wrong!"}).errno == 105
+    assert one.call("/sms/verify_code", {"code": WRONG}).errno == 105
     assert levels(client) == four | {"n": 2, "f": 2}
     verify(one, stand_in)
     rest = {"a": 1.7, "p": 1.7, "q": 1.7, "d": 1.7, "h": 4.0, "n": 0.0, "f": 2.0}
@@ -464,7 +465,7 @@ def test_guesses_cost_messages(client: From, stand_in: Provider) -> None:
         one = client.at(f"192.0.2.{n}")
         one.ask()
         for _ in range(9):
-            guesses += one.call("/sms/verify_code", {"code": "wrong!"}).errno == 105
+            guesses += one.call("/sms/verify_code", {"code": WRONG}).errno == 105
     assert len(stand_in.received) == 5
     assert guesses == 15
 
