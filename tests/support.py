@@ -41,7 +41,7 @@ WIDE: Final[dict[str, Any]] = {
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
 OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
 """Both."""
-NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway"]
+NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway", "--trusted-proxies", "[]"]
 """What a start with a provider that costs money must name."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
