@@ -5761,8 +5761,8 @@ def client_address(peer: str, forwarded: str, settings: Settings) -> str:
     """
     address = _hop(peer) or ipaddress.IPv4Address("127.0.0.1")
     for entry in reversed(forwarded.split(",")):
-        before = _hop(entry)
-        if not before or not any(address in network for network in settings.proxies):
+        trusted = any(address in network for network in settings.proxies)
+        if not trusted or not (before := _hop(entry)):
             break
         address = before
     return "" if any(address in network for network in _UNLIMITED) else str(address)
