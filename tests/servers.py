@@ -203,7 +203,7 @@ class Cluster:
 
         wait_for(whole, "a whole cluster")
 
-    def primary(self, key: bytes = b"sends") -> Server:
+    def primary(self, key: bytes = b"{limits}") -> Server:
         """The node that holds a key now."""
         slot = redis.crc.key_slot(key)
         alive = next(node for node in self.nodes if node.process.poll() is None)

@@ -41,7 +41,7 @@ WIDE: Final[dict[str, Any]] = {
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
 OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
 """Both."""
-NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway"]
+NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway", "--trusted-proxies", "[]"]
 """What a start with a provider that costs money must name."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
@@ -56,9 +56,10 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
 
 PORTS_EACH: Final = 1_500
 _FIRST_PORT = 20_000 + PORTS_EACH * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-_PORTS = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + PORTS_EACH))
-for _ in range(os.getpid() % PORTS_EACH):  # another run begins elsewhere
-    next(_PORTS)
+_OURS = range(_FIRST_PORT, _FIRST_PORT + PORTS_EACH)
+# Shuffled: of two runs on this machine that go through them in the same order, one may take
+# a port between the other's probe and its use, and then the next, and so on.
+_PORTS = itertools.cycle(secrets.SystemRandom().sample(_OURS, PORTS_EACH))
 
 
 def free_port() -> int:
