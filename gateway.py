@@ -3164,10 +3164,10 @@ class SplitStorage(Storage):
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``; from DynamoDB if there is a stub."""
-        previous: bytes | None = b""
+        previous: bytes | None = None
         while (stub := super().get(key)) != previous:
             if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
-                return stub
+                return stub  # also an empty one: that of a number that is blocked
             if stub[:1] == LEAVING:
                 self._finish(key, stub)
                 return None
