@@ -6488,7 +6488,8 @@ class BoundedBodies:
     thread of the request, without a limit, and Granian 2.8.7 has no setting for that. But it
     closes a connection whose answer is shorter than its Content-Length, and then ``read`` returns.
     A body that takes longer than ``BODY_S`` is ended in this way, by a thread that looks once a
-    second. ``tests/test_serving.py`` shows whether this class is still needed.
+    second; so is the oldest one, if more than half of the threads wait. Bodies of honest clients
+    come within milliseconds, so whoever leaves many open ends their own. ``tests/test_serving.py`` shows whether this class is still needed.
 
     Args:
         threads: How many this process has; half of them may wait for bodies.
@@ -6509,19 +6510,23 @@ class BoundedBodies:
 
     def _read(self, protocol: Any, read: Callable[[int], bytes], size: int) -> bytes:
         self._waiting[protocol] = time.monotonic() + BODY_S
-        crowded = len(self._waiting) > self._most
-        content = b"" if crowded else read(size)
-        in_time = self._waiting.pop(protocol, 0.0)  # else it was ended, and its answer is lost
-        if crowded or not in_time:
+        if len(self._waiting) > self._most:
+            self._end(next(iter(self._waiting.copy())))  # the oldest
+        content = read(size)
+        if not self._waiting.pop(protocol, 0.0):  # it was ended, and its answer is lost
             raise Unavailable("the body came too late, or too many bodies are late; try again")
         return content
+
+    def _end(self, protocol: Any) -> None:
+        if self._waiting.pop(protocol, 0.0):
+            protocol.response_iter(408, [("content-length", "1")], iter(()))
 
     def _end_late_ones(self) -> None:
         while True:
             time.sleep(1)
             for protocol, end_s in self._waiting.copy().items():
-                if time.monotonic() > end_s and self._waiting.pop(protocol, 0.0):
-                    protocol.response_iter(408, [("content-length", "1")], iter(()))
+                if time.monotonic() > end_s:
+                    self._end(protocol)
 
 
 def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodies:

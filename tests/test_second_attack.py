@@ -62,17 +62,18 @@ def test_an_attempt_that_cannot_be_counted_gives_back_no_message_that_may_have_l
 
 @pytest.mark.parametrize("kind", ["smsgate", "http"])
 @pytest.mark.parametrize("sender", ["07700900ADD", "+44 7700 900ADD"])
-def test_a_sender_in_letters_is_no_phone(
-    make_client: Client, kind: str, sender: str
-) -> None:
+def test_a_sender_in_letters_is_no_phone(make_client: Client, kind: str, sender: str) -> None:
     """Anybody can buy a sender of letters; libphonenumber reads these as keys of a phone."""
     entry = {"kind": kind, "country": "GB", "path_secret": SECRET}
     client = make_client(sms_inbound=[entry])
     client.register()
     assert client.credentials
     text = client.credentials.hawk_id
-    body = {"payload": {"sender": sender, "message": text}} if kind == "smsgate" else {
-        "from": sender, "text": text}
+    body = (
+        {"payload": {"sender": sender, "message": text}}
+        if kind == "smsgate"
+        else {"from": sender, "text": text}
+    )
     path = f"/sms/momt/{SECRET}?provider={kind}"
     assert client.call(path, body, signed=False).status == 200
     assert client.outbox("+447700900233") == []
