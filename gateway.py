@@ -6489,7 +6489,8 @@ class BoundedBodies:
     closes a connection whose answer is shorter than its Content-Length, and then ``read`` returns.
     A body that takes longer than ``BODY_S`` is ended in this way, by a thread that looks once a
     second; so is the oldest one, if more than half of the threads wait. Bodies of honest clients
-    come within milliseconds, so whoever leaves many open ends their own. ``tests/test_serving.py`` shows whether this class is still needed.
+    come within milliseconds, so whoever leaves many open ends their own.
+    ``tests/test_serving.py`` shows whether this class is still needed.
 
     Args:
         threads: How many this process has; half of them may wait for bodies.

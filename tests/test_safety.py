@@ -388,8 +388,8 @@ def test_bodies_that_never_end_keep_nobody_waiting(start_gateway: Start) -> None
         ended = b"".join(until_closed(connection) for connection in late)
         assert 9 < time.monotonic() - started_s < 15
         assert b" 200 " not in ended  # nobody was registered
-    # All threads are back: as many bodies as before may be waited for. A further one ends the oldest,
-    # so that whoever opens many keeps nobody out.
+    # All threads are back: as many bodies as before may be waited for. A further one ends the
+    # oldest, so that whoever opens many keeps nobody out.
     with contextlib.ExitStack() as stack:
         late = [endless(process, stack) for _ in range(64)]
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""What an attacker tried on limits, webhooks and proofs once these were built, and how it ends now."""
+"""What an attacker tried on limits, webhooks and proofs, and how it ends now."""
 
 from __future__ import annotations
 
