@@ -1206,6 +1206,7 @@ class Secrets(NamedTuple):
     def key_for(self, kind: str, msisdn: Msisdn) -> StorageId:
         """The key of what is kept about a number itself: when its proofs ended, that it is blocked.
 
+        Parts of an SMS have such a key, too, with the digest of sender and reference as the number.
         Without this secret nobody can tell the number. With it, all numbers can be tried.
         """
         digest = hmac.new(self.number, f"{kind} {msisdn}".encode(), "sha256").hexdigest()
@@ -2346,7 +2347,7 @@ def verify_presentation(
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
-# 16 bytes, as a storage id      the parts of an SMS by      ten minutes
+# "part " 32 hex digits          the parts of an SMS by      ten minutes
 #                                number, each sealed
 # "{limits}" letter 11 bytes     a counter of section 11:    until it is at rest
 #                                a time
@@ -3166,7 +3167,7 @@ class SplitStorage(Storage):
         previous: bytes | None = None
         while (stub := super().get(key)) != previous:
             if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
-                return stub
+                return stub  # also an empty one: that of a number that is blocked
             if stub[:1] == LEAVING:
                 self._finish(key, stub)
                 return None
@@ -3499,8 +3500,8 @@ class Limits:
         region, prefix = country_of(msisdn), msisdn[:-4]
         who = {"n": str(msisdn), "p": prefix, "d": region, "h": "", "m": ""}
         if address:
-            home, client = address_block(address, 56), address_block(address, 64)
-            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {client}"}
+            home = address_block(address, 56)
+            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {home}"}
         price = price_of(self.settings, msisdn, region)
         return (region, prefix), self.counters(who, region, price)
 
@@ -3573,6 +3574,9 @@ class Payments:
             taken = (self._list, self._unused, message, paid_back)
             self._limits.take(counters, self._place, taken)
         except Unavailable:
+            if not message:  # an earlier attempt may have left: only this one is given back
+                owe(partial(self._give_back, (self._unused, _OF_ATTEMPT)), later=True)
+                self._unused = b""
             raise
         except GatewayError:  # nothing was taken
             self._unused, self._message = b"", b"" if message else self._message
@@ -4518,8 +4522,10 @@ def _octets(text: str) -> bytes:
 def _msisdn(text: str, country: str) -> str:
     """A sender in international form, if it is a phone's number; else ""."""
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
-    # a country's numbers.
-    if len(text.strip().removeprefix("+").removeprefix("00")) <= 6:
+    # a country's numbers. Nor is a name, of which libphonenumber would read the letters as keys:
+    # anybody can send from a name.
+    short = len(text.strip().removeprefix("+").removeprefix("00")) <= 6
+    if short or text.lower() != text.upper():
         return ""
     text = international_number(text, country) if country else text.strip()
     return "+" + text.removeprefix("+").removeprefix("00")
@@ -5161,7 +5167,8 @@ class Gateway:
         sealer = _sealer(self.secrets.seal, name)
         content = json.dumps([message.message_id, message.text[:PART_MAX_CHARS]]).encode()
         sealed = sealer.encrypt(content, None)
-        stored = self.storage.keep_part(self.secrets.id_for(name), message.part, sealed)
+        key = self.secrets.key_for("part", Msisdn(name))  # never that of a session
+        stored = self.storage.keep_part(key, message.part, sealed)
         if len(stored) < message.parts:
             return None
         parts = [json.loads(sealer.decrypt(stored[n], None)) for n in sorted(stored)]
@@ -5253,8 +5260,11 @@ class Gateway:
         if not isinstance(everywhere, bool):
             raise InvalidParameter("everywhere must be true or false")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
-        # RECORD: what ends the others first, so that after a 503 the client can ask again
+        # RECORD: what ends the others first, so that after a 503 the client can ask again; before
+        # it the nonce, because a replayed request must end nothing
         if everywhere:
+            self.step(session, lambda user: (user, None))
+            session.nonce_ttl_s = 0
             self._end_all(session, number)
         try:
             self.step(session, lambda user: (None, None))
