@@ -390,9 +390,8 @@ def run(
             people = list(_people(honest))
             first, second = people[: honest // 2], people[honest // 2 :]
             _come(world, outcome, first, seconds / 4)
-            while not (
-                attack.done() or outcome.began_s or time.monotonic() > started_s + seconds / 2
-            ):
+            half_s = started_s + seconds / 2
+            while not (attack.done() or outcome.began_s or time.monotonic() > half_s):
                 time.sleep(0.05)
             _come(world, outcome, second, started_s + 0.9 * seconds - time.monotonic())
             attack.result()
@@ -444,7 +443,8 @@ HEAD: Final = (
 
 
 def row(outcome: Outcome, limits: str) -> str:
-    """A line of the table. Spent are the messages that nobody verified; (c) is billed for GB."""
+    """A line of the table. Spent are the messages that nobody verified; The bill is that of their
+    countries; 0.3 of a message is added for each that was paid back."""
     places = [HOME] if "one" in outcome.name else list(outcome.spent)
     cells = [
         outcome.name,
@@ -453,7 +453,8 @@ def row(outcome: Outcome, limits: str) -> str:
         sum(outcome.asked[errno] for errno in LIMITED),
         outcome.attack_messages,
         f"{sum(outcome.spent[place] for place in places):.2f}",
-        f"{sum(outcome.most(place) for place in places):.2f}",
+        f"{sum(outcome.bill[place] for place in places):.2f}"
+        f" + {0.3 * sum(outcome.verified[place] for place in places):.2f}",
         outcome.honest_messages,
         outcome.refused("here"),
         outcome.refused("elsewhere"),
@@ -469,7 +470,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="attacks whose name has this in it")
     given = parser.parse_args()
     print(HEAD)
-    print("|---|---|" + "--:|" * 7)
+    print("|---|---|" + "--:|" * 8)
     for limits in ("enforce", "record", "off"):
         for name in ATTACKS:
             if given.only in name:

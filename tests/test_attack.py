@@ -10,7 +10,7 @@ from attack import ATTACKS, HOME, LIMITED, Outcome, folder, run
 SMALL: Final[dict[str, Any]] = {"size": 100, "honest": 100, "seconds": 10}
 
 
-def attacked(name: str, **settings: object) -> Outcome:
+def attacked(name: str, **settings: Any) -> Outcome:
     with folder() as path:
         outcome = run(name, path, **SMALL, **settings)
     assert sum(sum(seen.values()) for seen in outcome.honest.values()) == SMALL["honest"]
