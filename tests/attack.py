@@ -199,7 +199,7 @@ class World:
                 key = f"{{limits}}{outcome}"
                 counts: Any = store.hgetall(key)
                 pairs: Any = store.zrevrange(f"{key} by prefix", 0, 9, withscores=True)
-                found[outcome] = Counter({name.decode(): int(n) for name, n in pairs})
+                found[outcome] = Counter({name.decode(): int(n) for name, n in pairs if name})
                 for name, n in counts.items():
                     region, _, row = name.decode().partition(" ")
                     found[outcome][f"{region} {names.get(row, '')}".strip()] += int(n)
@@ -443,7 +443,7 @@ HEAD: Final = (
 
 
 def row(outcome: Outcome, limits: str) -> str:
-    """A line of the table. Spent are the messages that nobody verified; The bill is that of their
+    """A line of the table. Spent is on messages that nobody verified. The bill is that of their
     countries; 0.3 of a message is added for each that was paid back."""
     places = [HOME] if "one" in outcome.name else list(outcome.spent)
     cells = [
