@@ -453,7 +453,7 @@ def row(outcome: Outcome, limits: str) -> str:
         sum(outcome.asked[errno] for errno in LIMITED),
         outcome.attack_messages,
         f"{sum(outcome.spent[place] for place in places):.2f}",
-        f"{sum(outcome.bill[place] for place in places):.2f}"
+        f"{min(sum(outcome.bill[place] for place in places), outcome.bill['everywhere']):.2f}"
         f" + {0.3 * sum(outcome.verified[place] for place in places):.2f}",
         outcome.honest_messages,
         outcome.refused("here"),
@@ -467,21 +467,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=DAY_S, help="how long each attack lasts")
     parser.add_argument("--size", type=int, default=500, help="addresses of the attacker")
-    parser.add_argument("--only", default="", help="attacks whose name has this in it")
+    parser.add_argument("--only", default="", help="attacks whose line has this in it")
     given = parser.parse_args()
     print(HEAD)
     print("|---|---|" + "--:|" * 8)
-    for limits in ("enforce", "record", "off"):
-        for name in ATTACKS:
-            if given.only in name:
-                with folder() as path:
-                    outcome = run(name, path, given.size, 200, given.seconds, limits=limits)
-                print(row(outcome, limits), flush=True)
-                print(f"  refused from {outcome.began_s:.1f} s on", dict(outcome.refusals))
-                if over := outcome.over_the_bill():
-                    print("  more than the bill:", over)
-                if limits == "record":
-                    print("  would be refused:", outcome.report["would be refused"].most_common(6))
+    defaults = gateway.Settings()
+    whole = {name: getattr(defaults, name) for name in ("sends_per_hour", "spend_per_day")}
+    runs: list[tuple[str, str, str, dict[str, Any]]] = [
+        (limits, limits, name, {}) for limits in ("enforce", "record", "off") for name in ATTACKS
+    ]
+    for limits in ("enforce", "record"):
+        runs.append((f"{limits}, hour and money too", limits, list(ATTACKS)[-1], whole))
+    for label, limits, name, more in runs:
+        if given.only in f"{name} {label}":
+            with folder() as path:
+                outcome = run(name, path, given.size, 200, given.seconds, limits=limits, **more)
+            print(row(outcome, label), flush=True)
+            print(f"  refused from {outcome.began_s:.1f} s on", dict(outcome.refusals))
+            if over := outcome.over_the_bill():
+                print("  more than the bill:", over)
+            if limits == "record":
+                print("  would be refused:", outcome.report["would be refused"].most_common(6))
     return 0
 
 
