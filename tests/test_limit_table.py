@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import provider as sms
 import pytest
 import servers
 from provider import Provider
-from support import NUMBER, WIDE, Answer, Clock, WsgiClient
+from support import NUMBER, ROOT, WIDE, Answer, Clock, WsgiClient
 from test_limits import refused
 
 import gateway
@@ -705,6 +707,24 @@ def test_a_day_costs_what_the_bill_says(
             client.gateway.clock.now_s += 864  # type: ignore
         spent = 0.1 * (len(unknown.received) + len(stand_in.received))
         assert 3.8 < spent <= 4.0 + 1e-9
+
+
+def test_the_page_says_what_the_gateway_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """``operate/limits.md``: each row's setting, default, errno and letter; the bill that it shows."""
+    page = (ROOT / "notebooks/operate/limits.md").read_text("utf-8")
+    setting, shown = "", set()
+    for line in re.findall(r"^\| (.*?) \|$", page.partition("## What it can cost")[0], re.M)[2:]:
+        first, default, _, errno, row = line.split(" | ")
+        setting = first.strip("`") or setting
+        if row := row.strip(" `"):
+            value = getattr(gateway.Settings(), setting)
+            text = value if isinstance(value, str) else json.dumps(value)
+            assert default.strip("`") == text or row == "q"
+            shown.add((setting, row, int(errno)))
+    assert shown == {(one.setting, one.row, int(one.refusal.errno)) for one in gateway.LIMITS}
+    command, bill = re.findall(r"^\$ python gateway.py (.*)\n((?:.*\n)*?)```", page, re.M)[0]
+    assert gateway.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == bill
 
 
 def test_the_start_says_the_bill(start_gateway: Any, stand_in: Provider) -> None:
