@@ -534,7 +534,8 @@ def test_reports_by_prefix_are_bounded(make_client: Client) -> None:
     limits, run = client.gateway.limits, client.gateway.storage._run
     for n in range(3000):
         prefix = "+44770090" if 1000 < n < 1050 else f"+4479{n:04}"
-        limits.take(limits.counters({"h": ""}), ("GB", prefix), (b"{limits}s", b"a", b"m", b""))
+        taken = (b"a", b"-", b"m", b"")
+        limits.take(limits.counters({"h": ""}), ("GB", prefix), b"{limits}s", taken)
     assert run("ZCARD", "{limits}sent by prefix") == 1000
     assert 49 <= tally(client, "sent")["+44770090"] <= 60
     assert tally(client, "sent")["GB"] == 3000
@@ -631,7 +632,7 @@ def test_memory_of_the_counters(client: From, stand_in: Provider) -> None:
     run = client.gateway.storage._run
     one = client.at(HERE)
     one.ask()
-    counters = client.gateway.limits.message(gateway.Msisdn(NUMBER), HERE)[1]
+    counters = client.gateway.limits.message(gateway.Msisdn(NUMBER), "GB", HERE)
     each = [run("MEMORY", "USAGE", counter.key) for counter in counters]
     assert len(each) == 8
     assert max(each) <= 88, each
