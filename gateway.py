@@ -453,7 +453,11 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
-_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
+def _read_toml(name: str) -> Json:
+    return tomllib.loads((ROOT / "locale" / f"{name}.toml").read_text("utf-8"))
+
+
+_NUMBERING: Final = _read_toml("numbering")
 """What is known about numbering plans, and from which sources."""
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
 """How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
@@ -477,8 +481,8 @@ def multipliers() -> Mapping[str, int]:
 
     Source: ``locale/prices.toml``, which names where it is from.
     """
-    rows = tomllib.loads((ROOT / "locale" / "prices.toml").read_text("utf-8"))["multiplier"]
-    return {code: int(times) for times, codes in rows.items() for code in codes.split()}
+    rows = _read_toml("prices")["multiplier"].items()
+    return {code: int(times) for times, codes in rows for code in codes.split()}
 
 
 def _fresh(value: Any) -> Any:
@@ -3826,7 +3830,7 @@ class Shape(NamedTuple):
     headers: Mapping[str, str]
     body: str
     success: str = ""
-    codes: tuple[str, ...] = ()
+    codes: Sequence[str] = ()
     meanings: Mapping[str, Meaning] = {}
     ids: str = ""
     receipt_query: str = ""
@@ -3931,7 +3935,7 @@ class HttpSms(SmsProvider):
             return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
         template = self.shape.body
-        if self.content_type == FORM["Content-Type"]:
+        if self.content_type == FORM:
             body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
         else:
             body = fill(template, ESCAPES[self.content_type])
@@ -4098,9 +4102,10 @@ provider's own words in a whole 2xx answer. It is not certain after 500, 502, 50
 broke, but nobody knows when), a redirect (303 may follow the work), or a 2xx answer that
 cannot be read or has no result.
 """
-FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
+FORM: Final = "application/x-www-form-urlencoded"
+"""The Content-Type of a form."""
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
-    FORM["Content-Type"]: str,  # urlencode is for all of it
+    FORM: str,  # urlencode is for all of it
     "application/json": lambda text: json.dumps(text)[1:-1],
     "application/xml": html.escape, "text/xml": html.escape, "text/plain": str,
 }  # fmt: skip
@@ -4111,71 +4116,22 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
-    """Meanings by code; codes and words of what is taken, refused for good, failed, throttled."""
-    faults = None, SmsRefused, SmsFailed, SmsThrottled
-    return {
+def _shape(told: Json) -> Shape:
+    """A kind of provider, as ``locale/providers.toml`` describes it."""
+    faults = {"taken": None, "refused": SmsRefused, "failed": SmsFailed, "throttled": SmsThrottled}
+    meanings = {
         code: (fault, words)
-        for fault, by_codes in zip(faults, meanings, strict=True)
-        for codes, words in by_codes.items()
+        for name, fault in faults.items()
+        for codes, words in told.pop(name, {}).items()
         for code in codes.split()
     }
+    return Shape(**told, meanings=meanings)
 
 
-SHAPES: Final[Mapping[str, Shape]] = {
-    # Source: Vonage SMS API, "Send an SMS", "Troubleshooting SMS": HTTP 200 for errors too, and a
-    # status for each part. A form by POST, so that no URL holds code or secret.
-    "nexmo": Shape(
-        FORM, "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
-        "&api_key={api_key}&api_secret={api_secret}&entity-id={entity_id}"
-        "&content-id={template_id}",
-        r'"status"\s*:\s*"?0\b', ("messages.*.status",), _codes(
-            {"0": "taken"},
-            {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
-             "15": "sender not allowed", "29": "number not on the test list",
-             "33": "number deactivated"},
-            {"2": "a parameter is missing", "4 14": "bad credentials",
-             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
-             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
-            {"1": "too fast"},
-        ), "messages.*.message-id",
-    ),
-    # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
-    # a code; a status that says that it failed at once.
-    "twilio": Shape(
-        {**FORM, "Authorization": "Basic {basic}"}, "From={from}&MessagingServiceSid={service}"
-        "&To={to}&Body={text}&StatusCallback={receipt_url}",
-        r'"sid"\s*:\s*"', ("code", "status"), _codes(
-            {},
-            {"21211": "no valid number", "21408": "country not enabled in the account",
-             "21608": "number not verified in the trial account", "21610": "number opted out",
-             "21612": "no route to this number", "21614": "not a mobile number"},
-            {"20003": "bad credentials", "20404": "no such account",
-             "21212 21603 21606 21659": "not a sender of this account",
-             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
-             "failed undelivered canceled": "failed at once"},
-            {"20429": "too fast"},
-        ), "sid",
-    ),
-    # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
-    # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
-    # login is in headers, where no log shows it; the URL has %d, and not %A, which quotes the text.
-    "kannel": Shape(
-        {"Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
-         "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
-         "X-Kannel-Coding": "{coding}", "X-Kannel-Meta-Data": "{meta_data}",
-         "X-Kannel-DLR-Mask": "{receipt_mask}", "X-Kannel-DLR-Url": "{receipt_url}"},
-        "{text}", "^0", receipt_query="&id={id}&status=%d",
-    ),
-    # Source: docs.sms-gate.app, "Sending messages": from priority 100 on the phone does not delay.
-    "smsgate": Shape(
-        {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
-        '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
-        ' "ttl": {ttl}, "priority": 127}',
-        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}), "id",
-    ),
-}  # fmt: skip
-"""The kinds that are reached over HTTP with templates and meanings of their own."""
+_PROVIDERS: Final = _read_toml("providers")
+SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+"""The kinds that are reached over HTTP with templates and meanings of their own, with their sources
+in ``locale/providers.toml``."""
 
 
 class SnsSms(SmsProvider):
@@ -4492,26 +4448,13 @@ class InboundSms(NamedTuple):
     parts: int = 1
 
 
-_IDS: Final = (
-    "messageId message-id MessageSid message_id message_uuid MessageUUID messageid smsId id"
-)
-FIELDS: Final[Mapping[str, str]] = {
-    "from": "msisdn from From", "text": "text Body message", "id": _IDS, "receipt_id": _IDS,
-    "mcc": "mccmnc.mcc mcc", "mnc": "mccmnc.mnc mnc", "network": "network-code", "sig": "sig",
-    "ref": "concat-ref", "part": "concat-part", "parts": "concat-total",
-    "status": "status MessageStatus Status status_name", "udh": "udh", "coding": "coding",
-}  # fmt: skip
+FIELDS: Final[Mapping[str, str]] = _PROVIDERS["fields"]
 """Where webhooks write what, if the entry has no ``fields``: dotted paths, the first one first."""
-SMSGATE_FIELDS: Final[Mapping[str, str]] = {
-    "from": "payload.sender payload.phoneNumber", "text": "payload.message", "id": "id",
-    "receipt_id": "payload.messageId", "status": "event",
-}  # fmt: skip
-"""The same for SMSGate; its ``payload.messageId`` of a received SMS is not unique."""
-_DELIVERED: Final = ("delivered", "read", "success", "delivrd", "1", "sms:delivered")
-_FAILED: Final = (
-    "failed", "rejected", "expired", "undelivered", "undeliverable", "undeliv", "delivery_failed",
-    "2", "16", "sms:failed",
-)  # fmt: skip
+SMSGATE_FIELDS: Final[Mapping[str, str]] = _PROVIDERS["smsgate_fields"]
+"""The same for SMSGate."""
+_OUTCOMES: Final = {
+    status: outcome for outcome, words in _PROVIDERS["outcomes"].items() for status in words.split()
+}
 
 
 def _read(params: Json, entry: Json, field: str) -> str:
@@ -4583,13 +4526,9 @@ def parse_receipt(params: Json, entry: Json = {}) -> tuple[str, str]:
     """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
 
     Only these are read: some receipts quote the beginning of the message, and so its code.
-    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d;
-    SMSGate "Webhooks".
     """
     read = partial(_read, params, entry)
-    status = read("status").lower()
-    outcome = "failed" if status in _FAILED else "delivered" * (status in _DELIVERED)
-    return read("receipt_id"), outcome
+    return read("receipt_id"), _OUTCOMES.get(read("status").lower(), "")
 
 
 class WebhookCall(NamedTuple):
@@ -5816,7 +5755,7 @@ def webhook_fields(body: bytes, content_type: str) -> Json:
     Those of a JSON array are called ``0``, ``1`` and so on. After an error the provider would send
     the same garbage again, so this raises none but InvalidParameter for too many fields.
     """
-    if media_type(content_type) == FORM["Content-Type"]:
+    if media_type(content_type) == FORM:
         return _query_fields(body.decode("utf-8", "surrogateescape"))
     with contextlib.suppress(ValueError, RecursionError):
         value = _JSON.decode(body.decode("utf-8-sig")) if body else {}
