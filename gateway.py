@@ -760,15 +760,9 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
     sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
-    sends_per_number_from_address: Annotated[
-        _Rate, _about("of these, asked for by one address")
-    ] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = (
-        "10/day"
-    )
-    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh(
-        {"*": "50/day"}
-    )
+    sends_per_number_from_address: Annotated[_Rate, _about("of these, for one address")] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number less its last 4 digits")] = "10/day"
+    unverified_per_destination: Annotated[_Rates, _about("to a country")] = _fresh({"*": "50/day"})
     unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
     registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -5654,12 +5648,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
-    return {n: v for n, v in json_object(body, content_type).items() if v not in (None, "")}
-
-
-def json_object(body: bytes, content_type: str) -> Json:
-    """A JSON body as it is; no body is an empty one.
+    """The parameters in a JSON body, of which ``null`` and "" count as missing; {} without a body.
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
@@ -5675,7 +5664,7 @@ def json_object(body: bytes, content_type: str) -> Json:
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
         raise BadJson('the body must be a JSON object, {"name": value}')
-    return params
+    return {name: value for name, value in params.items() if value not in (None, "")}
 
 
 def _refuse(constant: str) -> None:
