@@ -8,6 +8,7 @@
 #     "hiredis==3.5.0",
 #     "msgspec==0.22.0",
 #     "phonenumberslite==9.0.42",
+#     "prometheus-client==0.26.0",
 #     "pycurl==7.49.0",
 #     "pyjwt==2.15.1",
 #     "redis==8.1.0",
@@ -75,6 +76,7 @@ import ast
 import base64
 import bisect
 import contextlib
+import contextvars
 import copy
 import enum
 import errno
@@ -238,6 +240,8 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of control groups (cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """The log of this module. No number, code, token or key is ever written to it."""
+REQUEST_ID: Final = contextvars.ContextVar("request_id", default="")
+"""The id of the request that this thread answers, for its lines in the log; else ""."""
 
 
 # =============================================================================
@@ -312,6 +316,10 @@ class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
 
     The code that was sent just before counts as none; the message says that a newer one was sent.
     """
+
+
+class Superseded(WrongCode, status=400, errno=Errno.WRONG_CODE):
+    """The verification code is the one before: a newer one was sent. It costs no try."""
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
@@ -528,6 +536,7 @@ _Code = Annotated[str, Meta(pattern=r"\A(\*|[A-Z]{2}|[1-9][0-9]{0,6})\Z")]
 _Price = Annotated[float, Meta(ge=0)]
 _Prices = Annotated[dict[_Code, _Price], Meta(title='{"*": 0.05, "<region or calling code>": …}')]
 _Limits = Annotated[str, Meta(pattern=r"\A(enforce|record|off)\Z", title="enforce, record, off")]
+_LogFormat = Annotated[str, Meta(pattern=r"\A(text|json)\Z", title="text, json")]
 _Money = Annotated[float, Meta(gt=0, title="an amount above 0, at least the dearest sms_price")]
 _Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
@@ -781,6 +790,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     mt_sender_map: _ByNetwork = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
     mo_verifier_map: _ByNetwork = {}
+    log_format: Annotated[_LogFormat, _about("json: one object a line")] = "text"
     display_version: Annotated[bool, _about("whether our version is shown")] = True
 
     def __post_init__(self) -> None:
@@ -2353,6 +2363,8 @@ def verify_presentation(
 # "{limits}s" 11 bytes           what a session has taken    a day
 #                                from counters
 # "{limits}" outcome             counts for reports          a day
+# "{limits}metrics"              a hash of counts for        for ever
+#                                /metrics, by name and labels
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret; the start checks it
@@ -2916,6 +2928,15 @@ class Storage:
         """Run one of the scripts of the limits; see there. All their keys lie in one slot."""
         return self._run("EVAL", script, len(keys), *keys, *args, key=keys[0])
 
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the counts of all gateways, in one round trip."""
+        self._run_all(_METRICS, *(("HINCRBY", _METRICS, name, n) for name, n in counts.items()))
+
+    def counts(self, *more: bytes) -> list[dict[str, int]]:
+        """These counts; then those in the hashes ``more``, which lie in the same slot."""
+        answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
+        return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
+
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
 
@@ -3030,6 +3051,46 @@ class Storage:
              "each worker: raise maxclients, or write “?max_connections=…” behind storage_url"),
         ]  # fmt: skip
         return [warning for wrong, warning in warnings if wrong]
+
+
+_METRICS: Final = b"{limits}metrics"
+"""The key of the counts for /metrics: in one slot with those of the limits."""
+
+
+class Counts:
+    """What this process has counted for /metrics and not added to the store yet.
+
+    A name is that of a metric, and after spaces its labels: ``requests_total route=/register``.
+    All values of labels come from closed sets (routes, statuses, providers, regions), so that
+    strangers cannot add names without end.
+    """
+
+    def __init__(self) -> None:
+        self._new, self._lock = dict[str, int](), threading.Lock()
+
+    def add(self, *names: str, n: int = 1) -> None:
+        """Count something."""
+        with self._lock:
+            for name in names:
+                self._new[name] = self._new.get(name, 0) + n
+
+    def flush(self, storage: Storage) -> None:
+        """Add all of it to the store. If that fails it is kept, as it may not have been done."""
+        with self._lock:
+            taken, self._new = self._new, {}
+        try:
+            if taken:
+                storage.count(taken)
+        except Unavailable:
+            for name, n in taken.items():
+                self.add(name, n=n)
+
+    def keep_flushing(self, storage: Storage) -> None:
+        """Do so once a second from now on: a process that is killed loses no more than that."""
+        self.flush(storage)
+        timer = threading.Timer(1, self.keep_flushing, [storage])
+        timer.daemon = True
+        timer.start()
 
 
 class DynamoRecord(bytes):
@@ -3509,6 +3570,16 @@ class Limits:
         if address:
             self.take(self.counters({"r": address_block(address, 64)}))
 
+    def shares(self, regions: Collection[str]) -> dict[str, float]:
+        """How much of each budget that strangers share is used, as samples for /metrics."""
+        shares = {}
+        for region in ("", *regions):
+            for counter in self.counters({"d": region} if region else {"h": "", "m": ""}, region):
+                at_rest_us = int(self._storage.get(StorageId(counter.key)) or 0)
+                used = max(0.0, at_rest_us - self._clock() * 1e6) / counter.period_us
+                shares[f"budget_used limit={counter.limit.setting} region={region}"] = used
+        return shares
+
     def pay_back(self, session: str, msisdn: Msisdn) -> None:
         """Pay back the messages of a round, after a right code. The store may be away."""
         if self.mode == "off":
@@ -3678,6 +3749,10 @@ class SmsRefused(SmsFailed):
 
 class SmsUnknown(SmsFailed):
     """The provider did not say, or not in time: it may have taken the message, or a part."""
+
+
+class SmsDenied(SmsFailed):
+    """The provider turns our account away (login, credit, rights): a person must mend that."""
 
 
 class SmsThrottled(SmsFailed):
@@ -3939,7 +4014,7 @@ class HttpSms(SmsProvider):
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body, retry_after_s = self._exchange(request, timeout_s)
         ids = self._judge(status, body, retry_after_s)
-        return (ids or [values["id"]]) if self.entry["receipts"] else []
+        return ids or [values["id"]] * self.entry["receipts"]
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
         """Return the ids in an answer, or raise what it stands for.
@@ -4073,7 +4148,9 @@ _IDLE_CONNECTIONS_MAX: Final = 64
 _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 _NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
-MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled}
+MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled} | {
+    401: SmsDenied, 402: SmsDenied, 403: SmsDenied,
+}  # fmt: skip
 """The error that an HTTP status other than 2xx stands for; one that is not here: SmsUnknown.
 
 The count of a message is given back only if it surely did not leave. Otherwise somebody who makes
@@ -4097,8 +4174,8 @@ Meaning = tuple[type[SmsFailed] | None, str]
 
 
 def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
-    """Meanings by code; codes and words of what is taken, refused for good, failed, throttled."""
-    faults = None, SmsRefused, SmsFailed, SmsThrottled
+    """Meanings by code; codes, words of taken, refused for good, failed, throttled, denied."""
+    faults = None, SmsRefused, SmsFailed, SmsThrottled, SmsDenied
     return {
         code: (fault, words)
         for fault, by_codes in zip(faults, meanings, strict=True)
@@ -4119,10 +4196,11 @@ SHAPES: Final[Mapping[str, Shape]] = {
             {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
              "15": "sender not allowed", "29": "number not on the test list",
              "33": "number deactivated"},
-            {"2": "a parameter is missing", "4 14": "bad credentials",
-             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
-             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
+            {"2": "a parameter is missing", "5": "internal error", "12": "too long",
+             "10": "too many connections"},
             {"1": "too fast"},
+            {"4 14": "bad credentials", "8": "account barred", "9": "no credit",
+             "11 22 23 32": "not allowed for this account"},
         ), "messages.*.message-id",
     ),
     # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
@@ -4135,11 +4213,12 @@ SHAPES: Final[Mapping[str, Shape]] = {
             {"21211": "no valid number", "21408": "country not enabled in the account",
              "21608": "number not verified in the trial account", "21610": "number opted out",
              "21612": "no route to this number", "21614": "not a mobile number"},
-            {"20003": "bad credentials", "20404": "no such account",
-             "21212 21603 21606 21659": "not a sender of this account",
-             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
+            {"21611": "the sender's queue is full",
              "failed undelivered canceled": "failed at once"},
             {"20429": "too fast"},
+            {"20003": "bad credentials", "20404": "no such account",
+             "21212 21603 21606 21659": "not a sender of this account",
+             "21703": "no sender in the messaging service"},
         ), "sid",
     ),
     # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
@@ -4157,7 +4236,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
         '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
         ' "ttl": {ttl}, "priority": 127}',
-        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}), "id",
+        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}, {}), "id",
     ),
 }  # fmt: skip
 """The kinds that are reached over HTTP with templates and meanings of their own."""
@@ -4323,6 +4402,7 @@ class SmsSender:
     Attributes:
         outbox: The provider that shows codes, if it is one of them.
         paid: Whether any of them may cost money.
+        counts: Of this process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -4332,6 +4412,7 @@ class SmsSender:
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
+        self.counts = Counts()
         self._failed_for: dict[int, Msisdn] = {}
         self._paces = [Pace() for _ in self.providers]
         most = max(1, settings.threads // 2, settings.threads - _THREADS_SPARE)
@@ -4384,9 +4465,11 @@ class SmsSender:
             turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
+                self._note(n, to, None, "".join(ids[:1]))
+                ids = ids if self.providers[n].entry.get("receipts") else []
                 return Sent(self.providers[n].kind, ids, tried % once_round)
             except SmsFailed as error:
-                LOG.warning("sms: %s", error)
+                self._note(n, to, error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
                 throttled = error if isinstance(error, SmsThrottled) else throttled
@@ -4397,6 +4480,19 @@ class SmsSender:
         if unknown:
             return Sent("", [], tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
+
+    def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
+        """Count an attempt, and write it to the log: as an error, if a person must mend it."""
+        kind, region = self.providers[n].kind, country_of(to)
+        outcome = type(error).__name__[3:].lower() if error else "taken"
+        levels = {"taken": logging.INFO, "denied": logging.ERROR}
+        text = "sms: %(provider)s %(country)s %(outcome)s %(id)s %(reason)s"
+        LOG.log(levels.get(outcome, logging.WARNING), text, {
+            "event": "send", "provider": kind, "country": region, "outcome": outcome,
+            "id": loggable_id(message_id, to), "reason": str(error or ""),
+        })  # fmt: skip
+        labels = f"provider={n} kind={kind} region={region} outcome={outcome}"
+        self.counts.add(f"sends_total {labels}")
 
     def _attempt(
         self, n: int, message: tuple[str, Msisdn, str], ends_s: tuple[float, float],
@@ -4459,6 +4555,12 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
     except Exception as error:  # its text may quote the message
         fault = SmsUnknown if provider.paid else SmsFailed  # the outbox: its disk may be full
         raise fault(f"{provider.kind}: {type(error).__name__}") from None
+
+
+def loggable_id(message_id: str, to: str = "") -> str:
+    """A provider's id of a message, as the log may hold it: no number, no code, no odd text."""
+    own = re.fullmatch(r"(?a)(?!\d{1,15}$)[\w.:-]{1,64}", message_id)
+    return message_id if own and not (to and to[-6:] in message_id) else "-"
 
 
 class InboundSms(NamedTuple):
@@ -4824,7 +4926,7 @@ def return_code(
         user = user._replace(verified_by_phone=user.code_by_phone)
         return user._replace(code_digest=b"", older_digest=b"", tries=0), None
     if user.older_digest and hmac.compare_digest(digest, user.older_digest):
-        return user, WrongCode("a newer code was sent: use that one")
+        return user, Superseded("a newer code was sent: use that one")
     if long != user.long:
         kinds = "digits", "hex digits"
         raise InvalidParameter(f"the code that is waiting is one of {kinds[user.long]}")
@@ -4932,7 +5034,7 @@ class Gateway:
         clock: Clock = time.time, random_bytes: RandomBytes = secrets.token_bytes,
     ) -> None:  # fmt: skip
         self.settings, self.storage, self.sms, self.keys = settings, storage, sms, keys
-        self.clock, self.random_bytes = clock, random_bytes
+        self.clock, self.random_bytes, self.counts = clock, random_bytes, sms.counts
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
         self.catalogues = load_catalogues()
@@ -5188,7 +5290,13 @@ class Gateway:
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
         if outcome or not message_id:
-            LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
+            result = outcome * bool(message_id) or "no id in it"
+            self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
+            level = logging.WARNING if outcome == "failed" else logging.INFO
+            LOG.log(level, "sms: %(provider)s receipt: %(outcome)s %(id)s", {
+                "event": "receipt", "provider": kind, "outcome": result,
+                "id": loggable_id(message_id),
+            })  # fmt: skip
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a proof too, if one is asked for."""
@@ -5606,6 +5714,7 @@ ROUTES: Final = (
     Route("GET", "/api-specs", "api_specs"),
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
+    Route("GET", "/metrics", "metrics"),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -5811,11 +5920,53 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 """The answers to a webhook that are not {}: Kannel would send a body to the phone, as an SMS."""
 
 
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
+"""What a client may call its request."""
+_TIMES_S: Final = {"0.005": 0.005, "0.025": 0.025, "0.1": 0.1, "0.5": 0.5, "+Inf": math.inf}
+"""The classes in which the time of requests is counted: the label of each, its upper bound."""
+_TALLIES: Final = "sent", "verified", "refused", "would be refused"
+"""What the scripts of the limits count, for a day at a time."""
+
+
+def exposition(samples: Mapping[str, float]) -> bytes:
+    """Samples in Prometheus' text format.
+
+    Args:
+        samples: Values by name and labels, as in ``Counts``.
+    """
+    from prometheus_client import core, generate_latest  # here, because few ask for it
+
+    metrics: Json = {}
+    for sample, value in sorted(samples.items()):
+        name, *labels = sample.split(" ")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        new = core.Metric(f"gateway_{name.removesuffix('_total')}", "see the Operate pages", kind)
+        values = dict(label.split("=") for label in labels)
+        metrics.setdefault(name, new).add_sample(f"gateway_{name}", values, value)
+    return generate_latest(cast(Any, SimpleNamespace(collect=metrics.values)))
+
+
+def samples_of(gateway: Gateway) -> dict[str, float]:
+    """The counts of all gateways that share the store, and how it and its limits stand."""
+    begun_s = time.monotonic()
+    counted, *tallies = gateway.storage.counts(*(b"{limits}%b" % t.encode() for t in _TALLIES))
+    samples = {**counted, "store_read_seconds": time.monotonic() - begun_s}
+    for n, info in enumerate(gateway.storage.info()):
+        samples[f"store_memory_bytes node={n}"] = int(info["used_memory"])
+    settings = {limit.row: limit.setting for limit in LIMITS}
+    for outcome, counts in zip(_TALLIES, tallies, strict=True):
+        for name, n in counts.items():
+            region, _, row = name.partition(" ")
+            labels = f"region={region} outcome={outcome.replace(' ', '_')}"
+            samples[f"messages_of_day {labels} limit={settings.get(row, '')}"] = n
+    return samples | gateway.limits.shares(tallies[0])
+
+
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     """The WSGI application: ``ROUTES`` and their handlers.
 
     Args:
-        token: The operator's, which opens /outbox.
+        token: The operator's, which opens /outbox and /metrics.
     """
 
     def __init__(self, gateway: Gateway, token: str) -> None:
@@ -5827,7 +5978,28 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
                 respond = partial(self.respond, getattr(self, route.handler), route.hawk)
-                self.route(path, route.methods.split(), respond)
+                self.route(path, route.methods.split(), respond, name=route.path)
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request, as WSGI wants it; count it, and write a line to the log."""
+        given, begun_s = environ.get("HTTP_X_REQUEST_ID", ""), time.perf_counter()
+        REQUEST_ID.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+        content = self.wsgi(environ, start_response)
+        took_s = time.perf_counter() - begun_s
+        route = getattr(environ.get("bottle.route"), "name", "-")
+        status, error = bottle.response.status_code, environ.get("gateway.error")
+        errno, why = int(error.errno or 0) if error else 0, type(error).__name__ if error else "-"
+        LOG.info("request %(route)s %(status)s %(errno)s %(error)s %(ms)s ms", {
+            "event": "request", "route": route, "status": status, "errno": errno, "error": why,
+            "ms": round(1000 * took_s, 1),
+        })  # fmt: skip
+        self.gateway.counts.add(
+            f"requests_total route={route} status={status} errno={errno} error={why}",
+            *(f"request_seconds_bucket route={route} le={le}" for le, most_s in _TIMES_S.items()
+              if took_s <= most_s),
+        )  # fmt: skip
+        self.gateway.counts.add(f"request_microseconds_total route={route}", n=round(took_s * 1e6))
+        return content
 
     # -- The request ----------------------------------------------------------
 
@@ -5907,6 +6079,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
             next_step = self.gateway.next_action(session) if session and known else None
             answer = error_answer(error, self.settings.base_url, next_step)
+            bottle.request.environ["gateway.error"] = error
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -5925,7 +6098,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
-        headers = {"Timestamp": str(int(self.gateway.clock()))}
+        headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
         allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
         if bottle.request.environ["PATH_INFO"].endswith("/outbox"):
             return headers
@@ -5955,6 +6128,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def default_error_handler(self, res: bottle.HTTPError) -> bytes:
         """Bottle's own errors (no such route, and so on), in JSON like all others."""
         if res.status_code >= 500:
+            bottle.request.environ["gateway.error"] = UNFORESEEN
             return self.write(error_answer(UNFORESEEN, self.settings.base_url))
         phrase = HTTPStatus(res.status_code).phrase
         body = {"code": res.status_code, "error": phrase, "message": str(res.body)}
@@ -6027,7 +6201,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         try:
             check_inbound(entry, str(secret or ""), call, self.gateway.clock())
         except Forbidden as error:
-            LOG.info("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
+            LOG.warning("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
             raise
         return entry, call
 
@@ -6140,6 +6314,14 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
+    def metrics(self) -> Answer:
+        """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
+        if not _same(f"Bearer {self.token}", self.header("AUTHORIZATION")):
+            raise bottle.HTTPError(404, "Not found: '/metrics'")
+        self.gateway.counts.flush(self.gateway.storage)
+        page = exposition(samples_of(self.gateway))
+        return Answer(200, page, "text/plain; version=0.0.4; charset=utf-8")
+
 
 # =============================================================================
 # 15. Serving
@@ -6188,10 +6370,25 @@ class QueuedLog(logging.handlers.QueueHandler):
         self._lines = queue.SimpleQueue[bytes]()
         super().__init__(self._lines)
         self._file, self._dropped = file, 0
+        self._minute, self._times = 0.0, dict[str, int]()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
         # Workers end without ``atexit``.
         multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out most lines of the same text in a minute: the 10th, 100th and so on tell.
+
+        Those of requests and sends have named values, and are never left out.
+        """
+        if isinstance(record.args, dict):
+            return True
+        text, minute = record.getMessage(), record.created // 60
+        if minute > self._minute:
+            self._minute, self._times = minute, {}
+        n = self._times[text] = self._times.get(text, 0) + 1
+        record.msg, record.args = text + f" ({n} times in this minute)" * (n > 1), ()
+        return bool(re.fullmatch("10*", str(n)))
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Queue a line, if there is room. It is made here: a record may keep a request alive."""
@@ -6217,16 +6414,45 @@ class QueuedLog(logging.handlers.QueueHandler):
             self._writer.join(LOG_FLUSH_S)
 
 
+class LogLines(logging.Formatter):
+    """Lines of the log, with the time in UTC and the id of the request.
+
+    Args:
+        form: ``text``, or ``json`` for one object a line.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._as_json = form == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record. In JSON the values of a line about a request or a send have their names."""
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
+            "logger": record.name, "message": super().format(record), "request": REQUEST_ID.get(),
+        }  # fmt: skip
+        if self._as_json:
+            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
+        text = "{time} {level} {logger}: {message} [{request}]".format(**line)
+        return text.removesuffix(" []")
+
+
 _STDERR: Final = sys.__stderr__.fileno() if sys.__stderr__ else -1  # a service may have none
 LOGGING: Final[Json] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "formatters": {"line": {"()": LogLines, "form": "text"}},
     "handlers": {"stderr": {"()": QueuedLog, "file": _STDERR, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
 """The log goes to stderr; what commands print for others goes to stdout."""
+
+
+def logging_of(settings: Settings) -> Json:
+    """``LOGGING``, in the form that ``log_format`` says."""
+    return LOGGING | {"formatters": {"line": {"()": LogLines, "form": settings.log_format}}}
 
 
 def end_with_parent(parent: int) -> None:
@@ -6457,7 +6683,11 @@ def application() -> GatewayApp:
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
     check_store(settings, url, master, keys)
-    return create_app(settings, url, keys=keys)
+    app = create_app(settings, url, keys=keys)
+    keep_counts = partial(app.gateway.counts.keep_flushing, app.gateway.storage)
+    os.register_at_fork(after_in_child=keep_counts)
+    keep_counts()
+    return app
 
 
 def check_store(settings: Settings, url: str, master: bytes, keys: Keys) -> None:
@@ -6529,7 +6759,10 @@ def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodie
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return BoundedBodies(create_app(settings, keys=Keys(settings, files)), settings.threads)
+    app = create_app(settings, keys=Keys(settings, files))
+    app.gateway.counts.add("worker_starts_total")
+    app.gateway.counts.keep_flushing(app.gateway.storage)
+    return BoundedBodies(app, settings.threads)
 
 
 def _stop_once() -> None:
@@ -6629,7 +6862,7 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
-    logging.config.dictConfig(LOGGING)
+    logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
@@ -6671,7 +6904,7 @@ def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
         workers=settings.workers, blocking_threads=settings.threads,
         backpressure=max(64, min(connections, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
-        log_level=LogLevels.error, log_dictconfig=LOGGING,
+        log_level=LogLevels.error, log_dictconfig=logging_of(settings),
     )  # fmt: skip
     # Granian reloads on SIGHUP. Here it means that the terminal closed: stop, but not under nohup.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
