@@ -122,7 +122,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import bottle
 import jwt
@@ -865,6 +865,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         """The networks of ``trusted_proxies``; an address is a network of one."""
         return tuple(filter(None, map(_network, self.trusted_proxies or ())))
 
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Where each value that is no default is from, if ``load_settings`` put them together."""
+        return {}
+
     @property
     def on_loopback(self) -> bool:
         """Whether where we listen and what we are called are both this machine only."""
@@ -947,7 +952,7 @@ def load_settings(
             values = tomllib.loads(Path(path).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    in_file = list(values)
+    in_file = set(values)
     for variable, text in environ.items():
         # GATEWAY_INTERFACE is CGI's own variable.
         if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
@@ -966,9 +971,13 @@ def load_settings(
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
+    settings.origins.update(dict.fromkeys(texts, "environment") | dict.fromkeys(options, "option"))
+    settings.origins.update(dict.fromkeys(in_file - texts.keys(), f"file {path}"))
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
-        LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+        LOG.warning(
+            "others can read %s, which holds %s: chmod 640 it", path, ", ".join(sorted(secret))
+        )
     _check_named(settings, values)
     return settings
 
@@ -3789,6 +3798,10 @@ class SmsProvider:
         """
         raise NotImplementedError
 
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        return "its login cannot be tried without a message: check --send NUMBER"
+
 
 ANSWER_MAX_BYTES: Final = 65536
 """The largest answer of a provider that is read."""
@@ -3881,6 +3894,7 @@ class Shape(NamedTuple):
         meanings: What they stand for (``None``: taken), with words for the log.
         ids: The dotted path of the ids that receipts name; "": there are none but our own.
         receipt_query: Ends the URL that receipts are sent to.
+        login: Where a GET tells whether the login is right, relative to the endpoint.
     """
 
     headers: Mapping[str, str]
@@ -3890,6 +3904,7 @@ class Shape(NamedTuple):
     meanings: Mapping[str, Meaning] = {}
     ids: str = ""
     receipt_query: str = ""
+    login: str = ""
 
 
 class HttpSms(SmsProvider):
@@ -4015,6 +4030,19 @@ class HttpSms(SmsProvider):
         status, body, retry_after_s = self._exchange(request, timeout_s)
         ids = self._judge(status, body, retry_after_s)
         return ids or [values["id"]] * self.entry["receipts"]
+
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        if not self.shape.login:
+            return super().try_login()
+        values = self._values("", Msisdn("+"), "")
+        url = re.sub(_PLACE, lambda place: values[place[1]], urljoin(self.url, self.shape.login))
+        request = {pycurl.URL: url, pycurl.HTTPHEADER: [f"Authorization: Basic {self._basic}"]}
+        try:
+            status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
+        except SmsFailed as error:
+            return str(error)
+        return f"its login was answered {status} {responses.get(status, '')}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
         """Return the ids in an answer, or raise what it stands for.
@@ -4201,7 +4229,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
             {"1": "too fast"},
             {"4 14": "bad credentials", "8": "account barred", "9": "no credit",
              "11 22 23 32": "not allowed for this account"},
-        ), "messages.*.message-id",
+        ), "messages.*.message-id", login="../account/get-balance",
     ),
     # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
     # a code; a status that says that it failed at once.
@@ -4219,7 +4247,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
             {"20003": "bad credentials", "20404": "no such account",
              "21212 21603 21606 21659": "not a sender of this account",
              "21703": "no sender in the messaging service"},
-        ), "sid",
+        ), "sid", login="../{account_sid}.json",
     ),
     # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
     # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
@@ -6941,6 +6969,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
     size = f"{settings.workers} workers, {settings.threads} threads each"
     lines = [
         f"MSISDN Gateway {__version__} on {settings.base_url} ({size})",
+        f"  port {settings.port} of {settings.host}",
         f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * new_keys}",
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
@@ -6986,21 +7015,61 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     return 0
 
 
+def check(settings: Settings, send: str) -> None:
+    """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
+    logging.config.dictConfig(logging_of(settings))
+    sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
+    fit_threads(settings)
+    if settings.storage_url or is_in_use(settings.data_dir):
+        check_store(settings, url, _master_secret_of(settings), load_keys(settings)[0])
+        print("store: it can be used")
+    else:  # what root made here the service could not read
+        claim_port(settings).close()
+        print("store: the embedded one is not running; a start will check it")
+    print("sms:" + _bill_line(settings) if sms.paid else "sms: no message costs money")
+    for provider in sms.providers:
+        print(f"sms: {provider.kind}:", provider.try_login())
+    if send:
+        msisdn, code = parse_msisdn(send), "0" * settings.short_code_digits
+        text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
+        sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
+        try:
+            print("sms: sent by", sms.send(sender, msisdn, text).kind or "somebody, perhaps")
+        except SmsFailed as error:
+            raise StartError(str(error)) from None
+
+
+def is_in_use(data_dir: str) -> bool:
+    """Whether a gateway is running on this ``data_dir``."""
+    with contextlib.suppress(redis.RedisError):
+        return bool(redis.Redis.from_url(embedded_url(data_dir)).ping())
+    return False
+
+
 def show_settings(settings: Settings, as_toml: bool) -> int:
-    """Print every setting with the value in force, as a table or as a TOML file."""
-    defaults = Settings()
+    """Print every setting with the value in force, and its origin; or as a TOML file."""
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
         if as_toml:
             hidden = json.loads(shown) != value  # "…" must not be read as its value
-            mark = "# " if hidden or value == getattr(defaults, name) else ""
-            # TOML writes lists and texts as JSON does, and tables with " = ".
-            like_toml = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
-            value = like_toml(json.loads(shown)) if shown != "null" else "…"
+            mark = "# " if hidden or value == getattr(Settings(), name) else ""
+            value = _as_toml(json.loads(shown)) if shown != "null" else "[]"
             print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
-            print(f"{name:20} {shown:28} {field['description']}")
+            origin = settings.origins.get(name, "default")
+            print(f"{name:20} {shown:28} {origin:11} {field['description']}")
+    for name, kinds in SMS_LISTS.items() if as_toml else ():
+        for kind, declaration in kinds.items():
+            print(f"# [[{name}]]  # {declaration.__doc__}\n#   kind = {_as_toml(kind)}")
+            for field_name, field in declared(declaration).items():
+                if field_name != "kind":
+                    value = _as_toml(field.get("default", "…"))
+                    print(f"#   {field_name} = {value}  # {field.get('description', '')}")
     return 0
+
+
+_as_toml: Final = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
+"""TOML writes lists and texts as JSON does, and tables with " = "."""
 
 
 def show_messages(settings: Settings) -> int:
@@ -7108,26 +7177,35 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
-    "bill": (bill,),
+    "bill": (bill,), "check": (check, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands; its help is that of one ``command``, or of all."""
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
+    about = ["Prove control of a phone number. No command: serve.", "", *about]
     parser = argparse.ArgumentParser(
-        "gateway.py", usage="gateway.py [COMMAND] [NUMBER] [--SETTING ...]", allow_abbrev=False,
-        description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "gateway.py", usage=f"gateway.py {command or '[COMMAND]'} [NUMBER] [--SETTING ...]",
+        description=_COMMANDS[command][0].__doc__ if command else "\n".join(about),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
     )  # fmt: skip
-    parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
+    parser.add_argument("command", nargs="?", choices=_COMMANDS)
+    parser.add_argument("-h", "--help", action="store_true", help="of a command, or this")
+    parser.add_argument("--version", action="version", version=f"MSISDN Gateway {__version__}")
     parser.add_argument("number", nargs="?", default="", help="for some commands: +447700900123")
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
     parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
+    parser.add_argument("--send", metavar="NUMBER", default="", help="check: send it a message")
     parser.add_argument("--leaked", action="store_true", help="rotate-keys: end all keys of before")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
+    for action in parser._actions if command else ():
+        others = {name for _, *names in _COMMANDS.values() for name in names}
+        if action.dest in others.difference(_COMMANDS[command]):
+            action.help = argparse.SUPPRESS
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():
         text = f"{field['description']} ({allowed(field)})"
@@ -7144,10 +7222,13 @@ def main(argv: list[str]) -> int:
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
+    if given["help"]:
+        print(_parser(given["command"] or "").format_help(), end="")
+        return 0
     options = {name: given[name] for name in declared(Settings) if given[name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        command, *names = _COMMANDS[given["command"]]
+        command, *names = _COMMANDS[given["command"] or "serve"]
         if given["number"] and "number" not in names:
             parser.error(f"{given['command']} takes no number")
         status = int(command(settings, *(given[name] for name in names)) or 0)
