@@ -4441,12 +4441,21 @@ class SmsSender:
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
         self.counts = Counts()
+        self._failing: set[int] = set()
         self._failed_for: dict[int, Msisdn] = {}
         self._paces = [Pace() for _ in self.providers]
         most = max(1, settings.threads // 2, settings.threads - _THREADS_SPARE)
         self._slots = threading.BoundedSemaphore(most)
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether some provider took the last message that it was given, or was given none.
+
+        One that failed for a single number counts as working, as in ``_note_failure``.
+        """
+        return len(self._failing) < len(self.providers)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
@@ -4538,6 +4547,7 @@ class SmsSender:
         except SmsFailed as error:
             if not isinstance(error, SmsRefused | SmsThrottled):
                 self._note_failure(n, to)
+                self._failing |= self.resting.keys() & {n}
             if payments and paid and not isinstance(error, SmsUnknown):
                 payments.give_back(paid)
             raise
@@ -4550,6 +4560,7 @@ class SmsSender:
         if n in self.resting:  # this one message tries whether it works again
             self.resting[n] = started_s + self.settings.sms_cool_down_s
         ids = _send_by(provider, *message, timeout_s)
+        self._failing.discard(n)
         if time.monotonic() - started_s > timeout_s / 2:
             self._note_failure(n, message[1])  # slow
         else:
@@ -6267,10 +6278,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         self.gateway.unregister(session, self.params())
 
     def heartbeat(self) -> Answer:
-        """GET /__heartbeat__ : whether the storage takes a write."""
-        if self.gateway.is_storage_writable():
-            return json_answer({"storage": True})
-        return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        """GET /__heartbeat__ : whether the storage takes a write, and any provider messages."""
+        works = {"storage": self.gateway.is_storage_writable(), "sms": self.gateway.sms.is_working}
+        if works["storage"]:
+            return json_answer(works)
+        return json_answer(works, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     def lbheartbeat(self) -> Json:
         """GET /__lbheartbeat__ : whether this process answers at all."""
@@ -6820,6 +6832,7 @@ def _stop_once() -> None:
     message. ``tests/test_serving.py`` shows whether this function is still needed.
     """
     signal.sigwait({signal.SIGTERM})
+    time.sleep(0.2)  # the whole group may be told: our parent must hear it before we end
     handler = signal.getsignal(signal.SIGTERM)
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     if not callable(handler) or frame.f_code.co_name != "wait":
@@ -6909,6 +6922,10 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:  # we have no terminal that could close
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)

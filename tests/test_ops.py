@@ -9,13 +9,14 @@ import os
 import re
 import statistics
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import urllib3
-from support import NUMBER, GatewayProcess, WsgiClient
-from test_sms import SmsApi, reply
+from support import NAMED, NUMBER, GatewayProcess, WsgiClient, free_port
+from test_sms import SmsApi, reply, taken
 
 import gateway
 
@@ -364,3 +365,163 @@ def test_a_start_counts_nothing_that_the_next_version_adds() -> None:
     page = gateway.exposition({"later_total kind=a": 2.0, "requests_total route=/": 3}).decode()
     assert samples(page) == {("later_total", 'kind="a"'): 2.0, ("requests_total", 'route="/"'): 3.0}
     assert "# TYPE gateway_requests_total counter" in page
+
+
+# -- Health and commands --------------------------------------------------------
+
+
+def test_the_heartbeat_tells_whether_any_provider_works(make_client: MakeClient) -> None:
+    with SmsApi() as bad, SmsApi() as good:
+        bad.answer = good.answer = reply({"messages": [{"status": "4"}]})
+        client = make_client(sms_providers=[bad.entry(), good.entry()])
+
+        def beat() -> tuple[int, bool]:
+            answer = client.get("/__heartbeat__")
+            return answer.status, answer.json["sms"]
+
+        def ask(number: str) -> int:
+            client.register()
+            return client.ask(number).status
+
+        assert ask(NUMBER) == 503
+        assert beat() == (200, True)  # one number alone proves nothing
+        assert ask("+447700900456") == 503
+        assert beat() == (200, False)
+        good.answer = taken
+        assert ask(NUMBER) == 200
+        assert beat() == (200, True)
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """One command: status, stdout, stderr."""
+    try:
+        status = gateway.main(list(argv))
+    except SystemExit as error:
+        status = int(str(error.code))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--version"], ["serve", "--version"]):
+        assert run_main(capsys, *argv) == (0, f"MSISDN Gateway {gateway.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", gateway._COMMANDS)
+def test_help_after_a_command_is_that_commands(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run_main(capsys, command, "--help")
+    does, *names = gateway._COMMANDS[command]
+    assert (status, err) == (0, "")
+    assert does.__doc__.split(":")[0].split()[0] in out
+    for name in ("algorithm", "msisdn", "users", "leaked", "toml", "send"):
+        assert (f"--{name} " in out or f"--{name}\n" in out) is (name in names), name
+    assert "--port" in out
+
+
+def test_settings_tell_where_a_value_is_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "g.toml"
+    path.write_text("port = 5001\ncode_tries = 2\nthreads = 9\n")
+    monkeypatch.setenv("GATEWAY_THREADS", "8")
+    monkeypatch.setenv("GATEWAY_WORKERS", "3")
+    options = ["--config", str(path), "--workers", "4"]
+    status, out, _ = run_main(capsys, "settings", *options)
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0
+    for name, value, origin in (
+        ("port", "5001", f"file {path}"), ("threads", "8", "environment"),
+        ("workers", "4", "option"), ("host", '"127.0.0.1"', "default"),
+    ):  # fmt: skip
+        assert re.match(rf"{name} +{value} +{origin} ", rows[name]), rows[name]
+
+
+def test_the_provider_blocks_are_toml_and_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run_main(capsys, "settings", "--toml")
+    blocks = out[out.index("# [[sms_providers]]") :].replace("# [[", "\0[[").split("\0")[1:]
+    kinds = set()
+    for block in blocks:
+        text = "\n".join(line.removeprefix("# ").strip() for line in block.splitlines())
+        text = text.replace('"…"', '"http://127.0.0.1/x?t={text}&to={to}"')
+        ((name, (entry,)),) = tomllib.loads(text).items()
+        entry = {n: v for n, v in entry.items() if v != "" or n == "body"}
+        if name == "sms_providers":
+            gateway._check_entry(name, name, entry)
+        kinds.add((name, entry["kind"]))
+    assert kinds == {(n, kind) for n, kinds in gateway.SMS_LISTS.items() for kind in kinds}
+
+
+def free(tmp_path: Any) -> list[str]:
+    """Options of a gateway that is not there yet."""
+    port = ["--port", str(free_port()), "--workers", "1"]
+    return [*port, "--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
+
+
+def test_check_of_what_was_never_started_makes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    status, out, _ = run_main(capsys, "check", *free(tmp_path))
+    assert status == 0
+    assert "not running" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_of_a_store_and_a_provider(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any, store: gateway.EmbeddedStore, keys_dir: str
+) -> None:
+    with SmsApi() as api:
+        entry = api.entry()
+        options = [*free(tmp_path), "--sms-providers", json.dumps([entry]), *NAMED]
+        options += ["--trusted-proxies", "[]", "--keys-dir", keys_dir, "--storage-url", store.url]
+        gateway.Storage(store.url)._run("FLUSHALL")
+        status, out, err = run_main(capsys, "check", *options)
+        assert status == 0, err
+        assert "nexmo: its login was answered" in out
+        assert api.received == [] or "text" not in api.received[-1].form
+        sent = len(api.received)
+        status, out, err = run_main(capsys, "check", *options, "--send", NUMBER)
+        assert status == 0, err
+        assert "sent by nexmo" in out
+        assert len(api.received) - sent == 2
+        api.answer = reply({"messages": [{"status": "4"}]})
+        status, out, err = run_main(capsys, "check", *options, "--send", NUMBER)
+        assert status == 1
+        assert "bad credentials" in err
+        assert str(entry["api_secret"]) not in out + err
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--storage-url", "redis://127.0.0.1:9"], 1, "store"),
+        (["--host", "192.0.2.77", "--public-url", "http://192.0.2.77"], 2, "sms_providers"),
+        (["--send", "07700"], 2, "msisdn"),
+    ],
+)
+def test_check_refuses_what_a_start_would_refuse(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+    options: list[str], status: int, said: str, keys_dir: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gateway, "STORE_START_S", 0.2)
+    keys = ["--keys-dir", keys_dir]
+    found, _, err = run_main(capsys, "check", *free(tmp_path), *keys, *options)
+    assert found == status
+    assert said in err
+
+
+@pytest.mark.slow
+def test_check_beside_a_gateway_that_runs(
+    start_gateway: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start_gateway()
+    folders = [
+        "--data-dir",
+        str(process.folder / "data"),
+        "--keys-dir",
+        str(process.folder / "keys"),
+    ]
+    status, out, err = run_main(capsys, "check", "--port", str(process.port), *folders)
+    assert status == 0, err
+    assert "store: it can be used" in out
