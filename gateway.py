@@ -7037,7 +7037,7 @@ def check(settings: Settings, send: str) -> None:
     logging.config.dictConfig(logging_of(settings))
     sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
     fit_threads(settings)
-    if settings.storage_url or is_in_use(settings.data_dir):
+    if settings.storage_url or _is_in_use(settings.data_dir):
         check_store(settings, url, _master_secret_of(settings), load_keys(settings)[0])
         print("store: it can be used")
     else:  # what root made here the service could not read
@@ -7056,7 +7056,7 @@ def check(settings: Settings, send: str) -> None:
             raise StartError(str(error)) from None
 
 
-def is_in_use(data_dir: str) -> bool:
+def _is_in_use(data_dir: str) -> bool:
     """Whether a gateway is running on this ``data_dir``."""
     with contextlib.suppress(redis.RedisError):
         return bool(redis.Redis.from_url(embedded_url(data_dir)).ping())
