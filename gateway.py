@@ -8,6 +8,7 @@
 #     "hiredis==3.5.0",
 #     "msgspec==0.22.0",
 #     "phonenumberslite==9.0.42",
+#     "prometheus-client==0.26.0",
 #     "pycurl==7.49.0",
 #     "pyjwt==2.15.1",
 #     "redis==8.1.0",
@@ -75,6 +76,7 @@ import ast
 import base64
 import bisect
 import contextlib
+import contextvars
 import copy
 import enum
 import errno
@@ -120,7 +122,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import bottle
 import jwt
@@ -238,6 +240,8 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of control groups (cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """The log of this module. No number, code, token or key is ever written to it."""
+REQUEST_ID: Final = contextvars.ContextVar("request_id", default="")
+"""The id of the request that this thread answers, for its lines in the log; else ""."""
 
 
 # =============================================================================
@@ -312,6 +316,10 @@ class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
 
     The code that was sent just before counts as none; the message says that a newer one was sent.
     """
+
+
+class Superseded(WrongCode, status=400, errno=Errno.WRONG_CODE):
+    """The verification code is the one before: a newer one was sent. It costs no try."""
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
@@ -532,6 +540,7 @@ _Code = Annotated[str, Meta(pattern=r"\A(\*|[A-Z]{2}|[1-9][0-9]{0,6})\Z")]
 _Price = Annotated[float, Meta(ge=0)]
 _Prices = Annotated[dict[_Code, _Price], Meta(title='{"*": 0.05, "<region or calling code>": …}')]
 _Limits = Annotated[str, Meta(pattern=r"\A(enforce|record|off)\Z", title="enforce, record, off")]
+_LogFormat = Annotated[str, Meta(pattern=r"\A(text|json)\Z", title="text, json")]
 _Money = Annotated[float, Meta(gt=0, title="an amount above 0, at least the dearest sms_price")]
 _Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
@@ -779,6 +788,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     mt_sender_map: _ByNetwork = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
     mo_verifier_map: _ByNetwork = {}
+    log_format: Annotated[_LogFormat, _about("json: one object a line")] = "text"
     display_version: Annotated[bool, _about("whether our version is shown")] = True
 
     def __post_init__(self) -> None:
@@ -852,6 +862,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
         """The networks of ``trusted_proxies``; an address is a network of one."""
         return tuple(filter(None, map(_network, self.trusted_proxies or ())))
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Where each value that is no default is from, if ``load_settings`` put them together."""
+        return {}
 
     @property
     def on_loopback(self) -> bool:
@@ -935,7 +950,7 @@ def load_settings(
             values = tomllib.loads(Path(path).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    in_file = list(values)
+    in_file = set(values)
     for variable, text in environ.items():
         # GATEWAY_INTERFACE is CGI's own variable.
         if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
@@ -954,9 +969,13 @@ def load_settings(
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
+    settings.origins.update(dict.fromkeys(texts, "environment") | dict.fromkeys(options, "option"))
+    settings.origins.update(dict.fromkeys(in_file - texts.keys(), f"file {path}"))
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
-        LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+        LOG.warning(
+            "others can read %s, which holds %s: chmod 640 it", path, ", ".join(sorted(secret))
+        )
     _check_named(settings, values)
     return settings
 
@@ -2357,6 +2376,8 @@ def verify_presentation(
 # "{limits}s" 11 bytes           what a session has taken    a day
 #                                from counters
 # "{limits}" outcome             counts for reports          a day
+# "{limits}metrics"              a hash of counts for        for ever
+#                                /metrics, by name and labels
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret; the start checks it
@@ -2923,6 +2944,15 @@ class Storage:
         packed = msgspec.msgpack.encode(ask)
         return self._run("EVAL", script, len(keys), *keys, packed, *more, key=keys[0])
 
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the counts of all gateways, in one round trip."""
+        self._run_all(_METRICS, *(("HINCRBY", _METRICS, name, n) for name, n in counts.items()))
+
+    def counts(self, *more: bytes) -> list[dict[str, int]]:
+        """These counts; then those in the hashes ``more``, which lie in the same slot."""
+        answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
+        return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
+
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
 
@@ -3037,6 +3067,46 @@ class Storage:
              "each worker: raise maxclients, or write “?max_connections=…” behind storage_url"),
         ]  # fmt: skip
         return [warning for wrong, warning in warnings if wrong]
+
+
+_METRICS: Final = b"{limits}metrics"
+"""The key of the counts for /metrics: in one slot with those of the limits."""
+
+
+class Counts:
+    """What this process has counted for /metrics and not added to the store yet.
+
+    A name is that of a metric, and after spaces its labels: ``requests_total route=/register``.
+    All values of labels come from closed sets (routes, statuses, providers, regions), so that
+    strangers cannot add names without end.
+    """
+
+    def __init__(self) -> None:
+        self._new, self._lock = dict[str, int](), threading.Lock()
+
+    def add(self, *names: str, n: int = 1) -> None:
+        """Count something."""
+        with self._lock:
+            for name in names:
+                self._new[name] = self._new.get(name, 0) + n
+
+    def flush(self, storage: Storage) -> None:
+        """Add all of it to the store. If that fails it is kept, as it may not have been done."""
+        with self._lock:
+            taken, self._new = self._new, {}
+        try:
+            if taken:
+                storage.count(taken)
+        except Unavailable:
+            for name, n in taken.items():
+                self.add(name, n=n)
+
+    def keep_flushing(self, storage: Storage) -> None:
+        """Do so once a second from now on: a process that is killed loses no more than that."""
+        self.flush(storage)
+        timer = threading.Timer(1, self.keep_flushing, [storage])
+        timer.daemon = True
+        timer.start()
 
 
 class DynamoRecord(bytes):
@@ -3520,6 +3590,16 @@ class Limits:
         if address:
             self.take(self.counters({"r": address_block(address, 64)}))
 
+    def shares(self, regions: Collection[str]) -> dict[str, float]:
+        """How much of each budget that strangers share is used, as samples for /metrics."""
+        shares = {}
+        for region in ("", *regions):
+            for counter in self.counters({"d": region} if region else {"h": "", "m": ""}, region):
+                at_rest_us = int(self._storage.get(StorageId(counter.key)) or 0)
+                used = max(0.0, at_rest_us - self._clock() * 1e6) / counter.period_us
+                shares[f"budget_used limit={counter.limit.setting} region={region}"] = used
+        return shares
+
     def pay_back(self, session: str, msisdn: Msisdn) -> None:
         """Pay back the messages of a round, after a right code. The store may be away."""
         if self.mode == "off":
@@ -3694,6 +3774,10 @@ class SmsUnknown(SmsFailed):
     """The provider did not say, or not in time: it may have taken the message, or a part."""
 
 
+class SmsDenied(SmsFailed):
+    """The provider turns our account away (login, credit, rights): a person must mend that."""
+
+
 class SmsThrottled(SmsFailed):
     """The provider says "slower": it did not take the message, and would take it later."""
 
@@ -3727,6 +3811,10 @@ class SmsProvider:
             SmsUnknown: The provider did not say.
         """
         raise NotImplementedError
+
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        return "its login cannot be tried without a message: check --send NUMBER"
 
 
 ANSWER_MAX_BYTES: Final = 65536
@@ -3820,6 +3908,7 @@ class Shape(NamedTuple):
         meanings: What they stand for (``None``: taken), with words for the log.
         ids: The dotted path of the ids that receipts name; "": there are none but our own.
         receipt_query: Ends the URL that receipts are sent to.
+        login: Where a GET tells whether the login is right, relative to the endpoint.
     """
 
     headers: Mapping[str, str]
@@ -3829,6 +3918,7 @@ class Shape(NamedTuple):
     meanings: Mapping[str, Meaning] = {}
     ids: str = ""
     receipt_query: str = ""
+    login: str = ""
 
 
 class HttpSms(SmsProvider):
@@ -3953,7 +4043,20 @@ class HttpSms(SmsProvider):
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body, retry_after_s = self._exchange(request, timeout_s)
         ids = self._judge(status, body, retry_after_s)
-        return (ids or [values["id"]]) if self.entry["receipts"] else []
+        return ids or [values["id"]] * self.entry["receipts"]
+
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        if not self.shape.login:
+            return super().try_login()
+        values = self._values("", Msisdn("+"), "")
+        url = re.sub(_PLACE, lambda place: values[place[1]], urljoin(self.url, self.shape.login))
+        request = {pycurl.URL: url, pycurl.HTTPHEADER: [f"Authorization: Basic {self._basic}"]}
+        try:
+            status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
+        except SmsFailed as error:
+            return str(error)
+        return f"its login was answered {status} {responses.get(status, '')}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
         """Return the ids in an answer, or raise what it stands for.
@@ -4087,7 +4190,9 @@ _IDLE_CONNECTIONS_MAX: Final = 64
 _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 _NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
-MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled}
+MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled} | {
+    401: SmsDenied, 402: SmsDenied, 403: SmsDenied,
+}  # fmt: skip
 """The error that an HTTP status other than 2xx stands for; one that is not here: SmsUnknown.
 
 The count of a message is given back only if it surely did not leave. Otherwise somebody who makes
@@ -4113,7 +4218,10 @@ Meaning = tuple[type[SmsFailed] | None, str]
 
 def _shape(told: Json) -> Shape:
     """A kind of provider, as ``locale/providers.toml`` describes it."""
-    faults = {"taken": None, "refused": SmsRefused, "failed": SmsFailed, "throttled": SmsThrottled}
+    faults = {
+        "taken": None, "refused": SmsRefused, "failed": SmsFailed,
+        "throttled": SmsThrottled, "denied": SmsDenied,
+    }  # fmt: skip
     meanings = {
         code: (fault, words)
         for name, fault in faults.items()
@@ -4289,6 +4397,7 @@ class SmsSender:
     Attributes:
         outbox: The provider that shows codes, if it is one of them.
         paid: Whether any of them may cost money.
+        counts: Of this process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -4298,12 +4407,22 @@ class SmsSender:
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
+        self.counts = Counts()
+        self._failing: set[int] = set()
         self._failed_for: dict[int, Msisdn] = {}
         self._paces = [Pace() for _ in self.providers]
         most = max(1, settings.threads // 2, settings.threads - _THREADS_SPARE)
         self._slots = threading.BoundedSemaphore(most)
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether some provider took the last message that it was given, or was given none.
+
+        One that failed for a single number counts as working, as in ``_note_failure``.
+        """
+        return len(self._failing) < len(self.providers)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
@@ -4350,9 +4469,11 @@ class SmsSender:
             turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
+                self._note(n, to, None, "".join(ids[:1]))
+                ids = ids if self.providers[n].entry.get("receipts") else []
                 return Sent(self.providers[n].kind, ids, tried % once_round)
             except SmsFailed as error:
-                LOG.warning("sms: %s", error)
+                self._note(n, to, error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
                 throttled = error if isinstance(error, SmsThrottled) else throttled
@@ -4363,6 +4484,19 @@ class SmsSender:
         if unknown:
             return Sent("", [], tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
+
+    def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
+        """Count an attempt, and write it to the log: as an error, if a person must mend it."""
+        kind, region = self.providers[n].kind, country_of(to)
+        outcome = type(error).__name__[3:].lower() if error else "taken"
+        levels = {"taken": logging.INFO, "denied": logging.ERROR}
+        text = "sms: %(provider)s %(country)s %(outcome)s %(id)s %(reason)s"
+        LOG.log(levels.get(outcome, logging.WARNING), text, {
+            "event": "send", "provider": kind, "country": region, "outcome": outcome,
+            "id": loggable_id(message_id, to), "reason": str(error or ""),
+        })  # fmt: skip
+        labels = f"provider={n} kind={kind} region={region} outcome={outcome}"
+        self.counts.add(f"sends_total {labels}")
 
     def _attempt(
         self, n: int, message: tuple[str, Msisdn, str], ends_s: tuple[float, float],
@@ -4380,6 +4514,7 @@ class SmsSender:
         except SmsFailed as error:
             if not isinstance(error, SmsRefused | SmsThrottled):
                 self._note_failure(n, to)
+                self._failing |= self.resting.keys() & {n}
             if payments and paid and not isinstance(error, SmsUnknown):
                 payments.give_back(paid)
             raise
@@ -4392,6 +4527,7 @@ class SmsSender:
         if n in self.resting:  # this one message tries whether it works again
             self.resting[n] = started_s + self.settings.sms_cool_down_s
         ids = _send_by(provider, *message, timeout_s)
+        self._failing.discard(n)
         if time.monotonic() - started_s > timeout_s / 2:
             self._note_failure(n, message[1])  # slow
         else:
@@ -4425,6 +4561,12 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
     except Exception as error:  # its text may quote the message
         fault = SmsUnknown if provider.paid else SmsFailed  # the outbox: its disk may be full
         raise fault(f"{provider.kind}: {type(error).__name__}") from None
+
+
+def loggable_id(message_id: str, to: str = "") -> str:
+    """A provider's id of a message, as the log may hold it: no number, no code, no odd text."""
+    own = re.fullmatch(r"(?a)(?!\d{1,15}$)[\w.:-]{1,64}", message_id)
+    return message_id if own and not (to and to[-6:] in message_id) else "-"
 
 
 class InboundSms(NamedTuple):
@@ -4776,7 +4918,7 @@ def return_code(
         user = user._replace(verified_by_phone=user.code_by_phone)
         return user._replace(code_digest=b"", older_digest=b"", tries=0), None
     if user.older_digest and hmac.compare_digest(digest, user.older_digest):
-        return user, WrongCode("a newer code was sent: use that one")
+        return user, Superseded("a newer code was sent: use that one")
     if long != user.long:
         kinds = "digits", "hex digits"
         raise InvalidParameter(f"the code that is waiting is one of {kinds[user.long]}")
@@ -4884,7 +5026,7 @@ class Gateway:
         clock: Clock = time.time, random_bytes: RandomBytes = secrets.token_bytes,
     ) -> None:  # fmt: skip
         self.settings, self.storage, self.sms, self.keys = settings, storage, sms, keys
-        self.clock, self.random_bytes = clock, random_bytes
+        self.clock, self.random_bytes, self.counts = clock, random_bytes, sms.counts
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
         self.catalogues = load_catalogues()
@@ -5142,7 +5284,13 @@ class Gateway:
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
         if outcome or not message_id:
-            LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
+            result = outcome * bool(message_id) or "no id in it"
+            self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
+            level = logging.WARNING if outcome == "failed" else logging.INFO
+            LOG.log(level, "sms: %(provider)s receipt: %(outcome)s %(id)s", {
+                "event": "receipt", "provider": kind, "outcome": result,
+                "id": loggable_id(message_id),
+            })  # fmt: skip
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a proof too, if one is asked for."""
@@ -5561,6 +5709,7 @@ ROUTES: Final = (
     Route("GET", "/api-specs", "api_specs"),
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
+    Route("GET", "/metrics", "metrics"),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -5761,11 +5910,53 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 """The answers to a webhook that are not {}: Kannel would send a body to the phone, as an SMS."""
 
 
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
+"""What a client may call its request."""
+_TIMES_S: Final = {"0.005": 0.005, "0.025": 0.025, "0.1": 0.1, "0.5": 0.5, "+Inf": math.inf}
+"""The classes in which the time of requests is counted: the label of each, its upper bound."""
+_TALLIES: Final = "sent", "verified", "refused", "would be refused"
+"""What the scripts of the limits count, for a day at a time."""
+
+
+def exposition(samples: Mapping[str, float]) -> bytes:
+    """Samples in Prometheus' text format.
+
+    Args:
+        samples: Values by name and labels, as in ``Counts``.
+    """
+    from prometheus_client import core, generate_latest  # here, because few ask for it
+
+    metrics: Json = {}
+    for sample, value in sorted(samples.items()):
+        name, *labels = sample.split(" ")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        new = core.Metric(f"gateway_{name.removesuffix('_total')}", "see the Operate pages", kind)
+        values = dict(label.split("=") for label in labels)
+        metrics.setdefault(name, new).add_sample(f"gateway_{name}", values, value)
+    return generate_latest(cast(Any, SimpleNamespace(collect=metrics.values)))
+
+
+def samples_of(gateway: Gateway) -> dict[str, float]:
+    """The counts of all gateways that share the store, and how it and its limits stand."""
+    begun_s = time.monotonic()
+    counted, *tallies = gateway.storage.counts(*(b"{limits}%b" % t.encode() for t in _TALLIES))
+    samples = {**counted, "store_read_seconds": time.monotonic() - begun_s}
+    for n, info in enumerate(gateway.storage.info()):
+        samples[f"store_memory_bytes node={n}"] = int(info["used_memory"])
+    settings = {limit.row: limit.setting for limit in LIMITS}
+    for outcome, counts in zip(_TALLIES, tallies, strict=True):
+        for name, n in counts.items():
+            region, _, row = name.partition(" ")
+            labels = f"region={region} outcome={outcome.replace(' ', '_')}"
+            samples[f"messages_of_day {labels} limit={settings.get(row, '')}"] = n
+    return samples | gateway.limits.shares(tallies[0])
+
+
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     """The WSGI application: ``ROUTES`` and their handlers.
 
     Args:
-        token: The operator's, which opens /outbox.
+        token: The operator's, which opens /outbox and /metrics.
     """
 
     def __init__(self, gateway: Gateway, token: str) -> None:
@@ -5777,7 +5968,31 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
                 respond = partial(self.respond, getattr(self, route.handler), route.hawk)
-                self.route(path, route.methods.split(), respond)
+                self.route(path, route.methods.split(), respond, name=route.path)
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request, as WSGI wants it; count it, and write a line to the log."""
+        given, begun_s = environ.get("HTTP_X_REQUEST_ID", ""), time.perf_counter()
+        REQUEST_ID.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+        content = self.wsgi(environ, start_response)
+        took_s = time.perf_counter() - begun_s
+        route = getattr(environ.get("bottle.route"), "name", "-")
+        status, error = bottle.response.status_code, environ.get("gateway.error")
+        errno, why = int(error.errno or 0) if error else 0, type(error).__name__ if error else "-"
+        line = {
+            "event": "request", "route": route, "status": status, "errno": errno, "error": why,
+            "ms": round(1000 * took_s, 1),
+        }  # fmt: skip
+        if LOG.isEnabledFor(logging.INFO):  # LOG.info would look for the caller: a fifth of it all
+            text = "request %(route)s %(status)s %(errno)s %(error)s %(ms)s ms"
+            LOG.handle(logging.LogRecord(LOG.name, logging.INFO, "", 0, text, (line,), None))
+        self.gateway.counts.add(
+            f"requests_total route={route} status={status} errno={errno} error={why}",
+            *(f"request_seconds_bucket route={route} le={le}" for le, most_s in _TIMES_S.items()
+              if took_s <= most_s),
+        )  # fmt: skip
+        self.gateway.counts.add(f"request_microseconds_total route={route}", n=round(took_s * 1e6))
+        return content
 
     # -- The request ----------------------------------------------------------
 
@@ -5857,6 +6072,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
             next_step = self.gateway.next_action(session) if session and known else None
             answer = error_answer(error, self.settings.base_url, next_step)
+            bottle.request.environ["gateway.error"] = error
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -5875,7 +6091,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
-        headers = {"Timestamp": str(int(self.gateway.clock()))}
+        headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
         allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
         if bottle.request.environ["PATH_INFO"].endswith("/outbox"):
             return headers
@@ -5905,6 +6121,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def default_error_handler(self, res: bottle.HTTPError) -> bytes:
         """Bottle's own errors (no such route, and so on), in JSON like all others."""
         if res.status_code >= 500:
+            bottle.request.environ["gateway.error"] = UNFORESEEN
             return self.write(error_answer(UNFORESEEN, self.settings.base_url))
         phrase = HTTPStatus(res.status_code).phrase
         body = {"code": res.status_code, "error": phrase, "message": str(res.body)}
@@ -5977,7 +6194,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         try:
             check_inbound(entry, str(secret or ""), call, self.gateway.clock())
         except Forbidden as error:
-            LOG.info("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
+            LOG.warning("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
             raise
         return entry, call
 
@@ -6012,10 +6229,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         self.gateway.unregister(session, self.params())
 
     def heartbeat(self) -> Answer:
-        """GET /__heartbeat__ : whether the storage takes a write."""
-        if self.gateway.is_storage_writable():
-            return json_answer({"storage": True})
-        return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        """GET /__heartbeat__ : whether the storage takes a write, and any provider messages."""
+        works = {"storage": self.gateway.is_storage_writable(), "sms": self.gateway.sms.is_working}
+        if works["storage"]:
+            return json_answer(works)
+        return json_answer(works, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     def lbheartbeat(self) -> Json:
         """GET /__lbheartbeat__ : whether this process answers at all."""
@@ -6090,6 +6308,14 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
+    def metrics(self) -> Answer:
+        """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
+        if not _same(f"Bearer {self.token}", self.header("AUTHORIZATION")):
+            raise bottle.HTTPError(404, "Not found: '/metrics'")
+        self.gateway.counts.flush(self.gateway.storage)
+        page = exposition(samples_of(self.gateway))
+        return Answer(200, page, "text/plain; version=0.0.4; charset=utf-8")
+
 
 # =============================================================================
 # 15. Serving
@@ -6107,6 +6333,10 @@ WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTC
 """The command that names the processes that listen on ports."""
 LOG_LINES_MAX: Final = 10_000
 """How many lines of the log wait for stderr; more are dropped."""
+LOG_BATCH: Final = 100
+"""How many lines are written at once, at most."""
+LOG_PAUSE_S: Final = 0.02
+"""How long the first of them waits for the others."""
 LOG_FLUSH_S: Final = 1.0
 """How long a process that ends waits for stderr to take what it has logged."""
 TASKS_SPARE: Final = 50
@@ -6119,11 +6349,13 @@ STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
 
-class QueuedLog(logging.handlers.QueueHandler):
+class QueuedLog(logging.Handler):
     """The log: lines go through a bounded queue to a thread, which writes them to stderr.
 
     So nobody who logs waits for stderr, which may block: a terminal in Ctrl-S, a pipe that nobody
-    reads. A full queue drops lines; how many is said once it is empty.
+    reads. A full queue drops lines; how many is said once it is empty. The thread also makes the
+    lines, up to ``LOG_BATCH`` at once: one by one, between requests, each would take three times
+    the CPU.
 
     The thread writes to the descriptor and not to ``sys.stderr``, which has a lock: if the thread
     held it while a worker is forked, nobody could release it there. A worker does not inherit the
@@ -6135,23 +6367,47 @@ class QueuedLog(logging.handlers.QueueHandler):
     """
 
     def __init__(self, file: int) -> None:
-        self._lines = queue.SimpleQueue[bytes]()
-        super().__init__(self._lines)
+        super().__init__()
+        self._lines = queue.SimpleQueue[logging.LogRecord | None]()
         self._file, self._dropped = file, 0
+        self._minute, self._times = 0.0, dict[str, int]()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
         # Workers end without ``atexit``.
         multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line, if there is room. It is made here: a record may keep a request alive."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out most lines of the same text in a minute: the 10th, 100th and so on tell.
+
+        Those of requests and sends have named values, and are never left out. The text of others
+        is made here: what they are made of may keep a request alive.
+        """
+        record.request = REQUEST_ID.get()
+        if isinstance(record.args, dict):
+            return True
+        text, minute = record.getMessage(), record.created // 60
+        if minute > self._minute:
+            self._minute, self._times = minute, {}
+        n = self._times[text] = self._times.get(text, 0) + 1
+        record.msg, record.args = text + f" ({n} times in this minute)" * (n > 1), ()
+        return bool(re.fullmatch("10*", str(n)))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, if there is room."""
         if self._lines.qsize() < LOG_LINES_MAX:
-            self._lines.put((record.getMessage() + "\n").encode("utf-8", "backslashreplace"))
+            self._lines.put(record)
         else:
             self._dropped += 1
 
     def _write(self) -> None:
-        while line := self._lines.get():
+        records: list[logging.LogRecord | None] = []
+        while None not in records:
+            records = [self._lines.get()]
+            time.sleep(LOG_PAUSE_S)
+            while not self._lines.empty() and len(records) < LOG_BATCH:
+                records.append(self._lines.get())
+            text = "".join(self.format(record) + "\n" for record in records if record)
+            line = text.encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError, ValueError):  # the reader, or the file, is gone
                 while line:
                     select.select([], [self._file], [])  # for a descriptor in non-blocking mode
@@ -6163,20 +6419,50 @@ class QueuedLog(logging.handlers.QueueHandler):
     def flush(self) -> None:
         """Wait until all is written, for ``LOG_FLUSH_S`` at most: for the end of a process."""
         if self._writer.is_alive():
-            self._lines.put(b"")
+            self._lines.put(None)
             self._writer.join(LOG_FLUSH_S)
+
+
+class LogLines(logging.Formatter):
+    """Lines of the log, with the time in UTC and the id of the request.
+
+    Args:
+        form: ``text``, or ``json`` for one object a line.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._as_json = form == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record. In JSON the values of a line about a request or a send have their names."""
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
+            "logger": record.name, "message": super().format(record),
+            "request": getattr(record, "request", ""),
+        }  # fmt: skip
+        if self._as_json:
+            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
+        text = "{time} {level} {logger}: {message} [{request}]".format(**line)
+        return text.removesuffix(" []")
 
 
 _STDERR: Final = sys.__stderr__.fileno() if sys.__stderr__ else -1  # a service may have none
 LOGGING: Final[Json] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "formatters": {"line": {"()": LogLines, "form": "text"}},
     "handlers": {"stderr": {"()": QueuedLog, "file": _STDERR, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
 """The log goes to stderr; what commands print for others goes to stdout."""
+
+
+def logging_of(settings: Settings) -> Json:
+    """``LOGGING``, in the form that ``log_format`` says."""
+    return LOGGING | {"formatters": {"line": {"()": LogLines, "form": settings.log_format}}}
 
 
 def end_with_parent(parent: int) -> None:
@@ -6407,7 +6693,11 @@ def application() -> GatewayApp:
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
     check_store(settings, url, master, keys)
-    return create_app(settings, url, keys=keys)
+    app = create_app(settings, url, keys=keys)
+    keep_counts = partial(app.gateway.counts.keep_flushing, app.gateway.storage)
+    os.register_at_fork(after_in_child=keep_counts)
+    keep_counts()
+    return app
 
 
 def check_store(settings: Settings, url: str, master: bytes, keys: Keys) -> None:
@@ -6485,7 +6775,10 @@ def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodie
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return BoundedBodies(create_app(settings, keys=Keys(settings, files)), settings.threads)
+    app = create_app(settings, keys=Keys(settings, files))
+    app.gateway.counts.add("worker_starts_total")
+    app.gateway.counts.keep_flushing(app.gateway.storage)
+    return BoundedBodies(app, settings.threads)
 
 
 def _stop_once() -> None:
@@ -6496,6 +6789,7 @@ def _stop_once() -> None:
     message. ``tests/test_serving.py`` shows whether this function is still needed.
     """
     signal.sigwait({signal.SIGTERM})
+    time.sleep(0.2)  # the whole group may be told: our parent must hear it before we end
     handler = signal.getsignal(signal.SIGTERM)
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     if not callable(handler) or frame.f_code.co_name != "wait":
@@ -6585,7 +6879,11 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
-    logging.config.dictConfig(LOGGING)
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:  # we have no terminal that could close
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
@@ -6627,7 +6925,7 @@ def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
         workers=settings.workers, blocking_threads=settings.threads,
         backpressure=max(64, min(connections, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
-        log_level=LogLevels.error, log_dictconfig=LOGGING,
+        log_level=LogLevels.error, log_dictconfig=logging_of(settings),
     )  # fmt: skip
     # Granian reloads on SIGHUP. Here it means that the terminal closed: stop, but not under nohup.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -6645,6 +6943,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
     size = f"{settings.workers} workers, {settings.threads} threads each"
     lines = [
         f"MSISDN Gateway {__version__} on {settings.base_url} ({size})",
+        f"  port {settings.port} of {settings.host}",
         f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * new_keys}",
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
@@ -6691,21 +6990,61 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     return 0
 
 
+def check(settings: Settings, send: str) -> None:
+    """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
+    logging.config.dictConfig(logging_of(settings))
+    sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
+    fit_threads(settings)
+    if settings.storage_url or _is_in_use(settings.data_dir):
+        check_store(settings, url, _master_secret_of(settings), load_keys(settings)[0])
+        print("store: it can be used")
+    else:  # what root made here the service could not read
+        claim_port(settings).close()
+        print("store: the embedded one is not running; a start will check it")
+    print("sms:" + _bill_line(settings) if sms.paid else "sms: no message costs money")
+    for provider in sms.providers:
+        print(f"sms: {provider.kind}:", provider.try_login())
+    if send:
+        msisdn, code = parse_msisdn(send), "0" * settings.short_code_digits
+        text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
+        sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
+        try:
+            print("sms: sent by", sms.send(sender, msisdn, text).kind or "somebody, perhaps")
+        except SmsFailed as error:
+            raise StartError(str(error)) from None
+
+
+def _is_in_use(data_dir: str) -> bool:
+    """Whether a gateway is running on this ``data_dir``."""
+    with contextlib.suppress(redis.RedisError):
+        return bool(redis.Redis.from_url(embedded_url(data_dir)).ping())
+    return False
+
+
 def show_settings(settings: Settings, as_toml: bool) -> int:
-    """Print every setting with the value in force, as a table or as a TOML file."""
-    defaults = Settings()
+    """Print every setting with the value in force, and its origin; or as a TOML file."""
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
         if as_toml:
             hidden = json.loads(shown) != value  # "…" must not be read as its value
-            mark = "# " if hidden or value == getattr(defaults, name) else ""
-            # TOML writes lists and texts as JSON does, and tables with " = ".
-            like_toml = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
-            value = like_toml(json.loads(shown)) if shown != "null" else "…"
+            mark = "# " if hidden or value == getattr(Settings(), name) else ""
+            value = _as_toml(json.loads(shown)) if shown != "null" else "[]"
             print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
-            print(f"{name:20} {shown:28} {field['description']}")
+            origin = settings.origins.get(name, "default")
+            print(f"{name:20} {shown:28} {origin:11} {field['description']}")
+    for name, kinds in SMS_LISTS.items() if as_toml else ():
+        for kind, declaration in kinds.items():
+            print(f"# [[{name}]]  # {declaration.__doc__}\n#   kind = {_as_toml(kind)}")
+            for field_name, field in declared(declaration).items():
+                if field_name != "kind":
+                    value = _as_toml(field.get("default", "…"))
+                    print(f"#   {field_name} = {value}  # {field.get('description', '')}")
     return 0
+
+
+_as_toml: Final = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
+"""TOML writes lists and texts as JSON does, and tables with " = "."""
 
 
 def show_messages(settings: Settings) -> int:
@@ -6813,26 +7152,35 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
-    "bill": (bill,),
+    "bill": (bill,), "check": (check, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands; its help is that of one ``command``, or of all."""
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
+    about = ["Prove control of a phone number. No command: serve.", "", *about]
     parser = argparse.ArgumentParser(
-        "gateway.py", usage="gateway.py [COMMAND] [NUMBER] [--SETTING ...]", allow_abbrev=False,
-        description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "gateway.py", usage=f"gateway.py {command or '[COMMAND]'} [NUMBER] [--SETTING ...]",
+        description=_COMMANDS[command][0].__doc__ if command else "\n".join(about),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
     )  # fmt: skip
-    parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
+    parser.add_argument("command", nargs="?", choices=_COMMANDS)
+    parser.add_argument("-h", "--help", action="store_true", help="of a command, or this")
+    parser.add_argument("--version", action="version", version=f"MSISDN Gateway {__version__}")
     parser.add_argument("number", nargs="?", default="", help="for some commands: +447700900123")
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
     parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
+    parser.add_argument("--send", metavar="NUMBER", default="", help="check: send it a message")
     parser.add_argument("--leaked", action="store_true", help="rotate-keys: end all keys of before")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
+    for action in parser._actions if command else ():
+        others = {name for _, *names in _COMMANDS.values() for name in names}
+        if action.dest in others.difference(_COMMANDS[command]):
+            action.help = argparse.SUPPRESS
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():
         text = f"{field['description']} ({allowed(field)})"
@@ -6849,10 +7197,13 @@ def main(argv: list[str]) -> int:
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
+    if given["help"]:
+        print(_parser(given["command"] or "").format_help(), end="")
+        return 0
     options = {name: given[name] for name in declared(Settings) if given[name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        command, *names = _COMMANDS[given["command"]]
+        command, *names = _COMMANDS[given["command"] or "serve"]
         if given["number"] and "number" not in names:
             parser.error(f"{given['command']} takes no number")
         status = int(command(settings, *(given[name] for name in names)) or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -259,6 +261,8 @@ class GatewayProcess:
         port: 0 takes a free one.
         wait: Wait until it answers.
         files: How many each of its processes may open; 0: as many as we.
+        terminal: The descriptor of a terminal that becomes its own; -1: it has none. ``None``:
+            it has ours, if we have one.
     """
 
     def __init__(
@@ -269,6 +273,7 @@ class GatewayProcess:
         wait: bool = True,
         env: dict[str, str] | None = None,
         files: int = 0,
+        terminal: int | None = None,
     ) -> None:
         port = port or free_port()
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
@@ -282,6 +287,12 @@ class GatewayProcess:
         if files:
             command = ["/bin/sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+
+        def attach() -> None:
+            os.setsid()
+            if terminal != -1:
+                fcntl.ioctl(terminal or 0, termios.TIOCSCTTY, 0)
+
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1", *options],
@@ -289,6 +300,7 @@ class GatewayProcess:
                 stderr=subprocess.STDOUT,
                 env={**clean, **(env or {})},
                 cwd=folder,
+                preexec_fn=None if terminal is None else attach,
             )
         if wait:
             self.wait_until_ready()
