@@ -453,7 +453,11 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
-_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
+def _read_toml(name: str) -> Json:
+    return tomllib.loads((ROOT / "locale" / f"{name}.toml").read_text("utf-8"))
+
+
+_NUMBERING: Final = _read_toml("numbering")
 """What is known about numbering plans, and from which sources."""
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
 """How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
@@ -477,8 +481,8 @@ def multipliers() -> Mapping[str, int]:
 
     Source: ``locale/prices.toml``, which names where it is from.
     """
-    rows = tomllib.loads((ROOT / "locale" / "prices.toml").read_text("utf-8"))["multiplier"]
-    return {code: int(times) for times, codes in rows.items() for code in codes.split()}
+    rows = _read_toml("prices")["multiplier"].items()
+    return {code: int(times) for times, codes in rows for code in codes.split()}
 
 
 def _fresh(value: Any) -> Any:
@@ -756,15 +760,9 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
     sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
-    sends_per_number_from_address: Annotated[
-        _Rate, _about("of these, asked for by one address")
-    ] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = (
-        "10/day"
-    )
-    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh(
-        {"*": "50/day"}
-    )
+    sends_per_number_from_address: Annotated[_Rate, _about("of these, for one address")] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number less its last 4 digits")] = "10/day"
+    unverified_per_destination: Annotated[_Rates, _about("to a country")] = _fresh({"*": "50/day"})
     unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
     registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -1079,8 +1077,8 @@ def parse_msisdn(value: object) -> Msisdn:
     raise InvalidParameter(f"msisdn {_FAULTS[fault]}; it is written like +447700900123")
 
 
-def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
-    """Check that a number can get SMS from here. Costs about 50 µs, 90 with ``countries``.
+def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> str:
+    """Check that a number can get SMS from here; return its region. Costs about 50 µs.
 
     Args:
         countries: The regions that are served; none or ``*``: all.
@@ -1090,11 +1088,13 @@ def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
 
     Source: the kinds of numbers are libphonenumber's.
     """
-    kind = phonenumbers.number_type(phonenumbers.parse(msisdn))
+    number = phonenumbers.parse(msisdn)
+    kind, region = phonenumbers.number_type(number), _region(number)
     if what := _NO_SMS.get(phonenumbers.PhoneNumberType.to_string(kind)):
         raise InvalidParameter(f"msisdn cannot get SMS: it is {what}; use a mobile number")
-    if countries and "*" not in countries and country_of(msisdn) not in countries:
+    if countries and "*" not in countries and region not in countries:
         raise InvalidParameter("msisdn cannot get SMS from here: its country is not served")
+    return region
 
 
 def parse_network(mcc: object, mnc: object) -> Network:
@@ -1111,7 +1111,10 @@ def parse_network(mcc: object, mnc: object) -> Network:
 
 def country_of(msisdn: Msisdn) -> str:
     """The ISO 3166 region of a number, even where countries share a code; "" if none."""
-    number = phonenumbers.parse(msisdn)
+    return _region(phonenumbers.parse(msisdn))
+
+
+def _region(number: phonenumbers.PhoneNumber) -> str:
     region = phonenumbers.region_code_for_number(number)
     if region is None:  # libphonenumber knows of no such number in use
         region = phonenumbers.region_code_for_country_code(number.country_code or 0)
@@ -1206,6 +1209,7 @@ class Secrets(NamedTuple):
     def key_for(self, kind: str, msisdn: Msisdn) -> StorageId:
         """The key of what is kept about a number itself: when its proofs ended, that it is blocked.
 
+        Parts of an SMS have such a key, too, with the digest of sender and reference as the number.
         Without this secret nobody can tell the number. With it, all numbers can be tried.
         """
         digest = hmac.new(self.number, f"{kind} {msisdn}".encode(), "sha256").hexdigest()
@@ -1977,7 +1981,7 @@ def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json
         told = _JWS.decode_complete(token, key, algorithms)
         header = jwt.utils.base64url_decode(token.partition(".")[0])
         parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
-    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+    except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
         raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(parts[1], dict):
         raise InvalidToken("the claims are no JSON object")
@@ -2346,7 +2350,7 @@ def verify_presentation(
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
-# 16 bytes, as a storage id      the parts of an SMS by      ten minutes
+# "part " 32 hex digits          the parts of an SMS by      ten minutes
 #                                number, each sealed
 # "{limits}" letter 11 bytes     a counter of section 11:    until it is at rest
 #                                a time
@@ -2484,32 +2488,35 @@ in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: the
 Writes record and nonce, both or neither. Its first line lets it run on a server that is full, so
 that a session can still verify, sign and unregister. Only nonces grow then, for two minutes."""
 
-_COUNTERS: Final = """local now = tonumber(ARGV[1])
+_COUNTERS: Final = """local ask = cmsgpack.unpack(ARGV[1])
+local now = ask.now
 if now == 0 then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
 end
 local function keep(key, level)
   if level <= 0 then return redis.call('DEL', key) end
-  redis.call('SET', key, string.format('%.0f', now + level), 'PX', math.ceil(level / 1000))
+  redis.call('SET', key, math.floor(now + level), 'PX', math.ceil(level / 1000))
 end
 local function level(at_rest)
   return math.max(tonumber(at_rest or 0) - now, 0)
 end
 local function tally(outcome, row, n)
   local counts, prefixes = '{limits}' .. outcome, '{limits}' .. outcome .. ' by prefix'
-  local known = redis.call('ZSCORE', prefixes, ARGV[3])
+  local known = redis.call('ZSCORE', prefixes, ask.prefix)
   if not known and redis.call('ZCARD', prefixes) >= 1000 then
-    redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ARGV[3])
+    redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ask.prefix)
   end
-  redis.call('ZINCRBY', prefixes, n, ARGV[3])
-  if redis.call('HINCRBY', counts, ARGV[2] .. row, n) == n or not known then
+  redis.call('ZINCRBY', prefixes, n, ask.prefix)
+  if redis.call('HINCRBY', counts, ask.region .. row, n) == n or not known then
     redis.call('EXPIRE', counts, 86400, 'NX')
     redis.call('EXPIRE', prefixes, 86400, 'NX')
   end
 end"""
-"""How the scripts of the limits begin. ARGV: now in µs (0: the server's own clock, which is one for
-all gateways), the destination's region, the number's prefix.
+"""How the scripts of the limits begin. ARGV: first what is asked, as one map in MessagePack, since
+each argument costs time; then bytes, which the server's MessagePack cannot read. The map holds
+``now`` in µs (0: the server's own clock, which is one for all gateways), and the destination:
+``region`` and ``prefix``.
 
 A counter is one number, the time at which it will be at rest (GCRA), in µs since the epoch; its
 ``level`` is the time until then, and its key dies at that time. Each message raises the level by
@@ -2524,50 +2531,48 @@ TAKE_SCRIPT: Final = """#!lua
 -- counters
 local levels, binds, wait, outstanding, answer = {}, 0, 1000, 0, {0, 0}
 local function warn(i, part)
-  local kind, percent = ARGV[3 * i + 4], part >= 1 and 100 or part >= 0.8 and 80 or 50
+  local kind, percent = ask.rows[i][3], part >= 1 and 100 or part >= 0.8 and 80 or 50
   if part < 0.5 or (kind ~= 'fair' and kind ~= 'shared') then return end
-  if redis.call('SET', KEYS[i] .. percent, '', 'NX', 'EX', 3600) then
-    table.insert(answer, i - 1)
+  if redis.call('SET', KEYS[i + 1] .. percent, '', 'NX', 'EX', 3600) then
+    table.insert(answer, i)
     table.insert(answer, percent)
   end
 end
 local at_rest = redis.call('MGET', unpack(KEYS, 2))
-for i = 2, #KEYS do
-  local period, kind = tonumber(ARGV[3 * i + 2]), ARGV[3 * i + 4]
-  local before = math.min(level(at_rest[i - 1]), period)
+for i, row in ipairs(ask.rows) do
+  local period, cost, kind = unpack(row)
+  local before = math.min(level(at_rest[i]), period)
   if kind == 'address' then outstanding = before end
-  levels[i] = before + ARGV[3 * i + 3]
+  levels[i] = before + cost
   local over = levels[i] - period
   if kind == 'fair' then over = math.max(over, math.min(levels[i] - period / 2, outstanding)) end
   if over > wait then binds, wait = i, over end
 end
 if binds > 0 then
-  tally(ARGV[4], ' ' .. KEYS[binds]:sub(9, 9), 1)
-  warn(binds, levels[binds] / ARGV[3 * binds + 2])
-  answer[1], answer[2] = binds - 1, math.ceil(wait / 1000000)
+  tally(ask.outcome, ' ' .. KEYS[binds + 1]:sub(9, 9), 1)
+  warn(binds, levels[binds] / ask.rows[binds][1])
+  answer[1], answer[2] = binds, math.ceil(wait / 1000000)
   return answer
 end
-for i = 2, #KEYS do
-  keep(KEYS[i], levels[i])
-  warn(i, (levels[i] + 1000) / ARGV[3 * i + 2])
+for i, row in ipairs(ask.rows) do
+  keep(KEYS[i + 1], levels[i])
+  warn(i, (levels[i] + 1000) / row[1])
 end
-if ARGV[5] ~= '' then
-  redis.call('HSET', KEYS[1], ARGV[5], '-')
+if #ARGV > 1 then
+  redis.call('HSET', KEYS[1], unpack(ARGV, 2))
   redis.call('EXPIRE', KEYS[1], 86400)
 end
-if ARGV[6] ~= '' then
-  redis.call('HSET', KEYS[1], ARGV[6], ARGV[7])
-  tally('sent', '', 1)
-end
+if #ARGV > 3 then tally('sent', '', 1) end
 return answer
 """.replace("-- counters", _COUNTERS)
 """Takes one message from every counter, or from none if one of them refuses.
 
-KEYS: the list of what the session's round has taken; then the counters, an address' own first.
-ARGV, after those of all: what a refusal is tallied as; the names of an attempt and of a message
-(may be empty), and the keys of those counters of the message that a verification pays back. Then,
-for each counter: period and cost in µs, kind. A counter of kind ``fair`` takes what would
-exceed half of it only if the address has nothing outstanding.
+KEYS: the list of what the session's round has taken; then the counters, an address' own first. The
+map holds ``outcome``: what a refusal is tallied as; ``rows``: for each counter period and cost in
+µs, and kind. Bytes: what is added to the list. That is the name of an attempt and ``-``, then the
+name of a message (if this is its first attempt) and the keys of those of its counters that a
+verification pays back. A counter of kind ``fair`` takes what would exceed half of it only if the
+address has nothing outstanding.
 
 Returns the counter that binds longest (from 1; 0: none) and the seconds until it takes the
 message; then pairs: a counter that strangers share, and of which percentage the log must warn. Its
@@ -2576,28 +2581,29 @@ middle."""
 
 GIVE_BACK_SCRIPT: Final = """#!lua flags=allow-oom
 -- counters
-local entry = redis.call('HGET', KEYS[1], ARGV[4])
-redis.call('HDEL', KEYS[1], ARGV[4])
+local entry = redis.call('HGET', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[1], ARGV[2])
 if not entry or entry == '' then return end
-for i = 2, #KEYS do keep(KEYS[i], level(redis.call('GET', KEYS[i])) - ARGV[i + 3]) end
+for i, cost in ipairs(ask.costs) do
+  keep(KEYS[i + 1], level(redis.call('GET', KEYS[i + 1])) - cost)
+end
 if entry ~= '-' then tally('sent', '', -1) end
 """.replace("-- counters", _COUNTERS)
 """Gives back what an attempt or a message has taken, once; nothing, if it was not taken, or if a
 verification has paid it back meanwhile.
 
-KEYS: the session's list; the counters. ARGV, after those of all: its name; what each counter gets
-back, in µs."""
+KEYS: the session's list; the counters. The map holds ``costs``: what each counter gets back, in µs.
+Bytes: the name of the attempt or message."""
 
 PAY_BACK_SCRIPT: Final = """#!lua flags=allow-oom
 -- counters
-local cost, entries = {}, redis.call('HGETALL', KEYS[1])
-for i = 4, #ARGV, 2 do cost[ARGV[i]] = tonumber(ARGV[i + 1]) end
+local entries = redis.call('HGETALL', KEYS[1])
 for i = 2, #entries, 2 do
   local counters, back = entries[i], tonumber(redis.call('GET', KEYS[2]) or 0)
   for at = 1, #counters - 11, 12 do
     local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 11)
     local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
-    keep(key, level(redis.call('GET', key)) - cost[row] * part)
+    keep(key, level(redis.call('GET', key)) - ask.costs[row] * part)
   end
   if #counters > 1 then
     redis.call('HSET', KEYS[1], entries[i - 1], '')
@@ -2611,8 +2617,8 @@ redis.call('EXPIRE', KEYS[1], 60)
 """Pays back all messages of a round, after a right code: to the unverified budgets 1.3 for the
 first message of a number and day, 1 for the others; to ``sends_per_number`` at most five a day.
 
-KEYS: the round's list; how many messages of this number were paid back in its day. ARGV, after
-those of all: pairs of a row's letter and what one message costs there, in µs.
+KEYS: the round's list; how many messages of this number were paid back in its day. The map holds
+``costs``: what one message costs in each row, by its letter, in µs.
 
 The list lives on for a minute, longer than a message that is being sent meanwhile."""
 
@@ -2912,9 +2918,10 @@ class Storage:
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
         return Commit(answers[0])
 
-    def limit(self, script: str, keys: list[bytes], *args: object) -> Any:
+    def limit(self, script: str, keys: list[bytes], ask: Json, *more: bytes) -> Any:
         """Run one of the scripts of the limits; see there. All their keys lie in one slot."""
-        return self._run("EVAL", script, len(keys), *keys, *args, key=keys[0])
+        packed = msgspec.msgpack.encode(ask)
+        return self._run("EVAL", script, len(keys), *keys, packed, *more, key=keys[0])
 
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
@@ -3163,10 +3170,10 @@ class SplitStorage(Storage):
 
     def get(self, key: StorageId) -> bytes | None:
         """The record of a session, or ``None``; from DynamoDB if there is a stub."""
-        previous: bytes | None = b""
+        previous: bytes | None = None
         while (stub := super().get(key)) != previous:
             if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
-                return stub
+                return stub  # also an empty one: that of a number that is blocked
             if stub[:1] == LEAVING:
                 self._finish(key, stub)
                 return None
@@ -3251,14 +3258,15 @@ def address_block(address: str, ipv6_bits: int) -> str:
 
     Args:
         address: As ``GatewayApp.client_address`` returns it; "" stays "".
-        ipv6_bits: The length of the network's prefix.
+        ipv6_bits: The length of the network's prefix, of whole bytes.
 
     >>> address_block("2001:db8:0:1ff::7", 56)
     '2001:db8:0:100::/56'
     """
     if ":" not in address:
         return address
-    return str(ipaddress.ip_network((address, ipv6_bits), strict=False))
+    network = socket.inet_pton(socket.AF_INET6, address)[: ipv6_bits // 8]
+    return f"{socket.inet_ntop(socket.AF_INET6, network.ljust(16, bytes(1)))}/{ipv6_bits}"
 
 
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
@@ -3363,10 +3371,11 @@ def price_of(settings: Settings, msisdn: str, region: str) -> float:
     """
     prices, table = settings.sms_price, multipliers()
     codes = [msisdn[1:n] for n in range(8, 1, -1)]
-    if own := next((name for name in (region, *codes) if name in prices), ""):
-        return prices[own]
-    times = next((table[code] for code in codes if code in table), max(table.values()))
-    return prices["*"] * times
+    for name in (region, *codes):
+        if name in prices:
+            return prices[name]
+    times = [table[code] for code in codes if code in table] or [max(table.values())]
+    return prices["*"] * times[0]
 
 
 _SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
@@ -3459,19 +3468,22 @@ class Limits:
                 found.append(Counter(limit, key, period_s * 10**6, round(cost)))
         return found
 
-    def run(self, script: str, keys: list[bytes], place: tuple[str, str], *args: object) -> Any:
+    def run(
+        self, script: str, keys: list[bytes], place: tuple[str, str], ask: Json, *more: bytes
+    ) -> Any:
         """Run a script; ``place`` is the region and the prefix of the number, for reports."""
         now_us = 0 if self._clock is time.time else round(self._clock() * 1e6)
-        return self._storage.limit(script, keys, now_us, *place, *args)
+        ask |= {"now": now_us, "region": place[0], "prefix": place[1]}
+        return self._storage.limit(script, keys, ask, *more)
 
     def take(
         self, counters: list[Counter], place: tuple[str, str] = ("", ""),
-        taken: tuple[bytes, bytes, bytes, bytes] = (b"{limits}s", b"", b"", b""),
+        remembered_in: bytes = b"{limits}s", taken: Collection[bytes] = (),
     ) -> None:  # fmt: skip
         """Take a message from all counters, or from none.
 
         Args:
-            taken: The list that remembers it, and what TAKE_SCRIPT writes there.
+            remembered_in, taken: The list that remembers it, and what is written there.
 
         Raises:
             GatewayError: The refusal of the row that binds longest; ``retry_after_s`` is when it
@@ -3481,9 +3493,8 @@ class Limits:
             return
         outcome = "refused" if self.mode == "enforce" else "would be refused"
         rows = [(c.period_us, c.cost_us, c.limit.kind) for c in counters]
-        args = (outcome, *taken[1:], *(value for row in rows for value in row))
-        keys = [taken[0], *(counter.key for counter in counters)]
-        binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, *args)
+        keys, ask = [remembered_in, *(c.key for c in counters)], {"outcome": outcome, "rows": rows}
+        binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, ask, *taken)
         for n, percent in zip(full[::2], full[1::2], strict=True):
             name = counters[n - 1].limit.setting
             LOG.warning("limits: %s %% of %s are used, now for %s", percent, name, place[0])
@@ -3494,15 +3505,15 @@ class Limits:
             raise limit.refusal(f"{limit.setting}: used up for now, nothing was sent", wait_s)
         LOG.info("limits: %s would refuse a request", limit.setting)
 
-    def message(self, msisdn: Msisdn, address: str) -> tuple[tuple[str, str], list[Counter]]:
-        """The region and the prefix of a number, and the counters of a message to it."""
-        region, prefix = country_of(msisdn), msisdn[:-4]
+    def message(self, msisdn: Msisdn, region: str, address: str) -> list[Counter]:
+        """The counters of a message to a number of a region."""
+        prefix = msisdn[:-4]
         who = {"n": str(msisdn), "p": prefix, "d": region, "h": "", "m": ""}
         if address:
-            home, client = address_block(address, 56), address_block(address, 64)
-            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {client}"}
+            home = address_block(address, 56)
+            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {home}"}
         price = price_of(self.settings, msisdn, region)
-        return (region, prefix), self.counters(who, region, price)
+        return self.counters(who, region, price)
 
     def take_register(self, address: str) -> None:
         """Count a session that a client address opens; raises TooManyFromAddress."""
@@ -3514,10 +3525,10 @@ class Limits:
         if self.mode == "off":
             return
         place = region, _ = country_of(msisdn), msisdn[:-4]
-        costs = self.counters(dict.fromkeys(_PAID_BACK, ""), region)
-        pairs = (part for cost in costs for part in (cost.limit.row, cost.cost_us))
+        counters = self.counters(dict.fromkeys(_PAID_BACK, ""), region)
+        costs = {counter.limit.row: counter.cost_us for counter in counters}
         keys = [self.key("s", session), self.key("b", msisdn)]
-        owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, *pairs))
+        owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, {"costs": costs}))
 
 
 class Payments:
@@ -3542,8 +3553,8 @@ class Payments:
         self._list, self._msisdn = limits.key("s", session), Msisdn("")
         self._message = self._unused = b""
 
-    def bind(self, msisdn: Msisdn) -> None:
-        """Name the number that is counted for, before anything is.
+    def bind(self, msisdn: Msisdn, region: str) -> None:
+        """Name the number that is counted for, and its region, before anything is.
 
         Raises:
             Unavailable: Another number is named meanwhile: another request changed the session.
@@ -3551,8 +3562,8 @@ class Payments:
         if self._msisdn not in ("", msisdn):
             raise Unavailable("another request changed this session; try again")
         if not self._msisdn:
-            self._msisdn = msisdn
-            self._place, self._counters = self._limits.message(msisdn, self._address)
+            self._msisdn, self._place = msisdn, (region, msisdn[:-4])
+            self._counters = self._limits.message(msisdn, region, self._address)
 
     def count(self) -> None:
         """Count one attempt in advance, unless one is counted; with the first, the message.
@@ -3562,20 +3573,23 @@ class Payments:
         """
         if self._unused:
             return
-        message, counters, paid_back = b"", self._counters, b""
-        if self._message:
+        self._unused, message, counters = self._random_bytes(8), self._message, self._counters
+        taken = [self._unused, b"-"]
+        if message:
             counters = [c for c in counters if c.limit.row in _OF_ATTEMPT]
         else:
-            self._message = message = self._random_bytes(8)
-            paid_back = b"".join(c.key[8:] for c in counters if c.limit.row in _PAID_BACK)
-        self._unused = self._random_bytes(8)
+            self._message = self._random_bytes(8)
+            paid_back = (c.key[8:] for c in counters if c.limit.row in _PAID_BACK)
+            taken += [self._message, b"".join(paid_back)]
         try:
-            taken = (self._list, self._unused, message, paid_back)
-            self._limits.take(counters, self._place, taken)
+            self._limits.take(counters, self._place, self._list, taken)
         except Unavailable:
+            if not message:  # an earlier attempt may have left: only this one is given back
+                owe(partial(self._give_back, (self._unused, _OF_ATTEMPT)), later=True)
+                self._unused = b""
             raise
         except GatewayError:  # nothing was taken
-            self._unused, self._message = b"", b"" if message else self._message
+            self._unused, self._message = b"", message
             raise
 
     def use(self) -> bytes:
@@ -3604,8 +3618,8 @@ class Payments:
             if name and self._limits.mode != "off":
                 back = [counter for counter in self._counters if counter.limit.row in rows]
                 keys = [self._list, *(counter.key for counter in back)]
-                costs = (counter.cost_us for counter in back)
-                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, name, *costs)
+                ask = {"costs": [counter.cost_us for counter in back]}
+                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, ask, name)
 
     def __enter__(self) -> Payments:
         return self
@@ -3811,7 +3825,7 @@ class Shape(NamedTuple):
     headers: Mapping[str, str]
     body: str
     success: str = ""
-    codes: tuple[str, ...] = ()
+    codes: Sequence[str] = ()
     meanings: Mapping[str, Meaning] = {}
     ids: str = ""
     receipt_query: str = ""
@@ -3916,7 +3930,7 @@ class HttpSms(SmsProvider):
             return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
         template = self.shape.body
-        if self.content_type == FORM["Content-Type"]:
+        if self.content_type == FORM:
             body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
         else:
             body = fill(template, ESCAPES[self.content_type])
@@ -4083,9 +4097,10 @@ provider's own words in a whole 2xx answer. It is not certain after 500, 502, 50
 broke, but nobody knows when), a redirect (303 may follow the work), or a 2xx answer that
 cannot be read or has no result.
 """
-FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
+FORM: Final = "application/x-www-form-urlencoded"
+"""The Content-Type of a form."""
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
-    FORM["Content-Type"]: str,  # urlencode is for all of it
+    FORM: str,  # urlencode is for all of it
     "application/json": lambda text: json.dumps(text)[1:-1],
     "application/xml": html.escape, "text/xml": html.escape, "text/plain": str,
 }  # fmt: skip
@@ -4096,71 +4111,22 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
-    """Meanings by code; codes and words of what is taken, refused for good, failed, throttled."""
-    faults = None, SmsRefused, SmsFailed, SmsThrottled
-    return {
+def _shape(told: Json) -> Shape:
+    """A kind of provider, as ``locale/providers.toml`` describes it."""
+    faults = {"taken": None, "refused": SmsRefused, "failed": SmsFailed, "throttled": SmsThrottled}
+    meanings = {
         code: (fault, words)
-        for fault, by_codes in zip(faults, meanings, strict=True)
-        for codes, words in by_codes.items()
+        for name, fault in faults.items()
+        for codes, words in told.pop(name, {}).items()
         for code in codes.split()
     }
+    return Shape(**told, meanings=meanings)
 
 
-SHAPES: Final[Mapping[str, Shape]] = {
-    # Source: Vonage SMS API, "Send an SMS", "Troubleshooting SMS": HTTP 200 for errors too, and a
-    # status for each part. A form by POST, so that no URL holds code or secret.
-    "nexmo": Shape(
-        FORM, "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
-        "&api_key={api_key}&api_secret={api_secret}&entity-id={entity_id}"
-        "&content-id={template_id}",
-        r'"status"\s*:\s*"?0\b', ("messages.*.status",), _codes(
-            {"0": "taken"},
-            {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
-             "15": "sender not allowed", "29": "number not on the test list",
-             "33": "number deactivated"},
-            {"2": "a parameter is missing", "4 14": "bad credentials",
-             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
-             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
-            {"1": "too fast"},
-        ), "messages.*.message-id",
-    ),
-    # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
-    # a code; a status that says that it failed at once.
-    "twilio": Shape(
-        {**FORM, "Authorization": "Basic {basic}"}, "From={from}&MessagingServiceSid={service}"
-        "&To={to}&Body={text}&StatusCallback={receipt_url}",
-        r'"sid"\s*:\s*"', ("code", "status"), _codes(
-            {},
-            {"21211": "no valid number", "21408": "country not enabled in the account",
-             "21608": "number not verified in the trial account", "21610": "number opted out",
-             "21612": "no route to this number", "21614": "not a mobile number"},
-            {"20003": "bad credentials", "20404": "no such account",
-             "21212 21603 21606 21659": "not a sender of this account",
-             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
-             "failed undelivered canceled": "failed at once"},
-            {"20429": "too fast"},
-        ), "sid",
-    ),
-    # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
-    # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
-    # login is in headers, where no log shows it; the URL has %d, and not %A, which quotes the text.
-    "kannel": Shape(
-        {"Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
-         "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
-         "X-Kannel-Coding": "{coding}", "X-Kannel-Meta-Data": "{meta_data}",
-         "X-Kannel-DLR-Mask": "{receipt_mask}", "X-Kannel-DLR-Url": "{receipt_url}"},
-        "{text}", "^0", receipt_query="&id={id}&status=%d",
-    ),
-    # Source: docs.sms-gate.app, "Sending messages": from priority 100 on the phone does not delay.
-    "smsgate": Shape(
-        {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
-        '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
-        ' "ttl": {ttl}, "priority": 127}',
-        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}), "id",
-    ),
-}  # fmt: skip
-"""The kinds that are reached over HTTP with templates and meanings of their own."""
+_PROVIDERS: Final = _read_toml("providers")
+SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+"""The kinds that are reached over HTTP with templates and meanings of their own, with their sources
+in ``locale/providers.toml``."""
 
 
 class SnsSms(SmsProvider):
@@ -4477,26 +4443,13 @@ class InboundSms(NamedTuple):
     parts: int = 1
 
 
-_IDS: Final = (
-    "messageId message-id MessageSid message_id message_uuid MessageUUID messageid smsId id"
-)
-FIELDS: Final[Mapping[str, str]] = {
-    "from": "msisdn from From", "text": "text Body message", "id": _IDS, "receipt_id": _IDS,
-    "mcc": "mccmnc.mcc mcc", "mnc": "mccmnc.mnc mnc", "network": "network-code", "sig": "sig",
-    "ref": "concat-ref", "part": "concat-part", "parts": "concat-total",
-    "status": "status MessageStatus Status status_name", "udh": "udh", "coding": "coding",
-}  # fmt: skip
+FIELDS: Final[Mapping[str, str]] = _PROVIDERS["fields"]
 """Where webhooks write what, if the entry has no ``fields``: dotted paths, the first one first."""
-SMSGATE_FIELDS: Final[Mapping[str, str]] = {
-    "from": "payload.sender payload.phoneNumber", "text": "payload.message", "id": "id",
-    "receipt_id": "payload.messageId", "status": "event",
-}  # fmt: skip
-"""The same for SMSGate; its ``payload.messageId`` of a received SMS is not unique."""
-_DELIVERED: Final = ("delivered", "read", "success", "delivrd", "1", "sms:delivered")
-_FAILED: Final = (
-    "failed", "rejected", "expired", "undelivered", "undeliverable", "undeliv", "delivery_failed",
-    "2", "16", "sms:failed",
-)  # fmt: skip
+SMSGATE_FIELDS: Final[Mapping[str, str]] = _PROVIDERS["smsgate_fields"]
+"""The same for SMSGate."""
+_OUTCOMES: Final = {
+    status: outcome for outcome, words in _PROVIDERS["outcomes"].items() for status in words.split()
+}
 
 
 def _read(params: Json, entry: Json, field: str) -> str:
@@ -4518,8 +4471,10 @@ def _octets(text: str) -> bytes:
 def _msisdn(text: str, country: str) -> str:
     """A sender in international form, if it is a phone's number; else ""."""
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
-    # a country's numbers.
-    if len(text.strip().removeprefix("+").removeprefix("00")) <= 6:
+    # a country's numbers. Nor is a name, of which libphonenumber would read the letters as keys:
+    # anybody can send from a name.
+    short = len(text.strip().removeprefix("+").removeprefix("00")) <= 6
+    if short or text.lower() != text.upper():
         return ""
     text = international_number(text, country) if country else text.strip()
     return "+" + text.removeprefix("+").removeprefix("00")
@@ -4566,13 +4521,9 @@ def parse_receipt(params: Json, entry: Json = {}) -> tuple[str, str]:
     """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
 
     Only these are read: some receipts quote the beginning of the message, and so its code.
-    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d;
-    SMSGate "Webhooks".
     """
     read = partial(_read, params, entry)
-    status = read("status").lower()
-    outcome = "failed" if status in _FAILED else "delivered" * (status in _DELIVERED)
-    return read("receipt_id"), outcome
+    return read("receipt_id"), _OUTCOMES.get(read("status").lower(), "")
 
 
 class WebhookCall(NamedTuple):
@@ -4687,7 +4638,7 @@ class Session:
 
 
 class Ask(NamedTuple):
-    """A message that is asked for: its number, its network, and whether its code is a long one.
+    """A message that is asked for: its number, region and network, and whether its code is long.
 
     Attributes:
         sealed: ``msisdn`` as the record holds it.
@@ -4696,6 +4647,7 @@ class Ask(NamedTuple):
     """
 
     msisdn: Msisdn
+    region: str
     sealed: bytes
     network: Network
     long: bool
@@ -4866,7 +4818,7 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
         wait_s = max(wait_s, error.retry_after_s or 0)
     return {
         "resendIn": wait_s,
-        "sendsLeft": max(0, settings.sends_per_session - sends),
+        "sendsLeft": max(int(settings.limits != "enforce"), settings.sends_per_session - sends),
         "triesLeft": settings.code_tries - user.tries if waits else 0,
         "expiresIn": user.code_expires_s - now_s if waits else 0,
         "verified": bool(user.verified_s),
@@ -5061,7 +5013,7 @@ class Gateway:
             address: The client's; "" = not limited.
         """
         # VALIDATE
-        msisdn = self._msisdn(params)
+        msisdn, _ = self._msisdn(params)
         details = self._ways(params, msisdn) if "mcc" in params else {}
         self.limits.take_register(address)
         # ACT
@@ -5077,7 +5029,8 @@ class Gateway:
     def discover(self, params: Json) -> Json:
         """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
-        if not (msisdn := self._msisdn(params)):
+        msisdn, _ = self._msisdn(params)
+        if not msisdn:
             require(params, "mcc")
             if not parse_network(params["mcc"], None).mcc:
                 raise InvalidParameter('mcc must be three digits, like "234"')
@@ -5104,10 +5057,10 @@ class Gateway:
         """
         # VALIDATE
         require(params, "msisdn")
-        msisdn = self._msisdn(params)
+        msisdn, region = self._msisdn(params)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-        ask = Ask(msisdn, sealed, network, not _choice(params, short))
+        ask = Ask(msisdn, region, sealed, network, not _choice(params, short))
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, lambda user: ask, language)
 
@@ -5119,8 +5072,8 @@ class Gateway:
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
             msisdn, long = self._number(session, user), not _choice(params, not user.asked_long)
-            check_reachable(msisdn, self.settings.countries)
-            return Ask(msisdn, user.sealed, user.network, long, again=True)
+            region = check_reachable(msisdn, self.settings.countries)
+            return Ask(msisdn, region, user.sealed, user.network, long, again=True)
 
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, asks, language)
@@ -5135,7 +5088,7 @@ class Gateway:
         """
         # VALIDATE
         try:
-            msisdn = self._msisdn({"msisdn": message.sender})
+            msisdn, region = self._msisdn({"msisdn": message.sender})
         except InvalidParameter:
             return "it has no sender, or one that cannot get SMS"
         whole = self._join(message) if message.parts > 1 else message
@@ -5152,7 +5105,9 @@ class Gateway:
         user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
         who = (hawk_id, HawkKey(b""), user, storage_id, record)
         session = Session(*who, header, request, ttl_s)
-        return self._answer_sms(session, msisdn, message.network)
+        sealed = seal_msisdn(self.secrets.seal, hawk_id, msisdn)
+        ask = Ask(msisdn, region, sealed, message.network, long=True, by_phone=True)
+        return self._answer_sms(session, ask)
 
     def _join(self, message: InboundSms) -> InboundSms | None:
         """The whole message, with the id of its first part; ``None`` until all parts have come."""
@@ -5161,19 +5116,18 @@ class Gateway:
         sealer = _sealer(self.secrets.seal, name)
         content = json.dumps([message.message_id, message.text[:PART_MAX_CHARS]]).encode()
         sealed = sealer.encrypt(content, None)
-        stored = self.storage.keep_part(self.secrets.id_for(name), message.part, sealed)
+        key = self.secrets.key_for("part", Msisdn(name))  # never that of a session
+        stored = self.storage.keep_part(key, message.part, sealed)
         if len(stored) < message.parts:
             return None
         parts = [json.loads(sealer.decrypt(stored[n], None)) for n in sorted(stored)]
         return message._replace(message_id=parts[0][0], text="".join(text for _, text in parts))
 
-    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> str:
-        sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-
+    def _answer_sms(self, session: Session, ask: Ask) -> str:
         def asks(user: User) -> Ask:
-            if user.sealed and (not user.by_phone or user.sealed != sealed):
+            if user.sealed and (not user.by_phone or user.sealed != ask.sealed):
                 raise Expired("this session is verified in another way")
-            return Ask(msisdn, sealed, network, long=True, by_phone=True)
+            return ask
 
         try:
             self._send(session, asks, "")
@@ -5253,8 +5207,11 @@ class Gateway:
         if not isinstance(everywhere, bool):
             raise InvalidParameter("everywhere must be true or false")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
-        # RECORD: what ends the others first, so that after a 503 the client can ask again
+        # RECORD: what ends the others first, so that after a 503 the client can ask again; before
+        # it the nonce, because a replayed request must end nothing
         if everywhere:
+            self.step(session, lambda user: (user, None))
+            session.nonce_ttl_s = 0
             self._end_all(session, number)
         try:
             self.step(session, lambda user: (None, None))
@@ -5316,7 +5273,8 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session)
         key = self.secrets.key_for("ended", number)
-        self.storage.create(key, b"%d" % now_s, self.settings.verified_ttl_s)
+        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
         """Ask the store something; if it does not answer, this request asks nothing more."""
@@ -5326,13 +5284,12 @@ class Gateway:
             session.outcome_unknown = True
             raise
 
-    def _msisdn(self, params: Json) -> Msisdn:
-        """The number that a client or a provider names, if it can get SMS; "" if there is none."""
+    def _msisdn(self, params: Json) -> tuple[Msisdn, str]:
+        """The number that is named, if it can get SMS, and its region; "" if there is none."""
         if "msisdn" not in params:
-            return Msisdn("")
+            return Msisdn(""), ""
         msisdn = parse_msisdn(params["msisdn"])
-        check_reachable(msisdn, self.settings.countries)
-        return msisdn
+        return msisdn, check_reachable(msisdn, self.settings.countries)
 
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
@@ -5366,7 +5323,7 @@ class Gateway:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(session, code, ask.msisdn, language)
+            text = code if ask.long else self._short_text(session, code, ask.region, language)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
@@ -5395,7 +5352,7 @@ class Gateway:
         def decide(user: User) -> tuple[User, Reservation]:
             ask = asks(user)
             if self.sms.paid:
-                payments.bind(ask.msisdn)
+                payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
@@ -5470,12 +5427,10 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(
-        self, session: Session, code: str, msisdn: Msisdn, language: str
-    ) -> MessageText:
+    def _short_text(self, session: Session, code: str, region: str, language: str) -> MessageText:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
-            language += country_languages(country_of(msisdn))
+            language += country_languages(region)
         tag = negotiate_language(language, self.catalogues)
         host = self.settings.line_host(session.origin)
         return MessageText(message_text(code, self.catalogues[tag], host), code, tag)
@@ -5694,12 +5649,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
-    return {n: v for n, v in json_object(body, content_type).items() if v not in (None, "")}
-
-
-def json_object(body: bytes, content_type: str) -> Json:
-    """A JSON body as it is; no body is an empty one.
+    """The parameters in a JSON body, of which ``null`` and "" count as missing; {} without a body.
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
@@ -5715,7 +5665,7 @@ def json_object(body: bytes, content_type: str) -> Json:
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
         raise BadJson('the body must be a JSON object, {"name": value}')
-    return params
+    return {name: value for name, value in params.items() if value not in (None, "")}
 
 
 def _refuse(constant: str) -> None:
@@ -5795,7 +5745,7 @@ def webhook_fields(body: bytes, content_type: str) -> Json:
     Those of a JSON array are called ``0``, ``1`` and so on. After an error the provider would send
     the same garbage again, so this raises none but InvalidParameter for too many fields.
     """
-    if media_type(content_type) == FORM["Content-Type"]:
+    if media_type(content_type) == FORM:
         return _query_fields(body.decode("utf-8", "surrogateescape"))
     with contextlib.suppress(ValueError, RecursionError):
         value = _JSON.decode(body.decode("utf-8-sig")) if body else {}
@@ -6730,14 +6680,15 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
         check_store(settings, settings.storage_url, master, keys)
     now_s, known = int(time.time()), keys.files.proofs
-    overlap_s = 0 if leaked else settings.jwks_overlap_s
-    path = add_proof_key(settings, max(now_s + overlap_s, max(known) + 1))
+    from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
+    path = add_proof_key(settings, from_s)
     needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
-    for from_s in known.keys() - needed:
-        _proof_path(settings, from_s).unlink(missing_ok=True)
+    for old_s in known.keys() - needed:
+        _proof_path(settings, old_s).unlink(missing_ok=True)
     if settings.storage_url:
         check_store(settings, settings.storage_url, master, load_keys(settings)[0])
-    print(f"made {path}; it signs in {overlap_s} s", file=sys.stderr)
+    wait_s = 0 if leaked else from_s - now_s  # with no other key it signs at once
+    print(f"made {path}; it signs in {wait_s} s", file=sys.stderr)
     return 0
 
 

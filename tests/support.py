@@ -369,14 +369,16 @@ HOUR: Final = b"{limits}h" + b"h" * 12
 def take(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> int:
     """Take an attempt from an hour's counter; gives 0, or the seconds until it can be taken."""
     row = (3_600_000_000, round(3_600_000_000 / limit), "")
-    args = (round(now_s * 1e6), "", "", "refused", name, "", "", *row)
-    return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], *args)[1])
+    ask = {"now": round(now_s * 1e6), "region": "", "prefix": "", "outcome": "refused"}
+    ask["rows"] = [row]
+    return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], ask, name, b"-")[1])
 
 
 def give_back(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> None:
     """Give an attempt back."""
-    args = (round(now_s * 1e6), "", "", name, round(3_600_000_000 / limit))
-    storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], *args)
+    ask = {"now": round(now_s * 1e6), "region": "", "prefix": ""}
+    ask["costs"] = [round(3_600_000_000 / limit)]
+    storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], ask, name)
 
 
 def names_taken(storage: gateway.Storage) -> set[bytes]:

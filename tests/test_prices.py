@@ -184,8 +184,9 @@ def test_time_outs_of_the_store_give_no_guess(
     try:
         options = ("--sms-providers", json.dumps([vonage.nexmo()]), "--sends-per-hour", "10000")
         gate = start_gateway(*options, "--storage-url", f"unix://{stalls.path}")
-        stalls.rate = 0.05
-        counted = attack(gate)
+        stalls.rate, counted = 0.05, 0
+        for _ in range(5):  # on a busy machine hardly anything gets through
+            counted = counted or attack(gate)
         stalls.rate, healed = 0.0, True
         assert 0 < counted <= 3 * next(left)
         time.sleep(1)  # links that are late are gone

@@ -743,6 +743,17 @@ def test_ours_refuse_by_another_key_document(world: World, jwks: Any) -> None:
         ours("jwt", world.proofs["jwt"], jwks)
 
 
+@pytest.mark.parametrize("kind", ["RSA", "OKP", "P-384", "oct"])
+def test_ours_refuse_by_a_key_of_another_kind(world: World, kind: str) -> None:
+    """Some issuers list several kinds: the token chooses among them, by its kid."""
+    other = {"oct": {"kty": "oct", "k": b64(b"k" * 32)}, "P-384": p384()}.get(kind)
+    jwks = {"keys": [*world.jwks["keys"], (other or public(kind)) | {"kid": "other"}]}
+    token = again(world, world.proofs["jwt"], {"kid": "other"})
+    with pytest.raises(gateway.InvalidToken):
+        ours("jwt", token, jwks)
+    assert ours("jwt", world.proofs["jwt"], jwks) == NUMBER
+
+
 def test_no_proof_is_a_certificate(world: World) -> None:
     """BrowserID's verifier takes none of the new forms."""
     key, now_ms = world.app.gateway.keys.browserid.public_key(), int(time.time() * 1000)

@@ -48,7 +48,8 @@ class Out(NamedTuple):
         sent: Its form, JSON or query; ``...`` is any value.
         taken: Status and body of the answer to a message that it takes; ``ids``: of that message.
         headers: What these must be.
-        refused, failed: Answers to a number that is refused for good, and to another failure.
+        refused, failed, throttled: Answers to a number that is refused for good, to another
+            failure, and to messages that come too fast.
         wide: What else it is sent for a text that needs UCS-2, if that shows.
     """
 
@@ -59,6 +60,7 @@ class Out(NamedTuple):
     refused: tuple[int, Any] | None = None
     failed: tuple[int, Any] | None = None
     wide: dict[str, Any] = {}
+    throttled: tuple[int, Any] | None = None
 
 
 def basic(login: str) -> dict[str, str]:
@@ -97,7 +99,7 @@ OUT: dict[str, Out] = {
     "Twilio, messaging service": Out(
         {"MessagingServiceSid": "MG0123456789abcdef0123456789abcdef", "To": NUMBER,
          "Body": SENTENCE}, (201, {"sid": "SM1", "status": "accepted"}), None, TWILIO,
-        (400, {"code": 21610, "status": 400}), (429, {"code": 20429, "status": 429}),
+        (400, {"code": 21610, "status": 400}), throttled=(429, {"code": 20429, "status": 429}),
     ),
     "Amazon": Out(
         {"PhoneNumber": NUMBER, "Message": SENTENCE, **{
@@ -241,8 +243,10 @@ def settings(title: str, url: str, **more: Any) -> gateway.Settings:
         default = gateway.declared(gateway.SMS_LISTS["sms_providers"][entry["kind"]])["endpoint"]
         path = urlsplit(str(entry.get("endpoint") or default["default"])).path
         entries.append({**entry, "endpoint": url + path})
-    public = {"public_url": "https://id.example", "sms_inbound": values.get("sms_inbound", [])}
-    return gateway.Settings(**{**public, "sms_providers": entries, **more})
+    public = {"public_url": "https://id.example", "trusted_proxies": []}
+    inbound = values.get("sms_inbound", [])
+    own = {"sms_inbound": inbound, "sms_providers": entries}
+    return gateway.Settings(**{**public, **own, **more})
 
 
 @pytest.fixture
@@ -284,8 +288,8 @@ def test_a_message_leaves_in_the_shape_of_its_document(title: str, stand_in: Pro
     one.send(sender, TO, WIDE)
     wide = sent_to(stand_in)
     assert {name: wide.get(name) for name in shape.wide} == shape.wide
-    for answer, meaning in ((shape.refused, "Refused"), (shape.failed, "Failed")):
-        if answer:
+    for meaning in ("Refused", "Failed", "Throttled"):
+        if answer := getattr(shape, meaning.lower()):
             stand_in.answer = reply(answer[1], answer[0])
             with pytest.raises(gateway.SmsFailed) as caught:
                 one.send(sender, TO, TEXT)
@@ -439,9 +443,8 @@ def test_a_message_from_a_phone_is_answered(
     caplog.set_level("DEBUG")
     stand_in.answer = reply(vonage("0"))
     inbound = SECTIONS[title][1]["sms_inbound"]
-    client = make_client(
-        public_url="https://id.example", sms_inbound=inbound, sms_providers=[stand_in.nexmo()]
-    )
+    place: dict[str, Any] = {"public_url": "https://id.example", "trusted_proxies": []}
+    client = make_client(**place, sms_inbound=inbound, sms_providers=[stand_in.nexmo()])
     client.host = "id.example"
     client.register()
     assert client.credentials
@@ -468,7 +471,7 @@ def phone(make_client: MakeClient, stand_in: Provider) -> WsgiClient:
     title = "A phone of your own: SMSGate"
     values = settings(title, stand_in.url.removesuffix("/sms"))
     stand_in.answer = reply({"id": "PyDmBQZZXYmyxMwED8Fzy", "state": "Pending"}, 202)
-    names = ("public_url", "sms_inbound", "sms_providers")
+    names = ("public_url", "trusted_proxies", "sms_inbound", "sms_providers")
     client = make_client(**{name: getattr(values, name) for name in names})
     client.host = "id.example:443"
     client.register()

@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import lab
+import provider
 import pytest
 import servers
 from redis.crc import key_slot
@@ -29,6 +31,7 @@ BACKENDS = {
     "moto": servers.WANTED["moto"][0],
 }
 CLOCK = 1_700_000_000.0
+HERE, OTHER = "198.51.100.7", "+447700900456"
 OLD, NEW = b"\x01old", b"\x01new"
 
 
@@ -127,8 +130,8 @@ def make(backend: Backend, keys_dir: str, tmp_path: Path) -> Callable[..., WsgiC
         given |= options
         injected = {name: given.pop(name) for name in ("clock", "random_bytes") if name in given}
         app = gateway.create_app(gateway.Settings(**given), backend.home.url, **injected)
-        assert app.gateway.sms.outbox
-        app.gateway.sms.outbox.console = None
+        if app.gateway.sms.outbox:
+            app.gateway.sms.outbox.console = None
         return WsgiClient(app)
 
     return build
@@ -358,6 +361,75 @@ def test_a_user_goes_the_whole_way(make: Callable[..., WsgiClient], backend: Bac
     assert client.call("/certificate/sign", {"publicKey": public_key()}).errno == 110
     assert client.call("/unregister").errno == 110
     assert backend.items(storage) == []
+
+
+def test_a_message_that_costs_money(make: Callable[..., WsgiClient], backend: Backend) -> None:
+    """Every kind of key that limits, webhooks and the lists of numbers keep, on every store."""
+    with provider.Provider(provider.taken) as vonage:
+        client = make(
+            sms_providers=[vonage.nexmo(receipts=True)], sends_per_hour=5,
+            sms_inbound=[{"kind": "nexmo", "path_secret": "s"}], registers_per_address="4/minute",
+            sends_per_number="5/day",
+        )  # fmt: skip
+        storage, limits, away = client.gateway.storage, client.gateway.limits, {"REMOTE_ADDR": HERE}
+
+        def register() -> WsgiClient:
+            one = client.another()
+            one.register()
+            return one
+
+        def level(row: str, who: str) -> float:
+            (counter,) = limits.counters({row: who}, "GB")
+            at_rest_us = int(storage._run("GET", counter.key, key=counter.key) or 0)
+            return max(0, at_rest_us - backend.now_s * 1e6) / counter.cost_us
+
+        def tally(outcome: str) -> dict[bytes, bytes]:
+            key = b"{limits}" + outcome.encode()
+            pairs = storage._run("HGETALL", key, key=key)
+            return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+        for n in range(5):
+            status = client.call("/register", signed=False, environ=away).status
+            assert status == (429 if n == 4 else 200)
+        one = register()
+        # Taken, given back, taken by a phone's SMS in two parts, and paid back.
+        vonage.answer = provider.nexmo("5")
+        assert one.call("/sms/mt/verify", {"msisdn": NUMBER}, environ=away).errno == 201
+        assert (level("h", ""), level("n", NUMBER)) == (0, 0)
+        vonage.answer = provider.taken
+        assert one.credentials
+        text = one.credentials.hawk_id
+        for n, half in enumerate((text[:32], text[32:])):
+            fields = {"msisdn": NUMBER[1:], "messageId": f"0B{n}", "text": half}
+            part = {"concat-ref": "1", "concat-part": str(n + 1), "concat-total": "2"}
+            query = urlencode({"provider": "nexmo", **fields, **part})
+            assert one.get(f"/sms/momt/s?{query}").status == 200
+        assert len(vonage.received) == 2
+        assert level("n", NUMBER) == pytest.approx(1, abs=0.001)
+        receipt = urlencode({"provider": "nexmo", "messageId": "0A0", "status": "delivered"})
+        assert storage.outcome("nexmo", "0A0") == "sent"
+        assert one.get(f"/sms/receipt/s?{receipt}").status == 200
+        assert storage.outcome("nexmo", "0A0") == "delivered"
+        assert one.call("/sms/verify_code", {"code": vonage.texts()[NUMBER][-1]}).status == 200
+        assert level("n", NUMBER) == 0
+        assert level("h", "") == pytest.approx(1, abs=0.001)
+        # The hour is warned of at 50, 80 and 100 %, and full.
+        for n in range(5):
+            asked = register().ask(f"+4477009001{n:02}")
+            assert (asked.status, n) == ((200, n) if n < 4 else (429, 4))
+        for percent in (b"50", b"80", b"100"):
+            key = limits.key("h", "") + percent
+            assert storage._run("EXISTS", key, key=key) == 1
+        assert tally("sent")[b"GB"] == b"5"
+        assert tally("refused")[b"GB h"] == tally("verified")[b"GB"] == b"1"
+        # A blocked number is refused, whatever the hour says; then all proofs of one end.
+        blocked = client.gateway.secrets.key_for("blocked", gateway.Msisdn(OTHER))
+        storage.create(blocked, b"", 0)
+        assert register().ask(OTHER).errno == 107
+        assert one.call("/certificate/sign", {"publicKey": public_key()}).status == 200
+        ended = client.gateway.secrets.key_for("ended", gateway.Msisdn(NUMBER))
+        storage.create(ended, b"%d" % backend.now_s, 1000)
+        assert one.call("/certificate/sign", {"publicKey": public_key()}).errno == 104
 
 
 def test_a_message_that_nobody_took_changes_nothing(
