@@ -44,7 +44,7 @@ def test_an_attempt_that_cannot_be_counted_gives_back_no_message_that_may_have_l
         client = From(app).at(HERE)
         limit, calls = app.gateway.storage.limit, []
 
-        def fails_once(script: str, keys: list[bytes], *args: object) -> Any:
+        def fails_once(script: str, keys: list[bytes], *args: Any) -> Any:
             calls.append(script)
             if script is gateway.TAKE_SCRIPT and calls.count(script) == 2:
                 raise gateway.Unavailable("the storage does not answer; try again")
@@ -104,7 +104,7 @@ def test_a_replayed_everywhere_ends_nothing(make_client: Client) -> None:
     client = make_client(clock=clock, code_ttl_s=5)
     client.verified()
     clock.now_s += 6
-    spent = {"ts": int(clock.now_s), "nonce": "spent"}
+    spent: dict[str, Any] = {"ts": int(clock.now_s), "nonce": "spent"}
     assert client.call("/unregister", {"everywhere": True}, **spent).errno == 104
     assert client.ask().status == 200
     assert client.call("/sms/verify_code", {"code": client.code()}).status == 200
