@@ -3664,7 +3664,7 @@ class Payments:
         try:
             self._limits.take(counters, self._place, self._list, taken)
         except Unavailable:
-            if not message:  # an earlier attempt may have left: only this one is given back
+            if message:  # an earlier attempt may have left: only this one is given back
                 owe(partial(self._give_back, (self._unused, _OF_ATTEMPT)), later=True)
                 self._unused = b""
             raise
@@ -6917,7 +6917,8 @@ def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
 
     # Granian raised RLIMIT_NOFILE to its maximum. Leave descriptors for the store and providers.
     spare = _limit(resource.RLIMIT_NOFILE) - 128
-    connections = max(spare // 2, spare - settings.threads)  # each that is in a send needs two
+    # One whose message is being sent needs four: libcurl opens three.
+    connections = max(spare // 4, spare - 3 * settings.threads)
     server = Granian(
         "gateway", address=address, port=settings.port,
         interface=Interfaces.WSGI, http=HTTPModes.http1, websockets=False,

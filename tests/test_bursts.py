@@ -102,6 +102,19 @@ def test_500_sends_at_once_to_a_slow_provider(start_gateway: Start, vonage: Prov
     assert max(a.took_s for a in rest_) < shared
 
 
+def test_sends_leave_files_for_each_other(start_gateway: Start, vonage: Provider) -> None:
+    """Where few may be open: each needs four; who comes when none are left waits."""
+    gate = start_gateway(
+        "--sms-providers", json.dumps([vonage.nexmo()]), "--sends-per-hour", "100000", files=1024
+    )
+    those = sessions(gate, 320)
+    vonage.answer = sms.after(2)
+    answers = burst.run(gate.port, asks(gate, those, 0))
+    assert collections.Counter(a.status for a in answers) == {200: 320}
+    texts = vonage.texts()
+    assert [len(texts[number(n)]) for n in range(320)] == [1] * 320
+
+
 def test_256_busy_connections_and_a_fast_provider(start_gateway: Start, vonage: Provider) -> None:
     """From 40 on sends were refused, because so many threads were in them."""
     gate = start(start_gateway, vonage)

@@ -258,7 +258,8 @@ def test_receipts_and_parts_cost_nothing_and_stay_for_a_day_at_most(
     after = content(storage)
     added = after.keys() - before.keys()
     assert len(added) == 60
-    assert all(after[key] == value for key, value in before.items())
+    # The counter of /register is at rest after a second, and then its key is gone.
+    assert all(after.get(key, value) == value for key, value in before.items())
     assert all(0 < storage._run("TTL", key) <= 86_400 for key in added)
     assert max(storage._run("MEMORY", "USAGE", key) for key in added) < 700
     assert stand_in.received == []
