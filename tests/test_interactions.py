@@ -331,6 +331,24 @@ def test_what_a_session_may_while_its_message_waits_for_its_turn(
     assert verify(one, stand_in).json == {"msisdn": NUMBER}
 
 
+@pytest.mark.parametrize(
+    ("answer", "asked"), [(sms.reply("", 504), 0), (sms.nexmo("5"), 1)], ids=["unknown", "failed"]
+)
+def test_the_last_message_of_an_hour_and_providers_that_fail_over(
+    make: Callable[..., From], stand_in: Provider, answer: Callable[[Any], None], asked: int
+) -> None:
+    """One that may have left has used the hour up, so nobody else is asked; it counts as sent."""
+    with Provider(answer) as first:
+        entries = [first.nexmo(priority=1), stand_in.nexmo()]
+        one = make(sms_providers=entries, sends_per_hour=1).at(HERE)
+        assert one.ask().status == 200
+        assert (len(first.received), len(stand_in.received)) == (1, asked)
+        assert levels(one) == dict.fromkeys("anpqdfh", 1.0)
+        code = (stand_in if asked else first).texts()[NUMBER][-1].split()[-1]
+        assert one.call("/sms/verify_code", {"code": code}).status == 200
+        named(one.another().at(THERE).ask(), 116, "sends_per_hour")
+
+
 # -- /unregister of all sessions of a number -----------------------------------------
 
 
