@@ -258,7 +258,9 @@ def test_receipts_and_parts_cost_nothing_and_stay_for_a_day_at_most(
     after = content(storage)
     added = after.keys() - before.keys()
     assert len(added) == 60
-    assert all(after[key] == value for key, value in before.items())
+    (mine,) = [key for key in before if not key.startswith(b"{limits}r")]  # that dies by itself
+    assert after[mine] == before[mine]
+    assert not any(key.startswith(b"{limits}") for key in added)
     assert all(0 < storage._run("TTL", key) <= 86_400 for key in added)
     assert max(storage._run("MEMORY", "USAGE", key) for key in added) < 700
     assert stand_in.received == []
