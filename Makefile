@@ -49,7 +49,7 @@ docs: .venv/done  ## build the pages in docs/, to be opened from disk
 bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--help" tells more)
 	$(BIN)/python tests/bench/bench.py $(ARGS)
 
-attack: .venv/done  ## attack a gateway in four ways, with limits enforced, recorded and off (12 minutes)
+attack: .venv/done  ## attack a gateway in four ways, with limits enforced, recorded and off (16 minutes)
 	PYTHONPATH=.:notebooks $(BIN)/python tests/attack.py $(ARGS)
 
 trace: .venv/done  ## follow a /sms/verify and a /sms/verify_code: calls, depth, sections (ARGS=-v: each call)

@@ -8,6 +8,7 @@
 #     "hiredis==3.5.0",
 #     "msgspec==0.22.0",
 #     "phonenumberslite==9.0.42",
+#     "prometheus-client==0.26.0",
 #     "pycurl==7.49.0",
 #     "pyjwt==2.15.1",
 #     "redis==8.1.0",
@@ -75,6 +76,7 @@ import ast
 import base64
 import bisect
 import contextlib
+import contextvars
 import copy
 import enum
 import errno
@@ -120,7 +122,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import bottle
 import jwt
@@ -238,6 +240,8 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 """Where Linux shows the limits of control groups (cgroup v2)."""
 LOG: Final = logging.getLogger("gateway")
 """The log of this module. No number, code, token or key is ever written to it."""
+REQUEST_ID: Final = contextvars.ContextVar("request_id", default="")
+"""The id of the request that this thread answers, for its lines in the log; else ""."""
 
 
 # =============================================================================
@@ -312,6 +316,10 @@ class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
 
     The code that was sent just before counts as none; the message says that a newer one was sent.
     """
+
+
+class Superseded(WrongCode, status=400, errno=Errno.WRONG_CODE):
+    """The verification code is the one before: a newer one was sent. It costs no try."""
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
@@ -453,7 +461,11 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{host}" + f":{port}" * (port != default)
 
 
-_NUMBERING: Final = tomllib.loads((ROOT / "locale" / "numbering.toml").read_text("utf-8"))
+def _read_toml(name: str) -> Json:
+    return tomllib.loads((ROOT / "locale" / f"{name}.toml").read_text("utf-8"))
+
+
+_NUMBERING: Final = _read_toml("numbering")
 """What is known about numbering plans, and from which sources."""
 _LINE: Final = r"(?a)\A(?![\s\S]*[\x00-\x1f\x7f])"
 """How the pattern of a text begins: no control characters; ``\\w`` is ASCII."""
@@ -477,8 +489,8 @@ def multipliers() -> Mapping[str, int]:
 
     Source: ``locale/prices.toml``, which names where it is from.
     """
-    rows = tomllib.loads((ROOT / "locale" / "prices.toml").read_text("utf-8"))["multiplier"]
-    return {code: int(times) for times, codes in rows.items() for code in codes.split()}
+    rows = _read_toml("prices")["multiplier"].items()
+    return {code: int(times) for times, codes in rows for code in codes.split()}
 
 
 def _fresh(value: Any) -> Any:
@@ -528,6 +540,7 @@ _Code = Annotated[str, Meta(pattern=r"\A(\*|[A-Z]{2}|[1-9][0-9]{0,6})\Z")]
 _Price = Annotated[float, Meta(ge=0)]
 _Prices = Annotated[dict[_Code, _Price], Meta(title='{"*": 0.05, "<region or calling code>": …}')]
 _Limits = Annotated[str, Meta(pattern=r"\A(enforce|record|off)\Z", title="enforce, record, off")]
+_LogFormat = Annotated[str, Meta(pattern=r"\A(text|json)\Z", title="text, json")]
 _Money = Annotated[float, Meta(gt=0, title="an amount above 0, at least the dearest sms_price")]
 _Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
@@ -756,15 +769,9 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     resend_gaps_s: Annotated[_Gaps, _about("seconds between messages")] = _fresh([30, 60, 120, 300])
     limits: Annotated[_Limits, _about("record: count, refuse nothing")] = "enforce"
     sends_per_number: Annotated[_Rate, _about("messages to one number, whoever asks")] = "5/day"
-    sends_per_number_from_address: Annotated[
-        _Rate, _about("of these, asked for by one address")
-    ] = "3/day"
-    unverified_per_prefix: Annotated[_Rate, _about("to a number but for its last 4 digits")] = (
-        "10/day"
-    )
-    unverified_per_destination: Annotated[_Rates, _about("to one country")] = _fresh(
-        {"*": "50/day"}
-    )
+    sends_per_number_from_address: Annotated[_Rate, _about("of these, for one address")] = "3/day"
+    unverified_per_prefix: Annotated[_Rate, _about("to a number less its last 4 digits")] = "10/day"
+    unverified_per_destination: Annotated[_Rates, _about("to a country")] = _fresh({"*": "50/day"})
     unverified_per_address: Annotated[_Rate, _about("asked for by one client address")] = "10/day"
     registers_per_address: Annotated[_Rate, _about("sessions opened by one address")] = "60/minute"
     sends_per_hour: Annotated[int, _about("messages sent in an hour, to all", 1, 10**6)] = 100
@@ -781,6 +788,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     mt_sender_map: _ByNetwork = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
     mo_verifier_map: _ByNetwork = {}
+    log_format: Annotated[_LogFormat, _about("json: one object a line")] = "text"
     display_version: Annotated[bool, _about("whether our version is shown")] = True
 
     def __post_init__(self) -> None:
@@ -854,6 +862,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     def proxies(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
         """The networks of ``trusted_proxies``; an address is a network of one."""
         return tuple(filter(None, map(_network, self.trusted_proxies or ())))
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Where each value that is no default is from, if ``load_settings`` put them together."""
+        return {}
 
     @property
     def on_loopback(self) -> bool:
@@ -937,7 +950,7 @@ def load_settings(
             values = tomllib.loads(Path(path).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    in_file = list(values)
+    in_file = set(values)
     for variable, text in environ.items():
         # GATEWAY_INTERFACE is CGI's own variable.
         if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
@@ -956,9 +969,13 @@ def load_settings(
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
+    settings.origins.update(dict.fromkeys(texts, "environment") | dict.fromkeys(options, "option"))
+    settings.origins.update(dict.fromkeys(in_file - texts.keys(), f"file {path}"))
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
-        LOG.warning("others can read %s, which holds %s: chmod 640 it", path, ", ".join(secret))
+        LOG.warning(
+            "others can read %s, which holds %s: chmod 640 it", path, ", ".join(sorted(secret))
+        )
     _check_named(settings, values)
     return settings
 
@@ -1079,8 +1096,8 @@ def parse_msisdn(value: object) -> Msisdn:
     raise InvalidParameter(f"msisdn {_FAULTS[fault]}; it is written like +447700900123")
 
 
-def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
-    """Check that a number can get SMS from here. Costs about 50 µs, 90 with ``countries``.
+def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> str:
+    """Check that a number can get SMS from here; return its region. Costs about 50 µs.
 
     Args:
         countries: The regions that are served; none or ``*``: all.
@@ -1090,11 +1107,13 @@ def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> None:
 
     Source: the kinds of numbers are libphonenumber's.
     """
-    kind = phonenumbers.number_type(phonenumbers.parse(msisdn))
+    number = phonenumbers.parse(msisdn)
+    kind, region = phonenumbers.number_type(number), _region(number)
     if what := _NO_SMS.get(phonenumbers.PhoneNumberType.to_string(kind)):
         raise InvalidParameter(f"msisdn cannot get SMS: it is {what}; use a mobile number")
-    if countries and "*" not in countries and country_of(msisdn) not in countries:
+    if countries and "*" not in countries and region not in countries:
         raise InvalidParameter("msisdn cannot get SMS from here: its country is not served")
+    return region
 
 
 def parse_network(mcc: object, mnc: object) -> Network:
@@ -1111,7 +1130,10 @@ def parse_network(mcc: object, mnc: object) -> Network:
 
 def country_of(msisdn: Msisdn) -> str:
     """The ISO 3166 region of a number, even where countries share a code; "" if none."""
-    number = phonenumbers.parse(msisdn)
+    return _region(phonenumbers.parse(msisdn))
+
+
+def _region(number: phonenumbers.PhoneNumber) -> str:
     region = phonenumbers.region_code_for_number(number)
     if region is None:  # libphonenumber knows of no such number in use
         region = phonenumbers.region_code_for_country_code(number.country_code or 0)
@@ -1206,6 +1228,7 @@ class Secrets(NamedTuple):
     def key_for(self, kind: str, msisdn: Msisdn) -> StorageId:
         """The key of what is kept about a number itself: when its proofs ended, that it is blocked.
 
+        Parts of an SMS have such a key, too, with the digest of sender and reference as the number.
         Without this secret nobody can tell the number. With it, all numbers can be tried.
         """
         digest = hmac.new(self.number, f"{kind} {msisdn}".encode(), "sha256").hexdigest()
@@ -1977,7 +2000,7 @@ def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json
         told = _JWS.decode_complete(token, key, algorithms)
         header = jwt.utils.base64url_decode(token.partition(".")[0])
         parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
-    except (jwt.InvalidTokenError, ValueError, RecursionError) as error:
+    except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
         raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(parts[1], dict):
         raise InvalidToken("the claims are no JSON object")
@@ -2346,13 +2369,15 @@ def verify_presentation(
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
-# 16 bytes, as a storage id      the parts of an SMS by      ten minutes
+# "part " 32 hex digits          the parts of an SMS by      ten minutes
 #                                number, each sealed
 # "{limits}" letter 11 bytes     a counter of section 11:    until it is at rest
 #                                a time
 # "{limits}s" 11 bytes           what a session has taken    a day
 #                                from counters
 # "{limits}" outcome             counts for reports          a day
+# "{limits}metrics"              a hash of counts for        for ever
+#                                /metrics, by name and labels
 # "heartbeat"                    the last health check       a minute
 # "mark"                         a proof of the master       for ever
 #                                secret; the start checks it
@@ -2484,32 +2509,35 @@ in seconds (-1 keeps what is left, 0 is for ever); the life of the nonce (0: the
 Writes record and nonce, both or neither. Its first line lets it run on a server that is full, so
 that a session can still verify, sign and unregister. Only nonces grow then, for two minutes."""
 
-_COUNTERS: Final = """local now = tonumber(ARGV[1])
+_COUNTERS: Final = """local ask = cmsgpack.unpack(ARGV[1])
+local now = ask.now
 if now == 0 then
   local time = redis.call('TIME')
   now = time[1] * 1000000 + time[2]
 end
 local function keep(key, level)
   if level <= 0 then return redis.call('DEL', key) end
-  redis.call('SET', key, string.format('%.0f', now + level), 'PX', math.ceil(level / 1000))
+  redis.call('SET', key, math.floor(now + level), 'PX', math.ceil(level / 1000))
 end
 local function level(at_rest)
   return math.max(tonumber(at_rest or 0) - now, 0)
 end
 local function tally(outcome, row, n)
   local counts, prefixes = '{limits}' .. outcome, '{limits}' .. outcome .. ' by prefix'
-  local known = redis.call('ZSCORE', prefixes, ARGV[3])
+  local known = redis.call('ZSCORE', prefixes, ask.prefix)
   if not known and redis.call('ZCARD', prefixes) >= 1000 then
-    redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ARGV[3])
+    redis.call('ZADD', prefixes, redis.call('ZPOPMIN', prefixes)[2], ask.prefix)
   end
-  redis.call('ZINCRBY', prefixes, n, ARGV[3])
-  if redis.call('HINCRBY', counts, ARGV[2] .. row, n) == n or not known then
+  redis.call('ZINCRBY', prefixes, n, ask.prefix)
+  if redis.call('HINCRBY', counts, ask.region .. row, n) == n or not known then
     redis.call('EXPIRE', counts, 86400, 'NX')
     redis.call('EXPIRE', prefixes, 86400, 'NX')
   end
 end"""
-"""How the scripts of the limits begin. ARGV: now in µs (0: the server's own clock, which is one for
-all gateways), the destination's region, the number's prefix.
+"""How the scripts of the limits begin. ARGV: first what is asked, as one map in MessagePack, since
+each argument costs time; then bytes, which the server's MessagePack cannot read. The map holds
+``now`` in µs (0: the server's own clock, which is one for all gateways), and the destination:
+``region`` and ``prefix``.
 
 A counter is one number, the time at which it will be at rest (GCRA), in µs since the epoch; its
 ``level`` is the time until then, and its key dies at that time. Each message raises the level by
@@ -2524,50 +2552,48 @@ TAKE_SCRIPT: Final = """#!lua
 -- counters
 local levels, binds, wait, outstanding, answer = {}, 0, 1000, 0, {0, 0}
 local function warn(i, part)
-  local kind, percent = ARGV[3 * i + 4], part >= 1 and 100 or part >= 0.8 and 80 or 50
+  local kind, percent = ask.rows[i][3], part >= 1 and 100 or part >= 0.8 and 80 or 50
   if part < 0.5 or (kind ~= 'fair' and kind ~= 'shared') then return end
-  if redis.call('SET', KEYS[i] .. percent, '', 'NX', 'EX', 3600) then
-    table.insert(answer, i - 1)
+  if redis.call('SET', KEYS[i + 1] .. percent, '', 'NX', 'EX', 3600) then
+    table.insert(answer, i)
     table.insert(answer, percent)
   end
 end
 local at_rest = redis.call('MGET', unpack(KEYS, 2))
-for i = 2, #KEYS do
-  local period, kind = tonumber(ARGV[3 * i + 2]), ARGV[3 * i + 4]
-  local before = math.min(level(at_rest[i - 1]), period)
+for i, row in ipairs(ask.rows) do
+  local period, cost, kind = unpack(row)
+  local before = math.min(level(at_rest[i]), period)
   if kind == 'address' then outstanding = before end
-  levels[i] = before + ARGV[3 * i + 3]
+  levels[i] = before + cost
   local over = levels[i] - period
   if kind == 'fair' then over = math.max(over, math.min(levels[i] - period / 2, outstanding)) end
   if over > wait then binds, wait = i, over end
 end
 if binds > 0 then
-  tally(ARGV[4], ' ' .. KEYS[binds]:sub(9, 9), 1)
-  warn(binds, levels[binds] / ARGV[3 * binds + 2])
-  answer[1], answer[2] = binds - 1, math.ceil(wait / 1000000)
+  tally(ask.outcome, ' ' .. KEYS[binds + 1]:sub(9, 9), 1)
+  warn(binds, levels[binds] / ask.rows[binds][1])
+  answer[1], answer[2] = binds, math.ceil(wait / 1000000)
   return answer
 end
-for i = 2, #KEYS do
-  keep(KEYS[i], levels[i])
-  warn(i, (levels[i] + 1000) / ARGV[3 * i + 2])
+for i, row in ipairs(ask.rows) do
+  keep(KEYS[i + 1], levels[i])
+  warn(i, (levels[i] + 1000) / row[1])
 end
-if ARGV[5] ~= '' then
-  redis.call('HSET', KEYS[1], ARGV[5], '-')
+if #ARGV > 1 then
+  redis.call('HSET', KEYS[1], unpack(ARGV, 2))
   redis.call('EXPIRE', KEYS[1], 86400)
 end
-if ARGV[6] ~= '' then
-  redis.call('HSET', KEYS[1], ARGV[6], ARGV[7])
-  tally('sent', '', 1)
-end
+if #ARGV > 3 then tally('sent', '', 1) end
 return answer
 """.replace("-- counters", _COUNTERS)
 """Takes one message from every counter, or from none if one of them refuses.
 
-KEYS: the list of what the session's round has taken; then the counters, an address' own first.
-ARGV, after those of all: what a refusal is tallied as; the names of an attempt and of a message
-(may be empty), and the keys of those counters of the message that a verification pays back. Then,
-for each counter: period and cost in µs, kind. A counter of kind ``fair`` takes what would
-exceed half of it only if the address has nothing outstanding.
+KEYS: the list of what the session's round has taken; then the counters, an address' own first. The
+map holds ``outcome``: what a refusal is tallied as; ``rows``: for each counter period and cost in
+µs, and kind. Bytes: what is added to the list. That is the name of an attempt and ``-``, then the
+name of a message (if this is its first attempt) and the keys of those of its counters that a
+verification pays back. A counter of kind ``fair`` takes what would exceed half of it only if the
+address has nothing outstanding.
 
 Returns the counter that binds longest (from 1; 0: none) and the seconds until it takes the
 message; then pairs: a counter that strangers share, and of which percentage the log must warn. Its
@@ -2576,28 +2602,29 @@ middle."""
 
 GIVE_BACK_SCRIPT: Final = """#!lua flags=allow-oom
 -- counters
-local entry = redis.call('HGET', KEYS[1], ARGV[4])
-redis.call('HDEL', KEYS[1], ARGV[4])
+local entry = redis.call('HGET', KEYS[1], ARGV[2])
+redis.call('HDEL', KEYS[1], ARGV[2])
 if not entry or entry == '' then return end
-for i = 2, #KEYS do keep(KEYS[i], level(redis.call('GET', KEYS[i])) - ARGV[i + 3]) end
+for i, cost in ipairs(ask.costs) do
+  keep(KEYS[i + 1], level(redis.call('GET', KEYS[i + 1])) - cost)
+end
 if entry ~= '-' then tally('sent', '', -1) end
 """.replace("-- counters", _COUNTERS)
 """Gives back what an attempt or a message has taken, once; nothing, if it was not taken, or if a
 verification has paid it back meanwhile.
 
-KEYS: the session's list; the counters. ARGV, after those of all: its name; what each counter gets
-back, in µs."""
+KEYS: the session's list; the counters. The map holds ``costs``: what each counter gets back, in µs.
+Bytes: the name of the attempt or message."""
 
 PAY_BACK_SCRIPT: Final = """#!lua flags=allow-oom
 -- counters
-local cost, entries = {}, redis.call('HGETALL', KEYS[1])
-for i = 4, #ARGV, 2 do cost[ARGV[i]] = tonumber(ARGV[i + 1]) end
+local entries = redis.call('HGETALL', KEYS[1])
 for i = 2, #entries, 2 do
   local counters, back = entries[i], tonumber(redis.call('GET', KEYS[2]) or 0)
   for at = 1, #counters - 11, 12 do
     local row, key = counters:sub(at, at), '{limits}' .. counters:sub(at, at + 11)
     local part = row ~= 'n' and (back > 0 and 1 or 1.3) or back < 5 and 1 or 0
-    keep(key, level(redis.call('GET', key)) - cost[row] * part)
+    keep(key, level(redis.call('GET', key)) - ask.costs[row] * part)
   end
   if #counters > 1 then
     redis.call('HSET', KEYS[1], entries[i - 1], '')
@@ -2611,8 +2638,8 @@ redis.call('EXPIRE', KEYS[1], 60)
 """Pays back all messages of a round, after a right code: to the unverified budgets 1.3 for the
 first message of a number and day, 1 for the others; to ``sends_per_number`` at most five a day.
 
-KEYS: the round's list; how many messages of this number were paid back in its day. ARGV, after
-those of all: pairs of a row's letter and what one message costs there, in µs.
+KEYS: the round's list; how many messages of this number were paid back in its day. The map holds
+``costs``: what one message costs in each row, by its letter, in µs.
 
 The list lives on for a minute, longer than a message that is being sent meanwhile."""
 
@@ -2912,9 +2939,19 @@ class Storage:
             raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
         return Commit(answers[0])
 
-    def limit(self, script: str, keys: list[bytes], *args: object) -> Any:
+    def limit(self, script: str, keys: list[bytes], ask: Json, *more: bytes) -> Any:
         """Run one of the scripts of the limits; see there. All their keys lie in one slot."""
-        return self._run("EVAL", script, len(keys), *keys, *args, key=keys[0])
+        packed = msgspec.msgpack.encode(ask)
+        return self._run("EVAL", script, len(keys), *keys, packed, *more, key=keys[0])
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the counts of all gateways, in one round trip."""
+        self._run_all(_METRICS, *(("HINCRBY", _METRICS, name, n) for name, n in counts.items()))
+
+    def counts(self, *more: bytes) -> list[dict[str, int]]:
+        """These counts; then those in the hashes ``more``, which lie in the same slot."""
+        answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
+        return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
 
     def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
         """Keep for a day what became of a message, by its provider's id for it.
@@ -3030,6 +3067,46 @@ class Storage:
              "each worker: raise maxclients, or write “?max_connections=…” behind storage_url"),
         ]  # fmt: skip
         return [warning for wrong, warning in warnings if wrong]
+
+
+_METRICS: Final = b"{limits}metrics"
+"""The key of the counts for /metrics: in one slot with those of the limits."""
+
+
+class Counts:
+    """What this process has counted for /metrics and not added to the store yet.
+
+    A name is that of a metric, and after spaces its labels: ``requests_total route=/register``.
+    All values of labels come from closed sets (routes, statuses, providers, regions), so that
+    strangers cannot add names without end.
+    """
+
+    def __init__(self) -> None:
+        self._new, self._lock = dict[str, int](), threading.Lock()
+
+    def add(self, *names: str, n: int = 1) -> None:
+        """Count something."""
+        with self._lock:
+            for name in names:
+                self._new[name] = self._new.get(name, 0) + n
+
+    def flush(self, storage: Storage) -> None:
+        """Add all of it to the store. If that fails it is kept, as it may not have been done."""
+        with self._lock:
+            taken, self._new = self._new, {}
+        try:
+            if taken:
+                storage.count(taken)
+        except Unavailable:
+            for name, n in taken.items():
+                self.add(name, n=n)
+
+    def keep_flushing(self, storage: Storage) -> None:
+        """Do so once a second from now on: a process that is killed loses no more than that."""
+        self.flush(storage)
+        timer = threading.Timer(1, self.keep_flushing, [storage])
+        timer.daemon = True
+        timer.start()
 
 
 class DynamoRecord(bytes):
@@ -3166,7 +3243,7 @@ class SplitStorage(Storage):
         previous: bytes | None = None
         while (stub := super().get(key)) != previous:
             if stub is None or stub[:1] not in (IN_TABLE, PENDING, LEAVING):
-                return stub
+                return stub  # also an empty one: that of a number that is blocked
             if stub[:1] == LEAVING:
                 self._finish(key, stub)
                 return None
@@ -3251,14 +3328,15 @@ def address_block(address: str, ipv6_bits: int) -> str:
 
     Args:
         address: As ``GatewayApp.client_address`` returns it; "" stays "".
-        ipv6_bits: The length of the network's prefix.
+        ipv6_bits: The length of the network's prefix, of whole bytes.
 
     >>> address_block("2001:db8:0:1ff::7", 56)
     '2001:db8:0:100::/56'
     """
     if ":" not in address:
         return address
-    return str(ipaddress.ip_network((address, ipv6_bits), strict=False))
+    network = socket.inet_pton(socket.AF_INET6, address)[: ipv6_bits // 8]
+    return f"{socket.inet_ntop(socket.AF_INET6, network.ljust(16, bytes(1)))}/{ipv6_bits}"
 
 
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
@@ -3363,10 +3441,11 @@ def price_of(settings: Settings, msisdn: str, region: str) -> float:
     """
     prices, table = settings.sms_price, multipliers()
     codes = [msisdn[1:n] for n in range(8, 1, -1)]
-    if own := next((name for name in (region, *codes) if name in prices), ""):
-        return prices[own]
-    times = next((table[code] for code in codes if code in table), max(table.values()))
-    return prices["*"] * times
+    for name in (region, *codes):
+        if name in prices:
+            return prices[name]
+    times = [table[code] for code in codes if code in table] or [max(table.values())]
+    return prices["*"] * times[0]
 
 
 _SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
@@ -3459,19 +3538,22 @@ class Limits:
                 found.append(Counter(limit, key, period_s * 10**6, round(cost)))
         return found
 
-    def run(self, script: str, keys: list[bytes], place: tuple[str, str], *args: object) -> Any:
+    def run(
+        self, script: str, keys: list[bytes], place: tuple[str, str], ask: Json, *more: bytes
+    ) -> Any:
         """Run a script; ``place`` is the region and the prefix of the number, for reports."""
         now_us = 0 if self._clock is time.time else round(self._clock() * 1e6)
-        return self._storage.limit(script, keys, now_us, *place, *args)
+        ask |= {"now": now_us, "region": place[0], "prefix": place[1]}
+        return self._storage.limit(script, keys, ask, *more)
 
     def take(
         self, counters: list[Counter], place: tuple[str, str] = ("", ""),
-        taken: tuple[bytes, bytes, bytes, bytes] = (b"{limits}s", b"", b"", b""),
+        remembered_in: bytes = b"{limits}s", taken: Collection[bytes] = (),
     ) -> None:  # fmt: skip
         """Take a message from all counters, or from none.
 
         Args:
-            taken: The list that remembers it, and what TAKE_SCRIPT writes there.
+            remembered_in, taken: The list that remembers it, and what is written there.
 
         Raises:
             GatewayError: The refusal of the row that binds longest; ``retry_after_s`` is when it
@@ -3481,9 +3563,8 @@ class Limits:
             return
         outcome = "refused" if self.mode == "enforce" else "would be refused"
         rows = [(c.period_us, c.cost_us, c.limit.kind) for c in counters]
-        args = (outcome, *taken[1:], *(value for row in rows for value in row))
-        keys = [taken[0], *(counter.key for counter in counters)]
-        binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, *args)
+        keys, ask = [remembered_in, *(c.key for c in counters)], {"outcome": outcome, "rows": rows}
+        binds, wait_s, *full = self.run(TAKE_SCRIPT, keys, place, ask, *taken)
         for n, percent in zip(full[::2], full[1::2], strict=True):
             name = counters[n - 1].limit.setting
             LOG.warning("limits: %s %% of %s are used, now for %s", percent, name, place[0])
@@ -3494,30 +3575,40 @@ class Limits:
             raise limit.refusal(f"{limit.setting}: used up for now, nothing was sent", wait_s)
         LOG.info("limits: %s would refuse a request", limit.setting)
 
-    def message(self, msisdn: Msisdn, address: str) -> tuple[tuple[str, str], list[Counter]]:
-        """The region and the prefix of a number, and the counters of a message to it."""
-        region, prefix = country_of(msisdn), msisdn[:-4]
+    def message(self, msisdn: Msisdn, region: str, address: str) -> list[Counter]:
+        """The counters of a message to a number of a region."""
+        prefix = msisdn[:-4]
         who = {"n": str(msisdn), "p": prefix, "d": region, "h": "", "m": ""}
         if address:
-            home, client = address_block(address, 56), address_block(address, 64)
-            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {client}"}
+            home = address_block(address, 56)
+            who |= {"a": home, "q": f"{prefix} {home}", "f": f"{msisdn} {home}"}
         price = price_of(self.settings, msisdn, region)
-        return (region, prefix), self.counters(who, region, price)
+        return self.counters(who, region, price)
 
     def take_register(self, address: str) -> None:
         """Count a session that a client address opens; raises TooManyFromAddress."""
         if address:
             self.take(self.counters({"r": address_block(address, 64)}))
 
+    def shares(self, regions: Collection[str]) -> dict[str, float]:
+        """How much of each budget that strangers share is used, as samples for /metrics."""
+        shares = {}
+        for region in ("", *regions):
+            for counter in self.counters({"d": region} if region else {"h": "", "m": ""}, region):
+                at_rest_us = int(self._storage.get(StorageId(counter.key)) or 0)
+                used = max(0.0, at_rest_us - self._clock() * 1e6) / counter.period_us
+                shares[f"budget_used limit={counter.limit.setting} region={region}"] = used
+        return shares
+
     def pay_back(self, session: str, msisdn: Msisdn) -> None:
         """Pay back the messages of a round, after a right code. The store may be away."""
         if self.mode == "off":
             return
         place = region, _ = country_of(msisdn), msisdn[:-4]
-        costs = self.counters(dict.fromkeys(_PAID_BACK, ""), region)
-        pairs = (part for cost in costs for part in (cost.limit.row, cost.cost_us))
+        counters = self.counters(dict.fromkeys(_PAID_BACK, ""), region)
+        costs = {counter.limit.row: counter.cost_us for counter in counters}
         keys = [self.key("s", session), self.key("b", msisdn)]
-        owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, *pairs))
+        owe(partial(self.run, PAY_BACK_SCRIPT, keys, place, {"costs": costs}))
 
 
 class Payments:
@@ -3542,8 +3633,8 @@ class Payments:
         self._list, self._msisdn = limits.key("s", session), Msisdn("")
         self._message = self._unused = b""
 
-    def bind(self, msisdn: Msisdn) -> None:
-        """Name the number that is counted for, before anything is.
+    def bind(self, msisdn: Msisdn, region: str) -> None:
+        """Name the number that is counted for, and its region, before anything is.
 
         Raises:
             Unavailable: Another number is named meanwhile: another request changed the session.
@@ -3551,8 +3642,8 @@ class Payments:
         if self._msisdn not in ("", msisdn):
             raise Unavailable("another request changed this session; try again")
         if not self._msisdn:
-            self._msisdn = msisdn
-            self._place, self._counters = self._limits.message(msisdn, self._address)
+            self._msisdn, self._place = msisdn, (region, msisdn[:-4])
+            self._counters = self._limits.message(msisdn, region, self._address)
 
     def count(self) -> None:
         """Count one attempt in advance, unless one is counted; with the first, the message.
@@ -3562,20 +3653,23 @@ class Payments:
         """
         if self._unused:
             return
-        message, counters, paid_back = b"", self._counters, b""
-        if self._message:
+        self._unused, message, counters = self._random_bytes(8), self._message, self._counters
+        taken = [self._unused, b"-"]
+        if message:
             counters = [c for c in counters if c.limit.row in _OF_ATTEMPT]
         else:
-            self._message = message = self._random_bytes(8)
-            paid_back = b"".join(c.key[8:] for c in counters if c.limit.row in _PAID_BACK)
-        self._unused = self._random_bytes(8)
+            self._message = self._random_bytes(8)
+            paid_back = (c.key[8:] for c in counters if c.limit.row in _PAID_BACK)
+            taken += [self._message, b"".join(paid_back)]
         try:
-            taken = (self._list, self._unused, message, paid_back)
-            self._limits.take(counters, self._place, taken)
+            self._limits.take(counters, self._place, self._list, taken)
         except Unavailable:
+            if not message:  # an earlier attempt may have left: only this one is given back
+                owe(partial(self._give_back, (self._unused, _OF_ATTEMPT)), later=True)
+                self._unused = b""
             raise
         except GatewayError:  # nothing was taken
-            self._unused, self._message = b"", b"" if message else self._message
+            self._unused, self._message = b"", message
             raise
 
     def use(self) -> bytes:
@@ -3604,8 +3698,8 @@ class Payments:
             if name and self._limits.mode != "off":
                 back = [counter for counter in self._counters if counter.limit.row in rows]
                 keys = [self._list, *(counter.key for counter in back)]
-                costs = (counter.cost_us for counter in back)
-                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, name, *costs)
+                ask = {"costs": [counter.cost_us for counter in back]}
+                self._limits.run(GIVE_BACK_SCRIPT, keys, self._place, ask, name)
 
     def __enter__(self) -> Payments:
         return self
@@ -3680,6 +3774,10 @@ class SmsUnknown(SmsFailed):
     """The provider did not say, or not in time: it may have taken the message, or a part."""
 
 
+class SmsDenied(SmsFailed):
+    """The provider turns our account away (login, credit, rights): a person must mend that."""
+
+
 class SmsThrottled(SmsFailed):
     """The provider says "slower": it did not take the message, and would take it later."""
 
@@ -3713,6 +3811,10 @@ class SmsProvider:
             SmsUnknown: The provider did not say.
         """
         raise NotImplementedError
+
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        return "its login cannot be tried without a message: check --send NUMBER"
 
 
 ANSWER_MAX_BYTES: Final = 65536
@@ -3806,15 +3908,17 @@ class Shape(NamedTuple):
         meanings: What they stand for (``None``: taken), with words for the log.
         ids: The dotted path of the ids that receipts name; "": there are none but our own.
         receipt_query: Ends the URL that receipts are sent to.
+        login: Where a GET tells whether the login is right, relative to the endpoint.
     """
 
     headers: Mapping[str, str]
     body: str
     success: str = ""
-    codes: tuple[str, ...] = ()
+    codes: Sequence[str] = ()
     meanings: Mapping[str, Meaning] = {}
     ids: str = ""
     receipt_query: str = ""
+    login: str = ""
 
 
 class HttpSms(SmsProvider):
@@ -3916,7 +4020,7 @@ class HttpSms(SmsProvider):
             return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
         template = self.shape.body
-        if self.content_type == FORM["Content-Type"]:
+        if self.content_type == FORM:
             body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
         else:
             body = fill(template, ESCAPES[self.content_type])
@@ -3939,7 +4043,20 @@ class HttpSms(SmsProvider):
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
         status, body, retry_after_s = self._exchange(request, timeout_s)
         ids = self._judge(status, body, retry_after_s)
-        return (ids or [values["id"]]) if self.entry["receipts"] else []
+        return ids or [values["id"]] * self.entry["receipts"]
+
+    def try_login(self) -> str:
+        """What came of an attempt to log in without sending a message, in words."""
+        if not self.shape.login:
+            return super().try_login()
+        values = self._values("", Msisdn("+"), "")
+        url = re.sub(_PLACE, lambda place: values[place[1]], urljoin(self.url, self.shape.login))
+        request = {pycurl.URL: url, pycurl.HTTPHEADER: [f"Authorization: Basic {self._basic}"]}
+        try:
+            status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
+        except SmsFailed as error:
+            return str(error)
+        return f"its login was answered {status} {responses.get(status, '')}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
         """Return the ids in an answer, or raise what it stands for.
@@ -4073,7 +4190,9 @@ _IDLE_CONNECTIONS_MAX: Final = 64
 _CURLOPT_QUICK_EXIT: Final = 322
 """Closing does not wait for a name server that hangs. pycurl 7.49 has no name for the option."""
 _NOT_TAKEN: Final = dict.fromkeys({501, 503, *range(400, 500)} - {408}, SmsFailed)
-MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled}
+MEANINGS: Final = _NOT_TAKEN | {400: SmsRefused, 422: SmsRefused, 429: SmsThrottled} | {
+    401: SmsDenied, 402: SmsDenied, 403: SmsDenied,
+}  # fmt: skip
 """The error that an HTTP status other than 2xx stands for; one that is not here: SmsUnknown.
 
 The count of a message is given back only if it surely did not leave. Otherwise somebody who makes
@@ -4083,9 +4202,10 @@ provider's own words in a whole 2xx answer. It is not certain after 500, 502, 50
 broke, but nobody knows when), a redirect (303 may follow the work), or a 2xx answer that
 cannot be read or has no result.
 """
-FORM: Final = {"Content-Type": "application/x-www-form-urlencoded"}
+FORM: Final = "application/x-www-form-urlencoded"
+"""The Content-Type of a form."""
 ESCAPES: Final[Mapping[str, Callable[[str], str]]] = {
-    FORM["Content-Type"]: str,  # urlencode is for all of it
+    FORM: str,  # urlencode is for all of it
     "application/json": lambda text: json.dumps(text)[1:-1],
     "application/xml": html.escape, "text/xml": html.escape, "text/plain": str,
 }  # fmt: skip
@@ -4096,71 +4216,25 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _codes(*meanings: Mapping[str, str]) -> dict[str, Meaning]:
-    """Meanings by code; codes and words of what is taken, refused for good, failed, throttled."""
-    faults = None, SmsRefused, SmsFailed, SmsThrottled
-    return {
+def _shape(told: Json) -> Shape:
+    """A kind of provider, as ``locale/providers.toml`` describes it."""
+    faults = {
+        "taken": None, "refused": SmsRefused, "failed": SmsFailed,
+        "throttled": SmsThrottled, "denied": SmsDenied,
+    }  # fmt: skip
+    meanings = {
         code: (fault, words)
-        for fault, by_codes in zip(faults, meanings, strict=True)
-        for codes, words in by_codes.items()
+        for name, fault in faults.items()
+        for codes, words in told.pop(name, {}).items()
         for code in codes.split()
     }
+    return Shape(**told, meanings=meanings)
 
 
-SHAPES: Final[Mapping[str, Shape]] = {
-    # Source: Vonage SMS API, "Send an SMS", "Troubleshooting SMS": HTTP 200 for errors too, and a
-    # status for each part. A form by POST, so that no URL holds code or secret.
-    "nexmo": Shape(
-        FORM, "from={from_digits}&to={to_digits}&text={text}&type={type}&callback={receipt_url}"
-        "&api_key={api_key}&api_secret={api_secret}&entity-id={entity_id}"
-        "&content-id={template_id}",
-        r'"status"\s*:\s*"?0\b', ("messages.*.status",), _codes(
-            {"0": "taken"},
-            {"3": "a parameter is wrong", "6": "no route to this number", "7": "number barred",
-             "15": "sender not allowed", "29": "number not on the test list",
-             "33": "number deactivated"},
-            {"2": "a parameter is missing", "4 14": "bad credentials",
-             "5": "internal error", "8": "account barred", "9": "no credit", "12": "too long",
-             "10": "too many connections", "11 22 23 32": "not allowed for this account"},
-            {"1": "too fast"},
-        ), "messages.*.message-id",
-    ),
-    # Source: Twilio, "Message resource", "Error and warning dictionary": 201 with a sid; 4xx with
-    # a code; a status that says that it failed at once.
-    "twilio": Shape(
-        {**FORM, "Authorization": "Basic {basic}"}, "From={from}&MessagingServiceSid={service}"
-        "&To={to}&Body={text}&StatusCallback={receipt_url}",
-        r'"sid"\s*:\s*"', ("code", "status"), _codes(
-            {},
-            {"21211": "no valid number", "21408": "country not enabled in the account",
-             "21608": "number not verified in the trial account", "21610": "number opted out",
-             "21612": "no route to this number", "21614": "not a mobile number"},
-            {"20003": "bad credentials", "20404": "no such account",
-             "21212 21603 21606 21659": "not a sender of this account",
-             "21703": "no sender in the messaging service", "21611": "the sender's queue is full",
-             "failed undelivered canceled": "failed at once"},
-            {"20429": "too fast"},
-        ), "sid",
-    ),
-    # Source: Kannel 1.4.5 user's guide, "SMS push (send-sms)", "Extended headers": it refuses by
-    # an HTTP status. "0" is taken; "3": its link is down, and the message may leave later. The
-    # login is in headers, where no log shows it; the URL has %d, and not %A, which quotes the text.
-    "kannel": Shape(
-        {"Content-Type": "text/plain; charset=UTF-8", "X-Kannel-Username": "{username}",
-         "X-Kannel-Password": "{password}", "X-Kannel-From": "{from}", "X-Kannel-To": "{to}",
-         "X-Kannel-Coding": "{coding}", "X-Kannel-Meta-Data": "{meta_data}",
-         "X-Kannel-DLR-Mask": "{receipt_mask}", "X-Kannel-DLR-Url": "{receipt_url}"},
-        "{text}", "^0", receipt_query="&id={id}&status=%d",
-    ),
-    # Source: docs.sms-gate.app, "Sending messages": from priority 100 on the phone does not delay.
-    "smsgate": Shape(
-        {"Content-Type": "application/json", "Authorization": "Basic {basic}"},
-        '{"id": "{id}", "textMessage": {"text": "{text}"}, "phoneNumbers": ["{to}"],'
-        ' "ttl": {ttl}, "priority": 127}',
-        r'"id"\s*:\s*"', ("state",), _codes({}, {}, {"Failed": "failed at once"}, {}), "id",
-    ),
-}  # fmt: skip
-"""The kinds that are reached over HTTP with templates and meanings of their own."""
+_PROVIDERS: Final = _read_toml("providers")
+SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+"""The kinds that are reached over HTTP with templates and meanings of their own, with their sources
+in ``locale/providers.toml``."""
 
 
 class SnsSms(SmsProvider):
@@ -4323,6 +4397,7 @@ class SmsSender:
     Attributes:
         outbox: The provider that shows codes, if it is one of them.
         paid: Whether any of them may cost money.
+        counts: Of this process.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -4332,12 +4407,22 @@ class SmsSender:
         self.outbox = next((p for p in self.providers if isinstance(p, OutboxSms)), None)
         self.paid = any(provider.paid for provider in self.providers)
         self.resting: dict[int, float] = {}
+        self.counts = Counts()
+        self._failing: set[int] = set()
         self._failed_for: dict[int, Msisdn] = {}
         self._paces = [Pace() for _ in self.providers]
         most = max(1, settings.threads // 2, settings.threads - _THREADS_SPARE)
         self._slots = threading.BoundedSemaphore(most)
         for name in ("urllib3", "botocore"):  # they quote URLs, bodies and odd answers
             logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether some provider took the last message that it was given, or was given none.
+
+        One that failed for a single number counts as working, as in ``_note_failure``.
+        """
+        return len(self._failing) < len(self.providers)
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
@@ -4384,9 +4469,11 @@ class SmsSender:
             turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
+                self._note(n, to, None, "".join(ids[:1]))
+                ids = ids if self.providers[n].entry.get("receipts") else []
                 return Sent(self.providers[n].kind, ids, tried % once_round)
             except SmsFailed as error:
-                LOG.warning("sms: %s", error)
+                self._note(n, to, error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
                 throttled = error if isinstance(error, SmsThrottled) else throttled
@@ -4397,6 +4484,19 @@ class SmsSender:
         if unknown:
             return Sent("", [], tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
+
+    def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
+        """Count an attempt, and write it to the log: as an error, if a person must mend it."""
+        kind, region = self.providers[n].kind, country_of(to)
+        outcome = type(error).__name__[3:].lower() if error else "taken"
+        levels = {"taken": logging.INFO, "denied": logging.ERROR}
+        text = "sms: %(provider)s %(country)s %(outcome)s %(id)s %(reason)s"
+        LOG.log(levels.get(outcome, logging.WARNING), text, {
+            "event": "send", "provider": kind, "country": region, "outcome": outcome,
+            "id": loggable_id(message_id, to), "reason": str(error or ""),
+        })  # fmt: skip
+        labels = f"provider={n} kind={kind} region={region} outcome={outcome}"
+        self.counts.add(f"sends_total {labels}")
 
     def _attempt(
         self, n: int, message: tuple[str, Msisdn, str], ends_s: tuple[float, float],
@@ -4414,6 +4514,7 @@ class SmsSender:
         except SmsFailed as error:
             if not isinstance(error, SmsRefused | SmsThrottled):
                 self._note_failure(n, to)
+                self._failing |= self.resting.keys() & {n}
             if payments and paid and not isinstance(error, SmsUnknown):
                 payments.give_back(paid)
             raise
@@ -4426,6 +4527,7 @@ class SmsSender:
         if n in self.resting:  # this one message tries whether it works again
             self.resting[n] = started_s + self.settings.sms_cool_down_s
         ids = _send_by(provider, *message, timeout_s)
+        self._failing.discard(n)
         if time.monotonic() - started_s > timeout_s / 2:
             self._note_failure(n, message[1])  # slow
         else:
@@ -4461,6 +4563,12 @@ def _send_by(provider: SmsProvider, *message: Any) -> list[str]:
         raise fault(f"{provider.kind}: {type(error).__name__}") from None
 
 
+def loggable_id(message_id: str, to: str = "") -> str:
+    """A provider's id of a message, as the log may hold it: no number, no code, no odd text."""
+    own = re.fullmatch(r"(?a)(?!\d{1,15}$)[\w.:-]{1,64}", message_id)
+    return message_id if own and not (to and to[-6:] in message_id) else "-"
+
+
 class InboundSms(NamedTuple):
     """An SMS from a phone: its number, the text, over which network, the provider's id.
 
@@ -4477,26 +4585,13 @@ class InboundSms(NamedTuple):
     parts: int = 1
 
 
-_IDS: Final = (
-    "messageId message-id MessageSid message_id message_uuid MessageUUID messageid smsId id"
-)
-FIELDS: Final[Mapping[str, str]] = {
-    "from": "msisdn from From", "text": "text Body message", "id": _IDS, "receipt_id": _IDS,
-    "mcc": "mccmnc.mcc mcc", "mnc": "mccmnc.mnc mnc", "network": "network-code", "sig": "sig",
-    "ref": "concat-ref", "part": "concat-part", "parts": "concat-total",
-    "status": "status MessageStatus Status status_name", "udh": "udh", "coding": "coding",
-}  # fmt: skip
+FIELDS: Final[Mapping[str, str]] = _PROVIDERS["fields"]
 """Where webhooks write what, if the entry has no ``fields``: dotted paths, the first one first."""
-SMSGATE_FIELDS: Final[Mapping[str, str]] = {
-    "from": "payload.sender payload.phoneNumber", "text": "payload.message", "id": "id",
-    "receipt_id": "payload.messageId", "status": "event",
-}  # fmt: skip
-"""The same for SMSGate; its ``payload.messageId`` of a received SMS is not unique."""
-_DELIVERED: Final = ("delivered", "read", "success", "delivrd", "1", "sms:delivered")
-_FAILED: Final = (
-    "failed", "rejected", "expired", "undelivered", "undeliverable", "undeliv", "delivery_failed",
-    "2", "16", "sms:failed",
-)  # fmt: skip
+SMSGATE_FIELDS: Final[Mapping[str, str]] = _PROVIDERS["smsgate_fields"]
+"""The same for SMSGate."""
+_OUTCOMES: Final = {
+    status: outcome for outcome, words in _PROVIDERS["outcomes"].items() for status in words.split()
+}
 
 
 def _read(params: Json, entry: Json, field: str) -> str:
@@ -4518,8 +4613,10 @@ def _octets(text: str) -> bytes:
 def _msisdn(text: str, country: str) -> str:
     """A sender in international form, if it is a phone's number; else ""."""
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
-    # a country's numbers.
-    if len(text.strip().removeprefix("+").removeprefix("00")) <= 6:
+    # a country's numbers. Nor is a name, of which libphonenumber would read the letters as keys:
+    # anybody can send from a name.
+    short = len(text.strip().removeprefix("+").removeprefix("00")) <= 6
+    if short or text.lower() != text.upper():
         return ""
     text = international_number(text, country) if country else text.strip()
     return "+" + text.removeprefix("+").removeprefix("00")
@@ -4566,13 +4663,9 @@ def parse_receipt(params: Json, entry: Json = {}) -> tuple[str, str]:
     """The message id and outcome in a delivery receipt: ``delivered``, ``failed`` or "" (not yet).
 
     Only these are read: some receipts quote the beginning of the message, and so its code.
-    Source: Vonage "Delivery receipts"; Twilio "Track outbound message status"; Kannel's %d;
-    SMSGate "Webhooks".
     """
     read = partial(_read, params, entry)
-    status = read("status").lower()
-    outcome = "failed" if status in _FAILED else "delivered" * (status in _DELIVERED)
-    return read("receipt_id"), outcome
+    return read("receipt_id"), _OUTCOMES.get(read("status").lower(), "")
 
 
 class WebhookCall(NamedTuple):
@@ -4687,7 +4780,7 @@ class Session:
 
 
 class Ask(NamedTuple):
-    """A message that is asked for: its number, its network, and whether its code is a long one.
+    """A message that is asked for: its number, region and network, and whether its code is long.
 
     Attributes:
         sealed: ``msisdn`` as the record holds it.
@@ -4696,6 +4789,7 @@ class Ask(NamedTuple):
     """
 
     msisdn: Msisdn
+    region: str
     sealed: bytes
     network: Network
     long: bool
@@ -4824,7 +4918,7 @@ def return_code(
         user = user._replace(verified_by_phone=user.code_by_phone)
         return user._replace(code_digest=b"", older_digest=b"", tries=0), None
     if user.older_digest and hmac.compare_digest(digest, user.older_digest):
-        return user, WrongCode("a newer code was sent: use that one")
+        return user, Superseded("a newer code was sent: use that one")
     if long != user.long:
         kinds = "digits", "hex digits"
         raise InvalidParameter(f"the code that is waiting is one of {kinds[user.long]}")
@@ -4933,7 +5027,7 @@ class Gateway:
         clock: Clock = time.time, random_bytes: RandomBytes = secrets.token_bytes,
     ) -> None:  # fmt: skip
         self.settings, self.storage, self.sms, self.keys = settings, storage, sms, keys
-        self.clock, self.random_bytes = clock, random_bytes
+        self.clock, self.random_bytes, self.counts = clock, random_bytes, sms.counts
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
         self.catalogues = load_catalogues()
@@ -5062,7 +5156,7 @@ class Gateway:
             address: The client's; "" = not limited.
         """
         # VALIDATE
-        msisdn = self._msisdn(params)
+        msisdn, _ = self._msisdn(params)
         details = self._ways(params, msisdn) if "mcc" in params else {}
         self.limits.take_register(address)
         # ACT
@@ -5078,7 +5172,8 @@ class Gateway:
     def discover(self, params: Json) -> Json:
         """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
-        if not (msisdn := self._msisdn(params)):
+        msisdn, _ = self._msisdn(params)
+        if not msisdn:
             require(params, "mcc")
             if not parse_network(params["mcc"], None).mcc:
                 raise InvalidParameter('mcc must be three digits, like "234"')
@@ -5105,10 +5200,10 @@ class Gateway:
         """
         # VALIDATE
         require(params, "msisdn")
-        msisdn = self._msisdn(params)
+        msisdn, region = self._msisdn(params)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-        ask = Ask(msisdn, sealed, network, not _choice(params, short))
+        ask = Ask(msisdn, region, sealed, network, not _choice(params, short))
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, lambda user: ask, language)
 
@@ -5120,8 +5215,8 @@ class Gateway:
             if not user.sealed:
                 raise Expired("no code was asked for yet: /sms/verify sends the first")
             msisdn, long = self._number(session, user), not _choice(params, not user.asked_long)
-            check_reachable(msisdn, self.settings.countries)
-            return Ask(msisdn, user.sealed, user.network, long, again=True)
+            region = check_reachable(msisdn, self.settings.countries)
+            return Ask(msisdn, region, user.sealed, user.network, long, again=True)
 
         # RECORD, ACT, RECORD, ANSWER
         return self._send(session, asks, language)
@@ -5136,7 +5231,7 @@ class Gateway:
         """
         # VALIDATE
         try:
-            msisdn = self._msisdn({"msisdn": message.sender})
+            msisdn, region = self._msisdn({"msisdn": message.sender})
         except InvalidParameter:
             return "it has no sender, or one that cannot get SMS"
         whole = self._join(message) if message.parts > 1 else message
@@ -5153,7 +5248,9 @@ class Gateway:
         user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
         who = (hawk_id, HawkKey(b""), user, storage_id, record)
         session = Session(*who, header, request, ttl_s)
-        return self._answer_sms(session, msisdn, message.network)
+        sealed = seal_msisdn(self.secrets.seal, hawk_id, msisdn)
+        ask = Ask(msisdn, region, sealed, message.network, long=True, by_phone=True)
+        return self._answer_sms(session, ask)
 
     def _join(self, message: InboundSms) -> InboundSms | None:
         """The whole message, with the id of its first part; ``None`` until all parts have come."""
@@ -5162,19 +5259,18 @@ class Gateway:
         sealer = _sealer(self.secrets.seal, name)
         content = json.dumps([message.message_id, message.text[:PART_MAX_CHARS]]).encode()
         sealed = sealer.encrypt(content, None)
-        stored = self.storage.keep_part(self.secrets.id_for(name), message.part, sealed)
+        key = self.secrets.key_for("part", Msisdn(name))  # never that of a session
+        stored = self.storage.keep_part(key, message.part, sealed)
         if len(stored) < message.parts:
             return None
         parts = [json.loads(sealer.decrypt(stored[n], None)) for n in sorted(stored)]
         return message._replace(message_id=parts[0][0], text="".join(text for _, text in parts))
 
-    def _answer_sms(self, session: Session, msisdn: Msisdn, network: Network) -> str:
-        sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
-
+    def _answer_sms(self, session: Session, ask: Ask) -> str:
         def asks(user: User) -> Ask:
-            if user.sealed and (not user.by_phone or user.sealed != sealed):
+            if user.sealed and (not user.by_phone or user.sealed != ask.sealed):
                 raise Expired("this session is verified in another way")
-            return Ask(msisdn, sealed, network, long=True, by_phone=True)
+            return ask
 
         try:
             self._send(session, asks, "")
@@ -5189,7 +5285,13 @@ class Gateway:
         if message_id and outcome:
             self.storage.note_outcome(kind, message_id, outcome)
         if outcome or not message_id:
-            LOG.info("sms: %s receipt: %s", kind, outcome * bool(message_id) or "no id in it")
+            result = outcome * bool(message_id) or "no id in it"
+            self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
+            level = logging.WARNING if outcome == "failed" else logging.INFO
+            LOG.log(level, "sms: %(provider)s receipt: %(outcome)s %(id)s", {
+                "event": "receipt", "provider": kind, "outcome": result,
+                "id": loggable_id(message_id),
+            })  # fmt: skip
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a proof too, if one is asked for."""
@@ -5254,8 +5356,11 @@ class Gateway:
         if not isinstance(everywhere, bool):
             raise InvalidParameter("everywhere must be true or false")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
-        # RECORD: what ends the others first, so that after a 503 the client can ask again
+        # RECORD: what ends the others first, so that after a 503 the client can ask again; before
+        # it the nonce, because a replayed request must end nothing
         if everywhere:
+            self.step(session, lambda user: (user, None))
+            session.nonce_ttl_s = 0
             self._end_all(session, number)
         try:
             self.step(session, lambda user: (None, None))
@@ -5328,13 +5433,12 @@ class Gateway:
             session.outcome_unknown = True
             raise
 
-    def _msisdn(self, params: Json) -> Msisdn:
-        """The number that a client or a provider names, if it can get SMS; "" if there is none."""
+    def _msisdn(self, params: Json) -> tuple[Msisdn, str]:
+        """The number that is named, if it can get SMS, and its region; "" if there is none."""
         if "msisdn" not in params:
-            return Msisdn("")
+            return Msisdn(""), ""
         msisdn = parse_msisdn(params["msisdn"])
-        check_reachable(msisdn, self.settings.countries)
-        return msisdn
+        return msisdn, check_reachable(msisdn, self.settings.countries)
 
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
@@ -5368,7 +5472,7 @@ class Gateway:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(session, code, ask.msisdn, language)
+            text = code if ask.long else self._short_text(session, code, ask.region, language)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
@@ -5397,7 +5501,7 @@ class Gateway:
         def decide(user: User) -> tuple[User, Reservation]:
             ask = asks(user)
             if self.sms.paid:
-                payments.bind(ask.msisdn)
+                payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
@@ -5472,12 +5576,10 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(
-        self, session: Session, code: str, msisdn: Msisdn, language: str
-    ) -> MessageText:
+    def _short_text(self, session: Session, code: str, region: str, language: str) -> MessageText:
         language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
-            language += country_languages(country_of(msisdn))
+            language += country_languages(region)
         tag = negotiate_language(language, self.catalogues)
         host = self.settings.line_host(session.origin)
         return MessageText(message_text(code, self.catalogues[tag], host), code, tag)
@@ -5608,6 +5710,7 @@ ROUTES: Final = (
     Route("GET", "/api-specs", "api_specs"),
     Route("GET", "/errors", "errors"),
     Route("GET", "/outbox", "outbox"),
+    Route("GET", "/metrics", "metrics"),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -5696,12 +5799,7 @@ def read_body(environ: Json, limit_bytes: int) -> bytes:
 
 
 def json_params(body: bytes, content_type: str) -> Json:
-    """The parameters in a JSON body; ``null`` and "" count as missing (see ``json_object``)."""
-    return {n: v for n, v in json_object(body, content_type).items() if v not in (None, "")}
-
-
-def json_object(body: bytes, content_type: str) -> Json:
-    """A JSON body as it is; no body is an empty one.
+    """The parameters in a JSON body, of which ``null`` and "" count as missing; {} without a body.
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
@@ -5717,7 +5815,7 @@ def json_object(body: bytes, content_type: str) -> Json:
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
         raise BadJson('the body must be a JSON object, {"name": value}')
-    return params
+    return {name: value for name, value in params.items() if value not in (None, "")}
 
 
 def _refuse(constant: str) -> None:
@@ -5763,8 +5861,8 @@ def client_address(peer: str, forwarded: str, settings: Settings) -> str:
     """
     address = _hop(peer) or ipaddress.IPv4Address("127.0.0.1")
     for entry in reversed(forwarded.split(",")):
-        before = _hop(entry)
-        if not before or not any(address in network for network in settings.proxies):
+        trusted = any(address in network for network in settings.proxies)
+        if not trusted or not (before := _hop(entry)):
             break
         address = before
     return "" if any(address in network for network in _UNLIMITED) else str(address)
@@ -5797,7 +5895,7 @@ def webhook_fields(body: bytes, content_type: str) -> Json:
     Those of a JSON array are called ``0``, ``1`` and so on. After an error the provider would send
     the same garbage again, so this raises none but InvalidParameter for too many fields.
     """
-    if media_type(content_type) == FORM["Content-Type"]:
+    if media_type(content_type) == FORM:
         return _query_fields(body.decode("utf-8", "surrogateescape"))
     with contextlib.suppress(ValueError, RecursionError):
         value = _JSON.decode(body.decode("utf-8-sig")) if body else {}
@@ -5813,11 +5911,53 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 """The answers to a webhook that are not {}: Kannel would send a body to the phone, as an SMS."""
 
 
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
+"""What a client may call its request."""
+_TIMES_S: Final = {"0.005": 0.005, "0.025": 0.025, "0.1": 0.1, "0.5": 0.5, "+Inf": math.inf}
+"""The classes in which the time of requests is counted: the label of each, its upper bound."""
+_TALLIES: Final = "sent", "verified", "refused", "would be refused"
+"""What the scripts of the limits count, for a day at a time."""
+
+
+def exposition(samples: Mapping[str, float]) -> bytes:
+    """Samples in Prometheus' text format.
+
+    Args:
+        samples: Values by name and labels, as in ``Counts``.
+    """
+    from prometheus_client import core, generate_latest  # here, because few ask for it
+
+    metrics: Json = {}
+    for sample, value in sorted(samples.items()):
+        name, *labels = sample.split(" ")
+        kind = "counter" if name.endswith("_total") else "gauge"
+        new = core.Metric(f"gateway_{name.removesuffix('_total')}", "see the Operate pages", kind)
+        values = dict(label.split("=") for label in labels)
+        metrics.setdefault(name, new).add_sample(f"gateway_{name}", values, value)
+    return generate_latest(cast(Any, SimpleNamespace(collect=metrics.values)))
+
+
+def samples_of(gateway: Gateway) -> dict[str, float]:
+    """The counts of all gateways that share the store, and how it and its limits stand."""
+    begun_s = time.monotonic()
+    counted, *tallies = gateway.storage.counts(*(b"{limits}%b" % t.encode() for t in _TALLIES))
+    samples = {**counted, "store_read_seconds": time.monotonic() - begun_s}
+    for n, info in enumerate(gateway.storage.info()):
+        samples[f"store_memory_bytes node={n}"] = int(info["used_memory"])
+    settings = {limit.row: limit.setting for limit in LIMITS}
+    for outcome, counts in zip(_TALLIES, tallies, strict=True):
+        for name, n in counts.items():
+            region, _, row = name.partition(" ")
+            labels = f"region={region} outcome={outcome.replace(' ', '_')}"
+            samples[f"messages_of_day {labels} limit={settings.get(row, '')}"] = n
+    return samples | gateway.limits.shares(tallies[0])
+
+
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     """The WSGI application: ``ROUTES`` and their handlers.
 
     Args:
-        token: The operator's, which opens /outbox.
+        token: The operator's, which opens /outbox and /metrics.
     """
 
     def __init__(self, gateway: Gateway, token: str) -> None:
@@ -5829,7 +5969,31 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             for path in (route.path, versioned(route.path)):
                 respond = partial(self.respond, getattr(self, route.handler), route.hawk)
-                self.route(path, route.methods.split(), respond)
+                self.route(path, route.methods.split(), respond, name=route.path)
+
+    def __call__(self, environ: Json, start_response: Any) -> Any:
+        """Answer a request, as WSGI wants it; count it, and write a line to the log."""
+        given, begun_s = environ.get("HTTP_X_REQUEST_ID", ""), time.perf_counter()
+        REQUEST_ID.set(given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+        content = self.wsgi(environ, start_response)
+        took_s = time.perf_counter() - begun_s
+        route = getattr(environ.get("bottle.route"), "name", "-")
+        status, error = bottle.response.status_code, environ.get("gateway.error")
+        errno, why = int(error.errno or 0) if error else 0, type(error).__name__ if error else "-"
+        line = {
+            "event": "request", "route": route, "status": status, "errno": errno, "error": why,
+            "ms": round(1000 * took_s, 1),
+        }  # fmt: skip
+        if LOG.isEnabledFor(logging.INFO):  # LOG.info would look for the caller: a fifth of it all
+            text = "request %(route)s %(status)s %(errno)s %(error)s %(ms)s ms"
+            LOG.handle(logging.LogRecord(LOG.name, logging.INFO, "", 0, text, (line,), None))
+        self.gateway.counts.add(
+            f"requests_total route={route} status={status} errno={errno} error={why}",
+            *(f"request_seconds_bucket route={route} le={le}" for le, most_s in _TIMES_S.items()
+              if took_s <= most_s),
+        )  # fmt: skip
+        self.gateway.counts.add(f"request_microseconds_total route={route}", n=round(took_s * 1e6))
+        return content
 
     # -- The request ----------------------------------------------------------
 
@@ -5909,6 +6073,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
             next_step = self.gateway.next_action(session) if session and known else None
             answer = error_answer(error, self.settings.base_url, next_step)
+            bottle.request.environ["gateway.error"] = error
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -5927,7 +6092,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
-        headers = {"Timestamp": str(int(self.gateway.clock()))}
+        headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
         allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
         if bottle.request.environ["PATH_INFO"].endswith("/outbox"):
             return headers
@@ -5957,6 +6122,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def default_error_handler(self, res: bottle.HTTPError) -> bytes:
         """Bottle's own errors (no such route, and so on), in JSON like all others."""
         if res.status_code >= 500:
+            bottle.request.environ["gateway.error"] = UNFORESEEN
             return self.write(error_answer(UNFORESEEN, self.settings.base_url))
         phrase = HTTPStatus(res.status_code).phrase
         body = {"code": res.status_code, "error": phrase, "message": str(res.body)}
@@ -6029,7 +6195,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         try:
             check_inbound(entry, str(secret or ""), call, self.gateway.clock())
         except Forbidden as error:
-            LOG.info("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
+            LOG.warning("sms: a call of the webhook of %s: %s", entry["kind"], error.message)
             raise
         return entry, call
 
@@ -6064,10 +6230,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         self.gateway.unregister(session, self.params())
 
     def heartbeat(self) -> Answer:
-        """GET /__heartbeat__ : whether the storage takes a write."""
-        if self.gateway.is_storage_writable():
-            return json_answer({"storage": True})
-        return json_answer({"storage": False}, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        """GET /__heartbeat__ : whether the storage takes a write, and any provider messages."""
+        works = {"storage": self.gateway.is_storage_writable(), "sms": self.gateway.sms.is_working}
+        if works["storage"]:
+            return json_answer(works)
+        return json_answer(works, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
     def lbheartbeat(self) -> Json:
         """GET /__lbheartbeat__ : whether this process answers at all."""
@@ -6142,6 +6309,14 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
+    def metrics(self) -> Answer:
+        """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
+        if not _same(f"Bearer {self.token}", self.header("AUTHORIZATION")):
+            raise bottle.HTTPError(404, "Not found: '/metrics'")
+        self.gateway.counts.flush(self.gateway.storage)
+        page = exposition(samples_of(self.gateway))
+        return Answer(200, page, "text/plain; version=0.0.4; charset=utf-8")
+
 
 # =============================================================================
 # 15. Serving
@@ -6159,6 +6334,10 @@ WHO_LISTENS: Final = "ss -ltnp" if sys.platform == "linux" else "lsof -iTCP -sTC
 """The command that names the processes that listen on ports."""
 LOG_LINES_MAX: Final = 10_000
 """How many lines of the log wait for stderr; more are dropped."""
+LOG_BATCH: Final = 100
+"""How many lines are written at once, at most."""
+LOG_PAUSE_S: Final = 0.02
+"""How long the first of them waits for the others."""
 LOG_FLUSH_S: Final = 1.0
 """How long a process that ends waits for stderr to take what it has logged."""
 TASKS_SPARE: Final = 50
@@ -6171,11 +6350,13 @@ STOP_S: Final = 15
 """How long requests in flight may take once the server is told to stop."""
 
 
-class QueuedLog(logging.handlers.QueueHandler):
+class QueuedLog(logging.Handler):
     """The log: lines go through a bounded queue to a thread, which writes them to stderr.
 
     So nobody who logs waits for stderr, which may block: a terminal in Ctrl-S, a pipe that nobody
-    reads. A full queue drops lines; how many is said once it is empty.
+    reads. A full queue drops lines; how many is said once it is empty. The thread also makes the
+    lines, up to ``LOG_BATCH`` at once: one by one, between requests, each would take three times
+    the CPU.
 
     The thread writes to the descriptor and not to ``sys.stderr``, which has a lock: if the thread
     held it while a worker is forked, nobody could release it there. A worker does not inherit the
@@ -6187,23 +6368,47 @@ class QueuedLog(logging.handlers.QueueHandler):
     """
 
     def __init__(self, file: int) -> None:
-        self._lines = queue.SimpleQueue[bytes]()
-        super().__init__(self._lines)
+        super().__init__()
+        self._lines = queue.SimpleQueue[logging.LogRecord | None]()
         self._file, self._dropped = file, 0
+        self._minute, self._times = 0.0, dict[str, int]()
         self._writer = threading.Thread(target=self._write, daemon=True)
         self._writer.start()
         # Workers end without ``atexit``.
         multiprocessing.util.Finalize(None, self.flush, exitpriority=0)
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Queue a line, if there is room. It is made here: a record may keep a request alive."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Leave out most lines of the same text in a minute: the 10th, 100th and so on tell.
+
+        Those of requests and sends have named values, and are never left out. The text of others
+        is made here: what they are made of may keep a request alive.
+        """
+        record.request = REQUEST_ID.get()
+        if isinstance(record.args, dict):
+            return True
+        text, minute = record.getMessage(), record.created // 60
+        if minute > self._minute:
+            self._minute, self._times = minute, {}
+        n = self._times[text] = self._times.get(text, 0) + 1
+        record.msg, record.args = text + f" ({n} times in this minute)" * (n > 1), ()
+        return bool(re.fullmatch("10*", str(n)))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, if there is room."""
         if self._lines.qsize() < LOG_LINES_MAX:
-            self._lines.put((record.getMessage() + "\n").encode("utf-8", "backslashreplace"))
+            self._lines.put(record)
         else:
             self._dropped += 1
 
     def _write(self) -> None:
-        while line := self._lines.get():
+        records: list[logging.LogRecord | None] = []
+        while None not in records:
+            records = [self._lines.get()]
+            time.sleep(LOG_PAUSE_S)
+            while not self._lines.empty() and len(records) < LOG_BATCH:
+                records.append(self._lines.get())
+            text = "".join(self.format(record) + "\n" for record in records if record)
+            line = text.encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError, ValueError):  # the reader, or the file, is gone
                 while line:
                     select.select([], [self._file], [])  # for a descriptor in non-blocking mode
@@ -6215,20 +6420,50 @@ class QueuedLog(logging.handlers.QueueHandler):
     def flush(self) -> None:
         """Wait until all is written, for ``LOG_FLUSH_S`` at most: for the end of a process."""
         if self._writer.is_alive():
-            self._lines.put(b"")
+            self._lines.put(None)
             self._writer.join(LOG_FLUSH_S)
+
+
+class LogLines(logging.Formatter):
+    """Lines of the log, with the time in UTC and the id of the request.
+
+    Args:
+        form: ``text``, or ``json`` for one object a line.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self._as_json = form == "json"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record. In JSON the values of a line about a request or a send have their names."""
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
+            "logger": record.name, "message": super().format(record),
+            "request": getattr(record, "request", ""),
+        }  # fmt: skip
+        if self._as_json:
+            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
+        text = "{time} {level} {logger}: {message} [{request}]".format(**line)
+        return text.removesuffix(" []")
 
 
 _STDERR: Final = sys.__stderr__.fileno() if sys.__stderr__ else -1  # a service may have none
 LOGGING: Final[Json] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "formatters": {"line": {"()": LogLines, "form": "text"}},
     "handlers": {"stderr": {"()": QueuedLog, "file": _STDERR, "formatter": "line"}},
     "loggers": {"_granian": {"propagate": True}, "gateway": {"level": "INFO"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
 }
 """The log goes to stderr; what commands print for others goes to stdout."""
+
+
+def logging_of(settings: Settings) -> Json:
+    """``LOGGING``, in the form that ``log_format`` says."""
+    return LOGGING | {"formatters": {"line": {"()": LogLines, "form": settings.log_format}}}
 
 
 def end_with_parent(parent: int) -> None:
@@ -6459,7 +6694,11 @@ def application() -> GatewayApp:
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
     check_store(settings, url, master, keys)
-    return create_app(settings, url, keys=keys)
+    app = create_app(settings, url, keys=keys)
+    keep_counts = partial(app.gateway.counts.keep_flushing, app.gateway.storage)
+    os.register_at_fork(after_in_child=keep_counts)
+    keep_counts()
+    return app
 
 
 def check_store(settings: Settings, url: str, master: bytes, keys: Keys) -> None:
@@ -6480,7 +6719,9 @@ class BoundedBodies:
     thread of the request, without a limit, and Granian 2.8.7 has no setting for that. But it
     closes a connection whose answer is shorter than its Content-Length, and then ``read`` returns.
     A body that takes longer than ``BODY_S`` is ended in this way, by a thread that looks once a
-    second. ``tests/test_serving.py`` shows whether this class is still needed.
+    second. If half of the threads wait when another body comes, the one that has taken longest is
+    ended: who stalls, on however many connections, then loses to who does not.
+    ``tests/test_serving.py`` shows whether this class is still needed.
 
     Args:
         threads: How many this process has; half of them may wait for bodies.
@@ -6501,19 +6742,23 @@ class BoundedBodies:
 
     def _read(self, protocol: Any, read: Callable[[int], bytes], size: int) -> bytes:
         self._waiting[protocol] = time.monotonic() + BODY_S
-        crowded = len(self._waiting) > self._most
-        content = b"" if crowded else read(size)
-        in_time = self._waiting.pop(protocol, 0.0)  # else it was ended, and its answer is lost
-        if crowded or not in_time:
+        for longest in list(self._waiting)[: -self._most]:  # a dict keeps the order
+            self._end(longest)
+        content = read(size)
+        if not self._waiting.pop(protocol, 0.0):  # it was ended, and this answer is lost
             raise Unavailable("the body came too late, or too many bodies are late; try again")
         return content
+
+    def _end(self, protocol: Any) -> None:
+        if self._waiting.pop(protocol, 0.0):
+            protocol.response_iter(408, [("content-length", "1")], iter(()))
 
     def _end_late_ones(self) -> None:
         while True:
             time.sleep(1)
             for protocol, end_s in self._waiting.copy().items():
-                if time.monotonic() > end_s and self._waiting.pop(protocol, 0.0):
-                    protocol.response_iter(408, [("content-length", "1")], iter(()))
+                if time.monotonic() > end_s:
+                    self._end(protocol)
 
 
 def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodies:
@@ -6531,7 +6776,10 @@ def worker_app(settings: Settings, parent: int, files: KeyFiles) -> BoundedBodie
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it, like Ctrl-C
     threading.Thread(target=_stop_once, daemon=True).start()
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
-    return BoundedBodies(create_app(settings, keys=Keys(settings, files)), settings.threads)
+    app = create_app(settings, keys=Keys(settings, files))
+    app.gateway.counts.add("worker_starts_total")
+    app.gateway.counts.keep_flushing(app.gateway.storage)
+    return BoundedBodies(app, settings.threads)
 
 
 def _stop_once() -> None:
@@ -6542,6 +6790,7 @@ def _stop_once() -> None:
     message. ``tests/test_serving.py`` shows whether this function is still needed.
     """
     signal.sigwait({signal.SIGTERM})
+    time.sleep(0.2)  # the whole group may be told: our parent must hear it before we end
     handler = signal.getsignal(signal.SIGTERM)
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     if not callable(handler) or frame.f_code.co_name != "wait":
@@ -6631,7 +6880,11 @@ def serve(settings: Settings) -> int:
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
-    logging.config.dictConfig(LOGGING)
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:  # we have no terminal that could close
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
     holder, store = claim_port(settings), None
@@ -6673,7 +6926,7 @@ def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
         workers=settings.workers, blocking_threads=settings.threads,
         backpressure=max(64, min(connections, _CONNECTIONS_MAX)),
         respawn_failed_workers=True, workers_kill_timeout=STOP_S,
-        log_level=LogLevels.error, log_dictconfig=LOGGING,
+        log_level=LogLevels.error, log_dictconfig=logging_of(settings),
     )  # fmt: skip
     # Granian reloads on SIGHUP. Here it means that the terminal closed: stop, but not under nohup.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -6691,6 +6944,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
     size = f"{settings.workers} workers, {settings.threads} threads each"
     lines = [
         f"MSISDN Gateway {__version__} on {settings.base_url} ({size})",
+        f"  port {settings.port} of {settings.host}",
         f"  keys {Path(settings.keys_dir).resolve()}{'  (made just now)' * new_keys}",
         f"  data {data} {settings.certificate_store}".rstrip(),
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
@@ -6725,32 +6979,73 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
         check_store(settings, settings.storage_url, master, keys)
     now_s, known = int(time.time()), keys.files.proofs
-    overlap_s = 0 if leaked else settings.jwks_overlap_s
-    path = add_proof_key(settings, max(now_s + overlap_s, max(known) + 1))
+    from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
+    path = add_proof_key(settings, from_s)
     needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
-    for from_s in known.keys() - needed:
-        _proof_path(settings, from_s).unlink(missing_ok=True)
+    for old_s in known.keys() - needed:
+        _proof_path(settings, old_s).unlink(missing_ok=True)
     if settings.storage_url:
         check_store(settings, settings.storage_url, master, load_keys(settings)[0])
-    print(f"made {path}; it signs in {overlap_s} s", file=sys.stderr)
+    wait_s = 0 if leaked else from_s - now_s  # with no other key it signs at once
+    print(f"made {path}; it signs in {wait_s} s", file=sys.stderr)
     return 0
 
 
+def check(settings: Settings, send: str) -> None:
+    """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
+    logging.config.dictConfig(logging_of(settings))
+    sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
+    fit_threads(settings)
+    if settings.storage_url or _is_in_use(settings.data_dir):
+        check_store(settings, url, _master_secret_of(settings), load_keys(settings)[0])
+        print("store: it can be used")
+    else:  # what root made here the service could not read
+        claim_port(settings).close()
+        print("store: the embedded one is not running; a start will check it")
+    print("sms:" + _bill_line(settings) if sms.paid else "sms: no message costs money")
+    for provider in sms.providers:
+        print(f"sms: {provider.kind}:", provider.try_login())
+    if send:
+        msisdn, code = parse_msisdn(send), "0" * settings.short_code_digits
+        text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
+        sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
+        try:
+            print("sms: sent by", sms.send(sender, msisdn, text).kind or "somebody, perhaps")
+        except SmsFailed as error:
+            raise StartError(str(error)) from None
+
+
+def _is_in_use(data_dir: str) -> bool:
+    """Whether a gateway is running on this ``data_dir``."""
+    with contextlib.suppress(redis.RedisError):
+        return bool(redis.Redis.from_url(embedded_url(data_dir)).ping())
+    return False
+
+
 def show_settings(settings: Settings, as_toml: bool) -> int:
-    """Print every setting with the value in force, as a table or as a TOML file."""
-    defaults = Settings()
+    """Print every setting with the value in force, and its origin; or as a TOML file."""
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
         if as_toml:
             hidden = json.loads(shown) != value  # "…" must not be read as its value
-            mark = "# " if hidden or value == getattr(defaults, name) else ""
-            # TOML writes lists and texts as JSON does, and tables with " = ".
-            like_toml = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
-            value = like_toml(json.loads(shown)) if shown != "null" else "…"
+            mark = "# " if hidden or value == getattr(Settings(), name) else ""
+            value = _as_toml(json.loads(shown)) if shown != "null" else "[]"
             print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
-            print(f"{name:20} {shown:28} {field['description']}")
+            origin = settings.origins.get(name, "default")
+            print(f"{name:20} {shown:28} {origin:11} {field['description']}")
+    for name, kinds in SMS_LISTS.items() if as_toml else ():
+        for kind, declaration in kinds.items():
+            print(f"# [[{name}]]  # {declaration.__doc__}\n#   kind = {_as_toml(kind)}")
+            for field_name, field in declared(declaration).items():
+                if field_name != "kind":
+                    value = _as_toml(field.get("default", "…"))
+                    print(f"#   {field_name} = {value}  # {field.get('description', '')}")
     return 0
+
+
+_as_toml: Final = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
+"""TOML writes lists and texts as JSON does, and tables with " = "."""
 
 
 def show_messages(settings: Settings) -> int:
@@ -6858,26 +7153,35 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
-    "bill": (bill,),
+    "bill": (bill,), "check": (check, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands; its help is that of one ``command``, or of all."""
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
+    about = ["Prove control of a phone number. No command: serve.", "", *about]
     parser = argparse.ArgumentParser(
-        "gateway.py", usage="gateway.py [COMMAND] [NUMBER] [--SETTING ...]", allow_abbrev=False,
-        description="\n".join(["Prove control of a phone number. No command: serve.", "", *about]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "gateway.py", usage=f"gateway.py {command or '[COMMAND]'} [NUMBER] [--SETTING ...]",
+        description=_COMMANDS[command][0].__doc__ if command else "\n".join(about),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
     )  # fmt: skip
-    parser.add_argument("command", nargs="?", default="serve", choices=_COMMANDS)
+    parser.add_argument("command", nargs="?", choices=_COMMANDS)
+    parser.add_argument("-h", "--help", action="store_true", help="of a command, or this")
+    parser.add_argument("--version", action="version", version=f"MSISDN Gateway {__version__}")
     parser.add_argument("number", nargs="?", default="", help="for some commands: +447700900123")
     parser.add_argument("--config", default="", help="a TOML file of settings")
     parser.add_argument("--algorithm", default="RS", choices=("RS", "DS"), help="for a new key")
     parser.add_argument("--msisdn", default="+447700900123", help="the demo's phone number")
     parser.add_argument("--users", type=int, default=200_000, help="how many memory loads")
+    parser.add_argument("--send", metavar="NUMBER", default="", help="check: send it a message")
     parser.add_argument("--leaked", action="store_true", help="rotate-keys: end all keys of before")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
+    for action in parser._actions if command else ():
+        others = {name for _, *names in _COMMANDS.values() for name in names}
+        if action.dest in others.difference(_COMMANDS[command]):
+            action.help = argparse.SUPPRESS
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():
         text = f"{field['description']} ({allowed(field)})"
@@ -6894,10 +7198,13 @@ def main(argv: list[str]) -> int:
         if word.startswith("--") and word.split("=")[0] not in parser._option_string_actions:
             parser.error(f"there is no option {word.split('=')[0]}; --help lists all")
     given = vars(parser.parse_args(argv))
+    if given["help"]:
+        print(_parser(given["command"] or "").format_help(), end="")
+        return 0
     options = {name: given[name] for name in declared(Settings) if given[name] is not None}
     try:
         settings = load_settings(options, os.environ, given["config"])
-        command, *names = _COMMANDS[given["command"]]
+        command, *names = _COMMANDS[given["command"] or "serve"]
         if given["number"] and "number" not in names:
             parser.error(f"{given['command']} takes no number")
         status = int(command(settings, *(given[name] for name in names)) or 0)

@@ -243,6 +243,7 @@ class PaidProvider:
         entry["endpoint"] = self._open.enter_context(serving(self._answer))
         self.settings: gateway.Json = {
             "sms_providers": [entry], "trusted_proxies": ["127.0.0.1"], "mt_sender": "Gateway",
+            "countries": ["*"],
         }  # fmt: skip
 
     def _answer(self, environ: Any, start_response: Any) -> list[bytes]:

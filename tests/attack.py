@@ -8,7 +8,9 @@ as Vonage would. Client addresses are written by a proxy that the gateway trusts
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
+import io
 import itertools
 import json
 import random
@@ -20,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -54,8 +55,12 @@ SETTINGS: Final[dict[str, Any]] = {
     "sends_per_hour": 10**6,
     "spend_per_day": 1e6,
     "trusted_proxies": ["127.0.0.1"],
+    "countries": ["*"],
+    "mt_sender": "Gateway",
     "workers": 2,
 }
+LIMITED: Final = (114, 115, 116, 117)
+"""The errnos of limits."""
 
 
 def numbers(region: str, seed: int = 0, first: int = 0) -> Iterator[str]:
@@ -97,10 +102,7 @@ class World:
         self._links: list[http.client.HTTPConnection] = []
         self.sms = provider.Provider(provider.taken)
         self.sms.__enter__()
-        chosen = SETTINGS | {"sms_providers": [self.sms.nexmo()], "mt_sender": "Gateway"}
-        if "countries" in gateway.Settings.__struct_fields__:
-            chosen["countries"] = ["*"]
-        chosen |= settings
+        chosen = SETTINGS | {"sms_providers": [self.sms.nexmo()]} | settings
         self.settings = gateway.Settings(**chosen)
         options = [
             part
@@ -165,25 +167,43 @@ class World:
         with self.sms.lock:
             return ["+" + request.form["to"] for request in self.sms.received]
 
-    def spent(self) -> float:
-        """What the messages cost by ``sms_price``."""
-        prices = (
-            gateway.price_of(self.settings, n, gateway.country_of(gateway.Msisdn(n)))
-            for n in self.messages()
-        )
-        return sum(prices)
+    def bill(self) -> dict[str, float]:
+        """What ``gateway.py bill`` says that a first day costs at most, by region.
+
+        It is asked with the budgets as they are in life, of a day.
+        """
+        text = {
+            name: json.loads(json.dumps(getattr(self.settings, name)).replace("/minute", "/day"))
+            for name in (*SHORT, "unverified_per_destination", "sends_per_hour", "spend_per_day")
+        }
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            gateway.bill(gateway.Settings(countries=["*"], **text))
+        lines = [line.split() for line in printed.getvalue().splitlines()[1:]]
+        return {place: float(first_day) for place, _, _, first_day, *_ in lines}
+
+    def spent(self, numbers: list[str]) -> Counter[str]:
+        """What messages to these numbers cost by ``sms_price``, by region."""
+        found: Counter[str] = Counter()
+        for number in numbers:
+            region = gateway.country_of(gateway.Msisdn(number))
+            found[region] += gateway.price_of(self.settings, number, region)  # type: ignore
+        return found
 
     def report(self) -> dict[str, Counter[str]]:
-        """What the gateway counted: by outcome, by region and limit, or by prefix."""
+        """What the gateway counted: by outcome, by region (and limit), or by prefix."""
+        names = {limit.row: limit.setting for limit in gateway.LIMITS}
+        found: dict[str, Counter[str]] = {}
         with redis.Redis(unix_socket_path=str(self.store)) as store:
-            found: dict[str, Counter[str]] = {}
             for outcome in ("sent", "verified", "refused", "would be refused"):
                 key = f"{{limits}}{outcome}"
                 counts: Any = store.hgetall(key)
-                prefixes: Any = store.zrevrange(f"{key} by prefix", 0, 9, withscores=True)
-                pairs = [*counts.items(), *prefixes]
-                found[outcome] = Counter({name.decode().strip(): int(n) for name, n in pairs})
-            return found
+                pairs: Any = store.zrevrange(f"{key} by prefix", 0, 9, withscores=True)
+                found[outcome] = Counter({name.decode(): int(n) for name, n in pairs if name})
+                for name, n in counts.items():
+                    region, _, row = name.decode().partition(" ")
+                    found[outcome][f"{region} {names.get(row, '')}".strip()] += int(n)
+        return found
 
 
 class Client:
@@ -212,9 +232,13 @@ class Outcome:
 
     Attributes:
         asked: Requests of the attacker, by errno (0 = served).
-        messages: That left for the attacker; for honest users.
         honest: How many were verified, did not want to be, or were refused, by place.
         refusals: The errnos that honest users got.
+        attack_messages: That left for the attacker; ``honest_messages`` for honest users.
+        verified: What the messages cost that somebody verified, by region.
+        spent: What all others cost, by region.
+        bill: What ``gateway.py bill`` says of a first day, by region.
+        began_s: When the attacker was first refused; 0 = never.
     """
 
     name: str
@@ -223,13 +247,32 @@ class Outcome:
     refusals: Counter[int] = field(default_factory=Counter)
     attack_messages: int = 0
     honest_messages: int = 0
-    spent: float = 0.0
-    seconds: float = 0.0
+    verified: Counter[str] = field(default_factory=Counter)
+    spent: Counter[str] = field(default_factory=Counter)
+    bill: dict[str, float] = field(default_factory=dict)
+    began_s: float = 0.0
     report: dict[str, Counter[str]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def saw(self, reply: Reply) -> Reply:
+        """Count an answer that the attacker got."""
+        with self.lock:
+            self.asked[reply.errno] += 1
+            if reply.errno in LIMITED and not self.began_s:
+                self.began_s = time.monotonic()
+        return reply
 
     def refused(self, place: str) -> int:
         """How many honest users of a place were refused."""
         return self.honest.get(place, Counter())["refused"]
+
+    def most(self, region: str) -> float:
+        """The bill of a region: what it says, and 0.3 for each message that was paid back."""
+        return self.bill[region] + 0.3 * self.verified[region] + 1e-6
+
+    def over_the_bill(self) -> dict[str, float]:
+        """The regions where unverified messages cost more than the bill says, and how much."""
+        return {r: spent for r, spent in self.spent.items() if spent > self.most(r)}
 
 
 def live(world: World, outcome: Outcome, place: str, address: str, number: str, ends: bool) -> None:
@@ -241,6 +284,7 @@ def live(world: World, outcome: Outcome, place: str, address: str, number: str, 
         reply = client.call("/sms/verify", msisdn=number)
     if reply.status == 200 and ends:
         reply = client.call("/sms/verify_code", code=world.code(number))
+        outcome.verified += world.spent([number] * (reply.status == 200))
     if reply.status != 200:
         outcome.refusals[reply.errno] += 1
     seen["refused" if reply.status != 200 else "verified" if ends else "left"] += 1
@@ -249,10 +293,8 @@ def live(world: World, outcome: Outcome, place: str, address: str, number: str, 
 def strike(world: World, outcome: Outcome, address: str, number: str) -> None:
     """An attacker's try to have one message sent."""
     client = Client(world, address)
-    reply = client.register()
-    outcome.asked[reply.errno] += 1
-    if reply.status == 200:
-        outcome.asked[client.call("/sms/verify", msisdn=number).errno] += 1
+    if outcome.saw(client.register()).status == 200:
+        outcome.saw(client.call("/sms/verify", msisdn=number))
 
 
 def noise(world: World, outcome: Outcome, address: str, targets: Iterator[str]) -> Iterator[None]:
@@ -273,7 +315,7 @@ def noise(world: World, outcome: Outcome, address: str, targets: Iterator[str]) 
             reply = world.ask("POST", "/discover", address, {"mcc": "234"})
         else:
             reply = world.ask("POST", "/sms/verify", address, {"msisdn": 1})
-        outcome.asked[reply.errno] += 1
+        outcome.saw(reply)
         yield
 
 
@@ -297,12 +339,12 @@ def many(targets: Callable[[], Iterator[str]]) -> Attack:
     """An attack from ``size`` addresses, in turn, twenty numbers for each."""
 
     def attack(world: World, outcome: Outcome, end_s: float, size: int) -> None:
-        chosen = targets()
-        for n in range(20 * size):
-            if time.monotonic() > end_s:
-                break
-            address = f"198.18.{n % size // 250}.{n % size % 250}"
-            strike(world, outcome, address, next(chosen))
+        def one(n: int, number: str) -> None:
+            if time.monotonic() < end_s:
+                strike(world, outcome, f"198.18.{n % size // 250}.{n % size % 250}", number)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(20 * size), itertools.islice(targets(), 20 * size)))
 
     return attack
 
@@ -341,35 +383,44 @@ def run(
             their code.
     """
     world, outcome = World(folder, **more), Outcome(name)
-    started_s = time.monotonic()
     try:
-        with ThreadPoolExecutor(1) as bad, ThreadPoolExecutor(4) as good:
-            end_s = started_s + seconds
-            attack = bad.submit(ATTACKS[name], world, outcome, end_s, size)
+        with ThreadPoolExecutor(1) as bad:
+            started_s = time.monotonic()
+            attack = bad.submit(ATTACKS[name], world, outcome, started_s + seconds, size)
             people = list(_people(honest))
-            for n, (place, address, number) in enumerate(people):
-                if n == honest // 2:  # the second half waits until somebody was refused
-                    while not attack.done() and not _limited(outcome):
-                        time.sleep(0.05)
-                good.submit(live, world, outcome, place, address, number, n % 5 != 4).result()
-                time.sleep(max(0.0, seconds / honest / 2))
+            first, second = people[: honest // 2], people[honest // 2 :]
+            _come(world, outcome, first, seconds / 4)
+            half_s = started_s + seconds / 2
+            while not (attack.done() or outcome.began_s or time.monotonic() > half_s):
+                time.sleep(0.05)
+            _come(world, outcome, second, started_s + 0.9 * seconds - time.monotonic())
             attack.result()
-        to_honest = {number for _, _, number in people}
+        honest_numbers = {number for _, _, number in people}
         messages = world.messages()
-        outcome.honest_messages = sum(number in to_honest for number in messages)
+        outcome.honest_messages = sum(number in honest_numbers for number in messages)
         outcome.attack_messages = len(messages) - outcome.honest_messages
-        outcome.spent, outcome.report = world.spent(), world.report()
+        outcome.spent = world.spent(messages)
+        outcome.spent.subtract(outcome.verified)
+        outcome.bill, outcome.report = world.bill(), world.report()
+        outcome.began_s -= started_s * bool(outcome.began_s)
     finally:
         world.close()
-    outcome.seconds = time.monotonic() - started_s
     return outcome
 
 
-def _limited(outcome: Outcome) -> bool:
-    return any(errno in (114, 115, 116, 117) for errno in outcome.asked)
+def _come(world: World, outcome: Outcome, people: list[Person], seconds: float) -> None:
+    """Honest users come one by one, evenly over some seconds; the fifth of five leaves."""
+    started_s = time.monotonic()
+    for n, (place, address, number) in enumerate(people):
+        time.sleep(max(0.0, started_s + n * seconds / len(people) - time.monotonic()))
+        live(world, outcome, place, address, number, ends=n % 5 != 4)
 
 
-def _people(count: int) -> Iterator[tuple[str, str, str]]:
+Person = tuple[str, str, str]
+"""Where somebody lives, and their address and number."""
+
+
+def _people(count: int) -> Iterator[Person]:
     home = numbers(HOME, 9, first=9000)
     abroad = [numbers(region, 9, first=9000) for region in ABROAD]
     for n in range(count):
@@ -378,7 +429,7 @@ def _people(count: int) -> Iterator[tuple[str, str, str]]:
         yield ("here", address, next(home)) if n % 2 else ("elsewhere", address, next(abroad[away]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder with a short path, for a gateway's data."""
     with tempfile.TemporaryDirectory(prefix="attack") as path:
@@ -386,21 +437,25 @@ def folder() -> Iterator[Path]:
 
 
 HEAD: Final = (
-    "| attack | limits | requests | refused | messages | honest messages | spent | "
+    "| attack | limits | requests | refused | messages | spent | bill | honest messages | "
     "honest refused: there | elsewhere |"
 )
 
 
 def row(outcome: Outcome, limits: str) -> str:
-    """A line of the table."""
+    """A line of the table. Spent is on messages that nobody verified. The bill is that of their
+    countries; 0.3 of a message is added for each that was paid back."""
+    places = [HOME] if "one" in outcome.name else list(outcome.spent)
     cells = [
         outcome.name,
         limits,
         sum(outcome.asked.values()),
-        sum(n for errno, n in outcome.asked.items() if errno in (114, 115, 116, 117)),
+        sum(outcome.asked[errno] for errno in LIMITED),
         outcome.attack_messages,
+        f"{sum(outcome.spent[place] for place in places):.2f}",
+        f"{min(sum(outcome.bill[place] for place in places), outcome.bill['everywhere']):.2f}"
+        f" + {0.3 * sum(outcome.verified[place] for place in places):.2f}",
         outcome.honest_messages,
-        f"{outcome.spent:.2f}",
         outcome.refused("here"),
         outcome.refused("elsewhere"),
     ]
@@ -412,18 +467,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=DAY_S, help="how long each attack lasts")
     parser.add_argument("--size", type=int, default=500, help="addresses of the attacker")
-    parser.add_argument("--only", default="", help="attacks whose name has this in it")
+    parser.add_argument("--only", default="", help="attacks whose line has this in it")
     given = parser.parse_args()
     print(HEAD)
-    print("|---|---|" + "--:|" * 7)
-    for limits in ("enforce", "record", "off"):
-        for name in ATTACKS:
-            if given.only in name:
-                with folder() as path:
-                    outcome = run(name, path, given.size, 200, given.seconds, limits=limits)
-                print(row(outcome, limits), flush=True)
-                if limits == "record":
-                    print("  would be refused:", outcome.report["would be refused"].most_common(5))
+    print("|---|---|" + "--:|" * 8)
+    defaults = gateway.Settings()
+    whole = {name: getattr(defaults, name) for name in ("sends_per_hour", "spend_per_day")}
+    runs: list[tuple[str, str, str, dict[str, Any]]] = [
+        (limits, limits, name, {}) for limits in ("enforce", "record", "off") for name in ATTACKS
+    ]
+    for limits in ("enforce", "record"):
+        runs.append((f"{limits}, hour and money too", limits, list(ATTACKS)[-1], whole))
+    for label, limits, name, more in runs:
+        if given.only in f"{name} {label}":
+            with folder() as path:
+                outcome = run(name, path, given.size, 200, given.seconds, limits=limits, **more)
+            print(row(outcome, label), flush=True)
+            print(f"  refused from {outcome.began_s:.1f} s on", dict(outcome.refusals))
+            if over := outcome.over_the_bill():
+                print("  more than the bill:", over)
+            if limits == "record":
+                print("  would be refused:", outcome.report["would be refused"].most_common(6))
     return 0
 
 

@@ -37,6 +37,12 @@ WANTED = {
         DYNALITE.exists() and shutil.which("node"),
         "npm install --prefix .venv/node dynalite@4.0.0 (Node 20)",
     ),
+    "jose and @sd-jwt/core": (
+        all((ROOT / ".parts" / name / "node_modules").exists() for name in ("jose", "sd-jwt"))
+        and shutil.which("node"),
+        "npm install --prefix .parts/jose jose@6.2.18; "
+        "npm install --prefix .parts/sd-jwt @sd-jwt/core@0.19.0 (Node 20)",
+    ),
     "moto": (
         importlib.util.find_spec("moto") and importlib.util.find_spec("boto3"),
         "pip install -r requirements.txt",
@@ -197,7 +203,7 @@ class Cluster:
 
         wait_for(whole, "a whole cluster")
 
-    def primary(self, key: bytes = b"sends") -> Server:
+    def primary(self, key: bytes = b"{limits}") -> Server:
         """The node that holds a key now."""
         slot = redis.crc.key_slot(key)
         alive = next(node for node in self.nodes if node.process.poll() is None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from http import HTTPStatus
 from pathlib import Path
@@ -41,7 +43,7 @@ WIDE: Final[dict[str, Any]] = {
 """Limits of most tests, whose messages go to few numbers: all that are not about limits pass."""
 OPEN: Final[dict[str, Any]] = {"resend_gaps_s": AT_ONCE, **WIDE}
 """Both."""
-NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway"]
+NAMED: Final = ["--countries", '["*"]', "--mt-sender", "Gateway", "--trusted-proxies", "[]"]
 """What a start with a provider that costs money must name."""
 NUMBER = "+447700900123"
 """A number that Ofcom keeps free for fiction."""
@@ -56,9 +58,10 @@ def die_with_parent(parent: int, how: signal.Signals) -> None:
 
 PORTS_EACH: Final = 1_500
 _FIRST_PORT = 20_000 + PORTS_EACH * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-_PORTS = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + PORTS_EACH))
-for _ in range(os.getpid() % PORTS_EACH):  # another run begins elsewhere
-    next(_PORTS)
+_OURS = range(_FIRST_PORT, _FIRST_PORT + PORTS_EACH)
+# Shuffled: of two runs on this machine that go through them in the same order, one may take
+# a port between the other's probe and its use, and then the next, and so on.
+_PORTS = itertools.cycle(secrets.SystemRandom().sample(_OURS, PORTS_EACH))
 
 
 def free_port() -> int:
@@ -258,6 +261,8 @@ class GatewayProcess:
         port: 0 takes a free one.
         wait: Wait until it answers.
         files: How many each of its processes may open; 0: as many as we.
+        terminal: The descriptor of a terminal that becomes its own; -1: it has none. ``None``:
+            it has ours, if we have one.
     """
 
     def __init__(
@@ -268,6 +273,7 @@ class GatewayProcess:
         wait: bool = True,
         env: dict[str, str] | None = None,
         files: int = 0,
+        terminal: int | None = None,
     ) -> None:
         port = port or free_port()
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
@@ -281,6 +287,12 @@ class GatewayProcess:
         if files:
             command = ["/bin/sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         clean = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+
+        def attach() -> None:
+            os.setsid()
+            if terminal != -1:
+                fcntl.ioctl(terminal or 0, termios.TIOCSCTTY, 0)
+
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1", *options],
@@ -288,6 +300,7 @@ class GatewayProcess:
                 stderr=subprocess.STDOUT,
                 env={**clean, **(env or {})},
                 cwd=folder,
+                preexec_fn=None if terminal is None else attach,
             )
         if wait:
             self.wait_until_ready()
@@ -368,14 +381,16 @@ HOUR: Final = b"{limits}h" + b"h" * 12
 def take(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> int:
     """Take an attempt from an hour's counter; gives 0, or the seconds until it can be taken."""
     row = (3_600_000_000, round(3_600_000_000 / limit), "")
-    args = (round(now_s * 1e6), "", "", "refused", name, "", "", *row)
-    return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], *args)[1])
+    ask = {"now": round(now_s * 1e6), "region": "", "prefix": "", "outcome": "refused"}
+    ask["rows"] = [row]
+    return int(storage.limit(gateway.TAKE_SCRIPT, [LIST, HOUR], ask, name, b"-")[1])
 
 
 def give_back(storage: gateway.Storage, now_s: float, limit: int, name: bytes) -> None:
     """Give an attempt back."""
-    args = (round(now_s * 1e6), "", "", name, round(3_600_000_000 / limit))
-    storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], *args)
+    ask = {"now": round(now_s * 1e6), "region": "", "prefix": ""}
+    ask["costs"] = [round(3_600_000_000 / limit)]
+    storage.limit(gateway.GIVE_BACK_SCRIPT, [LIST, HOUR], ask, name)
 
 
 def names_taken(storage: gateway.Storage) -> set[bytes]:

@@ -1,8 +1,13 @@
-"""kill -9 under load: embedded store, a primary of a cluster, that of a Sentinel group."""
+"""kill -9 under load: embedded store, a primary of a cluster, that of a Sentinel group.
+
+And a store that stays away, or full: what goes on meanwhile.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import lab
+import provider
+import pytest
+import redis
 from servers import Cluster, SentinelGroup, wait_for
 from support import GatewayProcess
 
@@ -135,3 +143,108 @@ def test_the_primary_of_a_sentinel_group_is_killed(
     with contextlib.closing(SentinelGroup(tmp_path / "g")) as group:
         running = start_gateway("--storage-url", group.url)
         survives(running, lambda: group.primary().kill())
+
+
+# -- It stays away, or full -------------------------------------------------------
+
+
+def timed(step: Callable[[], lab.Reply]) -> lab.Reply:
+    """Its answer, which comes within a second; a 503 is errno 201 and says when to come again."""
+    started_s = time.monotonic()
+    reply = step()
+    assert time.monotonic() - started_s < 1
+    if reply.status == 503:
+        assert reply.body["errno"] == 201
+        assert reply.body["retryAfter"] == int(reply.headers["Retry-After"]) > 0
+    return reply
+
+
+class People:
+    """Sessions that wait for the code that they were sent, and as many that asked for nothing."""
+
+    def __init__(self, running: GatewayProcess, sms: provider.Provider, count: int) -> None:
+        self.sms, self.waiting = sms, {f"+4477009{n:05}": running.client() for n in range(count)}
+        self.fresh = {f"+4477008{n:05}": running.client() for n in range(count)}
+        for client in (*self.waiting.values(), *self.fresh.values()):
+            assert client.register().status == 200
+        for number, client in self.waiting.items():
+            assert client.verify(number).status == 200
+
+    def send(self) -> list[int]:
+        """Have all send that have not; gives the statuses."""
+        return [timed(lambda: c.verify(n)).status for n, c in self.fresh.items()]  # noqa: B023
+
+    def finish(self) -> list[tuple[int, int]]:
+        """Have those that wait return the code and sign; gives the statuses of both."""
+        done = []
+        for number, client in self.waiting.items():
+            code = self.sms.texts()[number][-1].split()[-1]
+            verified = timed(lambda: client.verify_code(code))  # noqa: B023
+            done.append((verified.status, timed(lambda: client.sign(KEY)).status))  # noqa: B023
+        return done
+
+
+@pytest.fixture
+def sms() -> Iterator[provider.Provider]:
+    """A provider that takes every message, and counts as paid."""
+    with provider.Provider(provider.taken) as stand_in:
+        yield stand_in
+
+
+def test_the_embedded_store_is_full(
+    start_gateway: Callable[..., GatewayProcess], sms: provider.Provider
+) -> None:
+    """Nothing is sent and nobody registers; who was sent a code verifies it, and signs."""
+    running = start_gateway(
+        *("--sms-providers", json.dumps([sms.nexmo()]), "--workers", "2"),
+        *("--store-max-bytes", str(16 * 2**20)),
+    )
+    people = People(running, sms, 3)
+    url = f"unix://{running.folder}/data/store.sock"
+    with contextlib.closing(redis.Redis.from_url(url)) as store:
+        filler, size = 0, 2**20
+        while size > 8:  # smaller and smaller, until not even that fits
+            try:
+                store.set(f"filler {filler}", bytes(size))
+                filler += 1
+            except redis.exceptions.OutOfMemoryError:
+                size //= 2
+        assert people.send() == [503] * 3
+        assert timed(running.client().register).status == 503
+        assert len(sms.received) == 3
+        assert people.finish() == [(200, 200)] * 3
+        assert people.send() == [503] * 3
+        store.delete(*(f"filler {n}" for n in range(filler)))
+        assert people.send() == [200] * 3
+        assert len(sms.received) == 6
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_the_node_of_the_counters_is_away(
+    tmp_path: Path, start_gateway: Callable[..., GatewayProcess], sms: provider.Provider,
+    how: signal.Signals,
+) -> None:  # fmt: skip
+    """A third of a cluster without replicas is gone, and with it the counters and some sessions.
+
+    The sessions of the others verify and sign; nothing is sent, whoever asks.
+    """
+    with contextlib.closing(Cluster(tmp_path / "c", replicas=False)) as cluster:
+        for node in cluster.nodes:
+            node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        running = start_gateway(
+            *("--sms-providers", json.dumps([sms.nexmo()]), "--workers", "2"),
+            *("--storage-url", cluster.url),
+        )
+        people = People(running, sms, 8)
+        node = cluster.primary(b"{limits}")
+        node.process.send_signal(how)
+        assert set(people.send()) == {503}
+        seen = [timed(lambda: c.call("GET", "/session")).status for c in people.waiting.values()]  # noqa: B023
+        assert set(seen) == {200, 503}
+        done = people.finish()
+        assert [verified for verified, _ in done] == seen
+        assert (200, 200) in done
+        assert set(people.send()) == {503}
+        assert len(sms.received) == 8
+        cluster.heal()
+        wait_for(lambda: 200 in people.send(), "a message", 20)

@@ -442,7 +442,7 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         settings = gateway.Settings(keys_dir=str(tmp_path), sends_per_hour=2)
         limits = gateway.Limits(storage, settings, bytes(32), time.time)
         payments = gateway.Payments(limits, "session", "198.51.100.7", os.urandom)
-        payments.bind(gateway.Msisdn("+447700900123"))
+        payments.bind(gateway.Msisdn("+447700900123"), "GB")
         payments.use()
         payments.give_back(payments.use())
         with pytest.raises(gateway.TooManyMessages):

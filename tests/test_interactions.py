@@ -157,7 +157,7 @@ def test_a_session_that_nothing_stops_is_told_so(make: Callable[..., From], limi
     client = make(limits=limits)
     settings, now_s = client.gateway.settings, int(client.gateway.clock())
     user = gateway.User(b"k" * 32, b"s" * 24, sends=254, asked_s=now_s - 1, masked=True)
-    ask = gateway.Ask(gateway.Msisdn(NUMBER), user.sealed, gateway.Network(), long=True)
+    ask = gateway.Ask(gateway.Msisdn(NUMBER), "GB", user.sealed, gateway.Network(), long=True)
     for ticket in range(3):
         user = gateway.reserve(user._replace(sending=False), ask, ticket, settings, now_s) or user
         assert gateway.User.unpack(user.pack()) == user

@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -157,6 +158,22 @@ def test_a_rotation_removes_what_nobody_needs(
     assert gone == {"proof-0.pem", f"proof-{now_s - 200_000}.pem"}
     assert len(made) == 1
     assert next(iter(made)) in capsys.readouterr().err
+
+
+def test_a_rotation_tells_when_the_key_signs(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after one by a machine whose clock was wrong by years; --leaked is the way out."""
+    now_s = int(time.time())
+    rotate(folder)
+    assert "it signs in 600 s" in capsys.readouterr().err
+    gateway.add_proof_key(settings_for(folder), now_s + 10**8)
+    rotate(folder)
+    (told,) = re.findall(r"it signs in (\d+) s", capsys.readouterr().err)
+    assert abs(int(told) - 10**8) < 60
+    rotate(folder, "--leaked")
+    keys = gateway.load_keys(settings_for(folder))[0]
+    assert [keys.signer(now_s)] == keys.published(now_s)
 
 
 def test_rotations_at_the_same_moment(folder: Path, make_client: Make) -> None:

@@ -20,7 +20,7 @@ FAULTS = {
     "one try too many": ("04_codes", b"- user.tries - 1\n", b"- user.tries\n"),
     "a code without its message": (
         "04_codes",
-        b"self._give_back(session, reservation, isinstance(error, SmsRefused))",
+        b"self._give_back(session, reservation, refused)",
         b'self._arm(session, reservation, code, Sent("", [], 0))',
     ),
     "the wishes for a language swapped": ("05_messages", b"pair: pair[0]", b"pair: -pair[0]"),
@@ -31,8 +31,8 @@ FAULTS = {
     ),
     "a record 40 bytes larger": (
         "08_storage",
-        b'">BB32s24s3sBIII8s8sBHH"',
-        b'">BB32s24s3sBIII48s8sBHH"',
+        b'">BB32s24s3sBIII8s8sBHHB"',
+        b'">BB32s24s3sBIII48s8sBHHB"',
     ),
     "another errno": ("09_errors", b"WRONG_CODE = 105", b"WRONG_CODE = 205"),
 }

@@ -23,6 +23,7 @@ import lab
 import provider as sms
 import pytest
 import servers
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -594,6 +595,7 @@ def record_of(client: WsgiClient) -> bytes:
 
 
 KEY = gateway.public_key_json(gateway.generate_key("RS256").public_key())
+JWK = lab.public_jwk(ec.generate_private_key(ec.SECP256R1()))
 
 
 def test_the_start_takes_data_of_then(upgraded: WsgiClient) -> None:
@@ -653,3 +655,43 @@ def test_a_resend_of_then_has_the_kind_of_then(upgraded: WsgiClient) -> None:
     client, known = of_then(upgraded, "long")
     assert client.call("/sms/resend_code").status == 200
     assert len(client.code(known["msisdn"])) == 32
+
+
+def test_a_start_over_data_of_then(start_gateway: Start, tmp_path: Path) -> None:
+    """A real start, with the keys of then: those of today are made, and the store knows them."""
+    data, keys = tmp_path / "data", tmp_path / "keys"
+    settings = gateway.Settings(data_dir=str(data), keys_dir=str(keys))
+    old = gateway.EmbeddedStore(str(data))
+    storage = gateway.Storage(old.url)
+    for key, value in OLD["store"]:
+        storage._run("SET", bytes.fromhex(key), bytes.fromhex(value))
+    for name in ("sends", "hour"):  # how messages were counted, and in a version in between
+        storage._run("RPUSH", name, f"{OLD['now_s']:.3f}")
+    old.stop()
+    gateway.load_signing_key(settings)
+    (keys / "master.secret").write_text(OLD["master_secret"])
+    (keys / "master.secret").chmod(0o600)
+    pair = (keys / "browserid.pem").read_bytes()
+    assert {path.name for path in keys.iterdir()} == {"browserid.pem", "master.secret"}
+    for _ in range(2):  # the second finds what the first has made
+        process = start_gateway("--workers", "2", "--verified-ttl-s", "0")
+        client = process.client()
+        known = OLD["sessions"]["verified"]
+        token = gateway.SessionToken(bytes.fromhex(known["token"]))
+        client.credentials = gateway.derive_credentials(token)
+        for public in (KEY, JWK):
+            reply = client.call("POST", "/certificate/sign", {"publicKey": public})
+            assert reply.status == 200, reply
+            assert known["msisdn"] in lab.claims(reply.body["cert"].strip("~")).values()
+        assert client.verify(known["msisdn"]).status == 200
+        storage = gateway.Storage(gateway.embedded_url(str(data)))
+        assert storage._run("GET", b"keys") == gateway.load_keys(settings)[0].fingerprint
+        assert process.stop() == 0, process.output
+    assert (keys / "browserid.pem").read_bytes() == pair
+    gateway.add_proof_key(settings, 1)
+    (keys / "proof-0.pem").unlink()
+    assert start_gateway().stop() == 0  # as a rotation leaves it
+    (keys / "proof-1.pem").unlink()
+    ended = start_gateway(wait=False)
+    assert ended.process.wait(60) == 1
+    assert "other or newer signing keys" in ended.output

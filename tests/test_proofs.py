@@ -413,12 +413,13 @@ def test_a_dear_key_of_who_only_guesses_is_not_looked_at(client: WsgiClient) -> 
     """An RSA key of 4096 bits takes 150 ms."""
     client.register()
     client.ask()
+    wrong = client.code().translate(str.maketrans("0123456789", "1234567890"))
     n = (2**4095 + 2**2000 + 1) | 1
     while math.gcd(n, gateway.SMALL_FACTORS) != 1:
         n += 2
     key = jwk("RSA", n=b64(n.to_bytes(512, "big")))
     began_s = time.thread_time()
-    assert client.call("/sms/verify_code", {"code": "00000x", "publicKey": key}).errno == 105
+    assert client.call("/sms/verify_code", {"code": wrong, "publicKey": key}).errno == 105
     assert time.thread_time() - began_s < 0.03
 
 
@@ -484,7 +485,8 @@ def test_a_client_that_asked_is_not_overtaken_by_an_sms(session: WsgiClient) -> 
 
 def test_the_key_documents(make_client: Callable[..., WsgiClient]) -> None:
     client = make_client(public_url="https://id.example", sms_providers=[
-        {"kind": "nexmo", "api_key": "a", "api_secret": "b"}], mt_sender="Shop")  # fmt: skip
+        {"kind": "nexmo", "api_key": "a", "api_secret": "b"}], mt_sender="Shop",
+        countries=["GB"], trusted_proxies=[])  # fmt: skip
     answer = client.get("/.well-known/jwks.json")
     (key,) = answer.json["keys"]
     assert key.keys() == {"kty", "crv", "x", "y", "kid", "alg", "use"}
@@ -739,6 +741,17 @@ def test_ours_refuse_names_that_are_there_twice(world: World) -> None:
 def test_ours_refuse_by_another_key_document(world: World, jwks: Any) -> None:
     with pytest.raises(gateway.InvalidToken):
         ours("jwt", world.proofs["jwt"], jwks)
+
+
+@pytest.mark.parametrize("kind", ["RSA", "OKP", "P-384", "oct"])
+def test_ours_refuse_by_a_key_of_another_kind(world: World, kind: str) -> None:
+    """Some issuers list several kinds: the token chooses among them, by its kid."""
+    other = {"oct": {"kty": "oct", "k": b64(b"k" * 32)}, "P-384": p384()}.get(kind)
+    jwks = {"keys": [*world.jwks["keys"], (other or public(kind)) | {"kid": "other"}]}
+    token = again(world, world.proofs["jwt"], {"kid": "other"})
+    with pytest.raises(gateway.InvalidToken):
+        ours("jwt", token, jwks)
+    assert ours("jwt", world.proofs["jwt"], jwks) == NUMBER
 
 
 def test_no_proof_is_a_certificate(world: World) -> None:

@@ -273,6 +273,17 @@ def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
         assert nothing_lives(process.folder, 0.5)
 
 
+def test_a_stop_of_the_whole_group_is_no_error(start_gateway: Start) -> None:
+    """As systemd stops a unit: the workers must not seem to have crashed."""
+    for _ in range(5):
+        process = start_gateway("--workers", "2")
+        group = [process.process.pid, *(worker.pid for worker in workers_of(process))]
+        for pid in reversed(group):  # our parent last
+            os.kill(pid, signal.SIGTERM)
+        assert process.process.wait(20) == 0
+        assert "ERROR" not in process.output
+
+
 def test_a_worker_of_granian_still_hangs_when_it_is_told_to_stop_twice() -> None:
     """If this fails, ``_stop_once`` may go."""
     script = "from granian._granian import WorkerSignal as S; s = S(); s.set(); s.set()"
@@ -457,7 +468,8 @@ def test_a_worker_that_hangs_keeps_nobody_else_from_ending(start_gateway: Start)
     process = start_gateway("--workers", "3")
     assert eventually(lambda: len(workers_of(process)) == 3)
     workers = workers_of(process)
-    hung = max(workers, key=lambda worker: worker.pid)  # forked last, it has most of them
+    # Forked last, it has most of them; the kernel's numbers begin anew at some time.
+    hung = max(workers, key=lambda worker: (worker.create_time(), worker.pid))
     hung.suspend()
     try:
         process.kill()
@@ -542,22 +554,23 @@ def test_a_replaced_worker_has_the_keys_of_the_others(start_gateway: Start) -> N
 
 
 def test_a_terminal_that_closes_ends_the_gateway(start_gateway: Start) -> None:
-    process = start_gateway("--workers", "2")
-    for member in process.family():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGHUP)
+    master, slave = os.openpty()
+    process = start_gateway("--workers", "2", terminal=slave)
+    os.close(slave)
+    os.close(master)  # the kernel sends SIGHUP
     assert process.process.wait(20) == 0
     assert "Traceback" not in process.output
     assert nothing_lives(process.folder)
 
 
+@pytest.mark.parametrize("service", [True, False])
 def test_a_gateway_outlives_its_terminal_if_it_is_told_to(
-    start_gateway: Start, monkeypatch: pytest.MonkeyPatch
+    start_gateway: Start, service: bool
 ) -> None:
-    """As ``nohup`` tells."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """As ``nohup`` tells. A service has no terminal: logrotate's SIGHUP does not stop it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL if service else signal.SIG_IGN)
     try:
-        process = start_gateway("--workers", "2")
+        process = start_gateway("--workers", "2", terminal=-1 if service else None)
     finally:
         signal.signal(signal.SIGHUP, before)
     workers = {worker.pid for worker in workers_of(process)}
@@ -1676,6 +1689,36 @@ def test_clients_that_stall_keep_nobody_waiting(running: GatewayProcess) -> None
             assert client.register().status == 200
             assert time.monotonic() - started < 5
             client.http.clear()
+
+
+def test_clients_that_stall_close_nothing_to_who_does_not(start_gateway: Start) -> None:
+    """Any one address can open more of these than there are threads, again and again."""
+    process = start_gateway("--threads", "64")
+    done, answers = threading.Event(), []
+
+    def stall() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                answers.append(talk(process.port, head("Content-Length: 20"), b"{"))
+            done.wait(0.1)
+
+    stalling = [threading.Thread(target=stall) for _ in range(80)]
+    for thread in stalling:
+        thread.start()
+    try:
+        time.sleep(0.5)
+        started = time.monotonic()
+        for _ in range(20):
+            client = process.client()
+            assert client.register(mcc="234").status == 200
+            client.http.clear()
+        assert time.monotonic() - started < 10
+    finally:
+        done.set()
+        for thread in stalling:
+            thread.join()
+    assert not any(b" 200 " in answer for answer in answers)
+    assert "Traceback" not in process.output
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,21 @@ def test_what_has_expired_is_gone_even_if_it_is_still_there(
     assert table.get(b"l" * 24) == NEW
 
 
+def test_what_is_kept_of_a_number_is_found(make: Callable[..., WsgiClient]) -> None:
+    """The record of a blocked number is empty; it lies in the session store, as all others do."""
+    client = make()
+    storage, key = client.gateway.storage, client.gateway.secrets.key_for("blocked", _NUMBER)
+    storage.create(key, b"", 0)
+    assert storage.get(key) == b""
+    client.register()
+    assert client.ask().errno == 107
+    assert storage.commit(key, b"", b"") is Commit.DONE  # as the command unblock does
+    assert client.ask().status == 200
+
+
+_NUMBER = gateway.Msisdn(NUMBER)
+
+
 def test_an_item_is_never_overwritten(split: SplitStorage) -> None:
     split.table.put(b"k" * 24, OLD, 60)
     with pytest.raises(Unavailable):

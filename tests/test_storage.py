@@ -1139,9 +1139,10 @@ def test_key_of_another_type(storage: gateway.Storage) -> None:
     storage._run("LPUSH", ID, "x")
     assert is_unavailable_soon(lambda: storage.get(ID))
     assert is_unavailable_soon(lambda: storage.commit(ID, b"old", b"new"))
-    storage._run("LPUSH", HOUR, "x")
-    assert is_unavailable_soon(lambda: take(storage, 1.7e9, 9, b"name"))
+    storage._run("LPUSH", HOUR, "x")  # reads as a counter at rest, and is replaced by one
+    assert (take(storage, 1.7e9, 1, b"name"), take(storage, 1.7e9, 1, b"other")) == (0, 3600)
     storage._run("SET", LIST, "x")
+    assert is_unavailable_soon(lambda: take(storage, 1.8e9, 9, b"name"))
     assert is_unavailable_soon(lambda: give_back(storage, 1.7e9, 9, b"name"))
 
 
@@ -1404,7 +1405,7 @@ def test_server_that_outlives_its_gateway_keeps_the_folder(
     """Hung when its gateway is killed, it cannot die yet: nobody else may write to its files."""
     monkeypatch.setattr(gateway, "TAKEOVER_S", 0.05)
     script = "import gateway, sys; s = gateway.EmbeddedStore(sys.argv[1]); "
-    script += "print(s._process.pid, flush=True); sys.stdin.read()"
+    script += "print(s._client.info()['process_id'], flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", script, str(tmp_path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=gateway.ROOT, stdin=pipe, stdout=pipe) as other:

@@ -477,7 +477,7 @@ def test_unregister_forgets_who_waits_for_another_code(
 
 
 def test_a_heartbeat(make: Callable[..., WsgiClient]) -> None:
-    assert make().get("/__heartbeat__").json == {"storage": True}
+    assert make().get("/__heartbeat__").json == {"storage": True, "sms": True}
 
 
 def test_memory_is_measured_and_left_empty(backend: Backend) -> None:

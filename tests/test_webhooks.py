@@ -468,5 +468,5 @@ def test_a_receipt_that_quotes_the_message_is_not_logged(
     params = {"messageId": "M1", "status": "delivered", "msisdn": NUMBER[1:], "text": quote}
     assert client.get("/sms/receipt?provider=nexmo&" + urlencode(params)).json == {}
     assert "receipt: delivered" in caplog.text
-    for secret in ("135790", NUMBER[1:], "DELIVRD", "M1"):
+    for secret in ("135790", NUMBER[1:], "DELIVRD"):
         assert secret not in caplog.text
