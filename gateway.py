@@ -3664,7 +3664,7 @@ class Payments:
         try:
             self._limits.take(counters, self._place, self._list, taken)
         except Unavailable:
-            if not message:  # an earlier attempt may have left: only this one is given back
+            if message:  # an earlier attempt may have left: only this one is given back
                 owe(partial(self._give_back, (self._unused, _OF_ATTEMPT)), later=True)
                 self._unused = b""
             raise

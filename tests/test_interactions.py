@@ -362,6 +362,30 @@ def test_the_last_message_of_an_hour_and_providers_that_fail_over(
         named(one.another().at(THERE).ask(), 116, "sends_per_hour")
 
 
+@pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
+def test_a_further_attempt_that_could_not_be_counted_leaves_the_first_counted(
+    make: Callable[..., From], stand_in: Provider, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """The first may have left; nobody knows whether the store counted the second, which did not."""
+    with Provider(sms.reply("", 504)) as first:
+        one = make(sms_providers=[first.nexmo(priority=1), stand_in.nexmo()]).at(HERE)
+        run, taken = one.gateway.storage.limit, list[str]()
+
+        def away(script: str, *args: Any) -> Any:
+            taken.extend([script] * (script == gateway.TAKE_SCRIPT))
+            if len(taken) == 2 and script == gateway.TAKE_SCRIPT:
+                if done:
+                    run(script, *args)
+                raise gateway.Unavailable("gone")
+            return run(script, *args)
+
+        monkeypatch.setattr(one.gateway.storage, "limit", away)
+        assert one.ask().status == 200
+        assert (len(first.received), len(stand_in.received)) == (1, 0)
+        servers.wait_for(lambda: level(one, "h", "") == 1, "the second attempt is given back")
+        assert levels(one) == dict.fromkeys("anpqdfh", 1.0)
+
+
 # -- /unregister of all sessions of a number -----------------------------------------
 
 
