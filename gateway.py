@@ -4949,8 +4949,9 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
 
     Returns:
         ``resendIn``: in how many seconds it may ask for another message (0: now); ``sendsLeft``:
-        how many it may ask for in all; ``triesLeft``, ``expiresIn``: how many wrong codes the one
-        that waits still bears, and how many seconds it lives (0: none waits); ``verified``.
+        how many it may ask for in all (at least 1 where limits refuse nothing); ``triesLeft``,
+        ``expiresIn``: how many wrong codes the one that waits still bears, and how many seconds it
+        lives (0: none waits); ``verified``.
     """
     sending, waits = is_being_sent(user, now_s), code_waits(user, settings, now_s)
     wait_s, sends = int(sending), user.sends
