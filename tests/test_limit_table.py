@@ -263,6 +263,11 @@ def client(make_client: Client, paid: dict[str, Any]) -> From:
     return From(make_client(clock=Clock(), **paid | DEFAULTS).app)
 
 
+def wrong_code(stand_in: Provider, number: str = NUMBER) -> dict[str, str]:
+    """A body with a code that could be the newest for a number, and is not."""
+    return {"code": f"{(int(code_of(stand_in, number)) + 1) % 10**6:06}"}
+
+
 def verify(client: WsgiClient, stand_in: Provider, number: str = NUMBER) -> None:
     code = code_of(stand_in, number)
     assert client.call("/sms/verify_code", {"code": code}).status == 200
@@ -278,7 +283,7 @@ def test_a_right_code_pays_its_round_back(client: From, stand_in: Provider) -> N
         assert one.ask().status == 200
     four = dict.fromkeys("apqdh", 4.0)
     assert levels(client) == four | {"n": 2, "f": 2}
-    assert one.call("/sms/verify_code", {"code": "wrong!"}).errno == 105
+    assert one.call("/sms/verify_code", wrong_code(stand_in)).errno == 105
     assert levels(client) == four | {"n": 2, "f": 2}
     verify(one, stand_in)
     rest = {"a": 1.7, "p": 1.7, "q": 1.7, "d": 1.7, "h": 4.0, "n": 0.0, "f": 2.0}
@@ -497,7 +502,7 @@ def test_guesses_cost_messages(client: From, stand_in: Provider) -> None:
         one = client.at(f"192.0.2.{n}")
         one.ask()
         for _ in range(9):
-            guesses += one.call("/sms/verify_code", {"code": "wrong!"}).errno == 105
+            guesses += one.call("/sms/verify_code", wrong_code(stand_in)).errno == 105
     assert len(stand_in.received) == 5
     assert guesses == 15
 
