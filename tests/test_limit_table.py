@@ -264,6 +264,11 @@ def client(make_client: Client, paid: dict[str, Any]) -> From:
     return From(make_client(clock=Clock(), **paid | DEFAULTS).app)
 
 
+def wrong_code(stand_in: Provider, number: str = NUMBER) -> dict[str, str]:
+    """A body with a code that could be the newest for a number, and is not."""
+    return {"code": f"{(int(code_of(stand_in, number)) + 1) % 10**6:06}"}
+
+
 def verify(client: WsgiClient, stand_in: Provider, number: str = NUMBER) -> None:
     code = code_of(stand_in, number)
     assert client.call("/sms/verify_code", {"code": code}).status == 200
