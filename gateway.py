@@ -994,6 +994,7 @@ MCCS_BY_REGION: Final[Mapping[str, list[str]]] = _NUMBERING["mccs"]
 """Mobile country codes by ISO 3166 region (``locale/numbering.toml``)."""
 LIVING_FORMS: Final[Mapping[str, list[list[str]]]] = _NUMBERING["living_forms"]
 """By country code: patterns of forms that a plan has left behind, and what these became."""
+_CHANGED_PLANS: Final = tuple(f"+{code}" for code in LIVING_FORMS)
 _MCCS: Final = frozenset(mcc for mccs in MCCS_BY_REGION.values() for mcc in mccs)
 _FAULTS: Final[Mapping[str, str]] = _NUMBERING["faults"]
 _NO_SMS: Final[Mapping[str, str]] = _NUMBERING["no_sms"]
@@ -5347,7 +5348,10 @@ class Gateway:
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
             return Msisdn("")
-        return open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
+        msisdn = open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
+        if msisdn.startswith(_CHANGED_PLANS):  # older versions sealed a form that was left behind
+            return Msisdn(_living(phonenumbers.parse(msisdn)))
+        return msisdn
 
     def _sender(self, network: Network, msisdn: Msisdn) -> str:
         return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
