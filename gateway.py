@@ -1049,6 +1049,12 @@ def _living(number: phonenumbers.PhoneNumber) -> str:
     return e164
 
 
+def _living_form(msisdn: Msisdn) -> Msisdn:
+    """A number as ``parse_msisdn`` reads it now; older versions sealed forms of before, too."""
+    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so most numbers cost nothing here
+    return Msisdn(_living(phonenumbers.parse(msisdn))) if changed else msisdn
+
+
 def parse_msisdn(value: object) -> Msisdn:
     """Read an international number as people write it; the form that lives in its plan.
 
@@ -5348,10 +5354,7 @@ class Gateway:
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
             return Msisdn("")
-        msisdn = open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
-        if msisdn.startswith(_CHANGED_PLANS):  # older versions sealed a form that was left behind
-            return Msisdn(_living(phonenumbers.parse(msisdn)))
-        return msisdn
+        return _living_form(open_msisdn(self.secrets.seal, session.hawk_id, user.sealed))
 
     def _sender(self, network: Network, msisdn: Msisdn) -> str:
         return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
