@@ -1011,6 +1011,7 @@ MCCS_BY_REGION: Final[Mapping[str, list[str]]] = _NUMBERING["mccs"]
 """Mobile country codes by ISO 3166 region (``locale/numbering.toml``)."""
 LIVING_FORMS: Final[Mapping[str, list[list[str]]]] = _NUMBERING["living_forms"]
 """By country code: patterns of forms that a plan has left behind, and what these became."""
+_CHANGED_PLANS: Final = tuple(f"+{code}" for code in LIVING_FORMS)
 _MCCS: Final = frozenset(mcc for mccs in MCCS_BY_REGION.values() for mcc in mccs)
 _FAULTS: Final[Mapping[str, str]] = _NUMBERING["faults"]
 _NO_SMS: Final[Mapping[str, str]] = _NUMBERING["no_sms"]
@@ -1063,6 +1064,12 @@ def _living(number: phonenumbers.PhoneNumber) -> str:
         if found := re.fullmatch(old, e164[1 + len(code) :]):
             return f"+{code}{found.expand(new)}"
     return e164
+
+
+def _living_form(msisdn: Msisdn) -> Msisdn:
+    """A number as ``parse_msisdn`` reads it now; older versions sealed forms of before, too."""
+    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so most numbers cost nothing here
+    return Msisdn(_living(phonenumbers.parse(msisdn))) if changed else msisdn
 
 
 def parse_msisdn(value: object) -> Msisdn:
@@ -5444,7 +5451,7 @@ class Gateway:
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
             return Msisdn("")
-        return open_msisdn(self.secrets.seal, session.hawk_id, user.sealed)
+        return _living_form(open_msisdn(self.secrets.seal, session.hawk_id, user.sealed))
 
     def _sender(self, network: Network, msisdn: Msisdn) -> str:
         return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)

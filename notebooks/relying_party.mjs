@@ -2,6 +2,8 @@
 // `keys` is createRemoteJWKSet(new URL(`${issuer}/.well-known/jwks.json`)), made once: it keeps what it
 // has fetched, and asks again when a proof names a key that it does not know. (jose looks whether an
 // iat lies in the future only where maxTokenAge is given.)
+// What is returned was the holder's number at `auth_time`, which may be a year ago, also if the proof is
+// of this minute. Numbers change hands: where the number opens something, refuse an old auth_time.
 import { importJWK, jwtVerify } from 'jose'
 import { createHash } from 'node:crypto'
 

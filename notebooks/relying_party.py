@@ -2,6 +2,10 @@
 
 ``keys`` is ``jwt.PyJWKClient(f"{issuer}/.well-known/jwks.json")``, made once: it keeps what it has
 fetched for five minutes, and asks again when a proof names a key that it does not know.
+
+What is returned was the holder's number at ``auth_time``, which may be a year ago (the gateway's
+``verified_ttl_s``), also if the proof is of this minute. Numbers change hands: where the number
+opens something, return ``auth_time`` as well, and refuse one that is older than you can bear.
 """
 
 import base64

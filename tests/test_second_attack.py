@@ -95,6 +95,34 @@ def test_parts_that_wait_are_no_session(make_client: Client) -> None:
     assert client.call("/session", method="GET").errno == 110
 
 
+# -- Numbers ------------------------------------------------------------------
+
+
+def test_a_session_of_an_old_form_is_that_of_the_living_one(make_client: Client) -> None:
+    """Until November 2026 a session could hold +52 1 …; its owner must be able to end it."""
+    clock, old, living = Clock(), gateway.Msisdn("+5215555550123"), "+525555550123"
+    client = make_client(clock=clock)
+    client.register()
+    assert client.credentials
+    gate, hawk_id = client.gateway, client.credentials.hawk_id
+    key = gate.secrets.id_for(hawk_id)
+    user = gateway.User.unpack(gate.storage.get(key) or b"")
+    sealed = gateway.seal_msisdn(gate.secrets.seal, hawk_id, old)
+    verified = user._replace(sealed=sealed, verified_s=int(clock.now_s) - 9000)
+    gate.storage.create(key, verified.pack(), 1000)
+    assert client.call("/session", method="GET").json["msisdn"] == living
+    assert client.call("/sms/resend_code").status == 200
+    assert client.call("/sms/verify_code", {"code": client.code(living)}).status == 200
+    clock.now_s += 1
+    owner = client.another()
+    owner.register()
+    assert owner.ask(old).status == 200
+    assert owner.call("/sms/verify_code", {"code": owner.code(living)}).json["msisdn"] == living
+    assert owner.call("/unregister", {"everywhere": True}).status == 204
+    public = gateway.public_key_json(gateway.generate_key("RS256").public_key())
+    assert client.call("/certificate/sign", {"publicKey": public}).errno == 104
+
+
 # -- Proofs -------------------------------------------------------------------
 
 
