@@ -7032,7 +7032,7 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     return 0
 
 
-def check(settings: Settings, send: str) -> None:
+def check_setup(settings: Settings, send: str) -> None:
     """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
     logging.config.dictConfig(logging_of(settings))
     sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
@@ -7200,7 +7200,7 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
-    "bill": (bill,), "check": (check, "send"),
+    "bill": (bill,), "check": (check_setup, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
