@@ -6701,7 +6701,7 @@ def application() -> GatewayApp:
     url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
-    check_store(settings, url, master, keys)
+    check_store(settings, url, master, keys.fingerprint)
     app = create_app(settings, url, keys=keys)
     keep_counts = partial(app.gateway.counts.keep_flushing, app.gateway.storage)
     os.register_at_fork(after_in_child=keep_counts)
@@ -6709,14 +6709,14 @@ def application() -> GatewayApp:
     return app
 
 
-def check_store(settings: Settings, url: str, master: bytes, keys: Keys) -> None:
+def check_store(settings: Settings, url: str, master: bytes, fingerprint: bytes) -> None:
     """Check that the store can be used, and by us; log warnings about how it is set up.
 
     Raises:
         StartError: It cannot, or it belongs to a gateway with other keys.
     """
     storage = open_storage(settings, url, time.time, secrets.token_bytes)
-    for warning in settings.warnings + storage.check(master, keys.fingerprint):
+    for warning in settings.warnings + storage.check(master, fingerprint):
         LOG.warning(warning)
 
 
@@ -6903,7 +6903,7 @@ def serve(settings: Settings) -> int:
         if not settings.storage_url:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
-        check_store(settings, url, master, keys)
+        check_store(settings, url, master, keys.fingerprint)
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, keys.files.token)
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
@@ -6986,7 +6986,7 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
     master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
     if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
-        check_store(settings, settings.storage_url, master, keys)
+        check_store(settings, settings.storage_url, master, keys.fingerprint)
     now_s, known = int(time.time()), keys.files.proofs
     from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
     path = add_proof_key(settings, from_s)
@@ -6994,19 +6994,24 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     for old_s in known.keys() - needed:
         _proof_path(settings, old_s).unlink(missing_ok=True)
     if settings.storage_url:
-        check_store(settings, settings.storage_url, master, load_keys(settings)[0])
+        check_store(settings, settings.storage_url, master, load_keys(settings)[0].fingerprint)
     wait_s = 0 if leaked else from_s - now_s  # with no other key it signs at once
     print(f"made {path}; it signs in {wait_s} s", file=sys.stderr)
     return 0
 
 
-def check(settings: Settings, send: str) -> None:
+def check_setup(settings: Settings, send: str) -> None:
     """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
     logging.config.dictConfig(logging_of(settings))
     sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
     fit_threads(settings)
+    master, fingerprint = b"", b""
+    if settings.master_secret or Path(settings.keys_dir, "master.secret").exists():
+        master, fingerprint = load_master_secret(settings)[0], load_keys(settings)[0].fingerprint
+    else:
+        print("keys: there are none; the first start makes them")
     if settings.storage_url or _is_in_use(settings.data_dir):
-        check_store(settings, url, _master_secret_of(settings), load_keys(settings)[0])
+        check_store(settings, url, master, fingerprint)
         print("store: it can be used")
     else:  # what root made here the service could not read
         claim_port(settings).close()
@@ -7046,10 +7051,11 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
     for name, kinds in SMS_LISTS.items() if as_toml else ():
         for kind, declaration in kinds.items():
             print(f"# [[{name}]]  # {declaration.__doc__}\n#   kind = {_as_toml(kind)}")
-            for field_name, field in declared(declaration).items():
-                if field_name != "kind":
-                    value = _as_toml(field.get("default", "…"))
-                    print(f"#   {field_name} = {value}  # {field.get('description', '')}")
+            for own in declaration.__struct_fields__:
+                field = declared(declaration)[own]
+                print(
+                    f"#   {own} = {_as_toml(field.get('default', '…'))}  # {field['description']}"
+                )
     return 0
 
 
@@ -7162,7 +7168,7 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "rotate-keys": (rotate_keys, "leaked"),
     "settings": (show_settings, "toml"), "principal": (principal, "number"),
     "forget": (forget, "number"), "block": (block, "number"), "unblock": (unblock, "number"),
-    "bill": (bill,), "check": (check, "send"),
+    "bill": (bill,), "check": (check_setup, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
 
