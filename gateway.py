@@ -137,7 +137,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa, uti
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from msgspec import Meta, Struct, structs
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.crc import key_slot
@@ -4683,6 +4683,100 @@ class Session:
     origin: str = ""
 
 
+# -- What requests hold. ROUTES names these declarations, and /openapi.json is made from them. They
+# allow what is tolerated: what is folded, or counts as absent if it is odd, has no bounds here.
+
+_PHONE: Final = "with its country code, +44 7700 900123; spaces, dashes and brackets are dropped"
+_Phone = Annotated[str, _about(_PHONE, examples=["+447700900123"])]
+_Digits3 = Annotated[str, Meta(pattern=r"^[0-9]{3}$(?!\n)")] | Annotated[int, Meta(ge=100, le=999)]
+_MCC: Final = "mobile country code of the phone's network"
+_Mcc = Annotated[_Digits3, _about(_MCC, title='three digits, like "234"')]
+_Kind = Annotated[Any, _about("true: a PIN; false: a long code; else what is usual here")]
+_Code = Annotated[str, _HIDDEN, _about("the digits or hex digits of the message, in any script")]
+_OBJECT_OR_TEXT: Final = {"type": ["object", "string"]}
+_KEY: Final = "the client's: a BrowserID key or a JWK, or either as a text"
+_Key = Annotated[Any, _about(_KEY, extra_json_schema=_OBJECT_OR_TEXT)]
+_Whole = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^0*[1-9][0-9]*$(?!\n)")]
+_Duration = Annotated[_Whole, _about("how long it lives", title="whole seconds, at least 1")]
+_JWT: Final = '"jwt"; without it the key tells the form'
+_Form = Annotated[str, _about("of the proof", title=_JWT, pattern=r"^jwt$(?!\n)")]
+
+
+class RegisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The network that a phone is in, and its number; all as far as the client knows."""
+
+    mcc: Annotated[Any, _about(f"{_MCC}; counts as absent unless three digits")] = None
+    mnc: Annotated[Any, _about("that network's own code; counts as absent if it is none")] = None
+    roaming: Annotated[Any, _about("whether that is not its home; not used")] = None
+    msisdn: _Phone = ""
+
+
+class NumberBody(RegisterBody, frozen=True, kw_only=True):
+    """A number, and the network."""
+
+    msisdn: _Phone
+
+
+class NetworkBody(RegisterBody, frozen=True, kw_only=True):
+    """A network without a number."""
+
+    mcc: _Mcc
+
+
+class SendBody(NumberBody, frozen=True, kw_only=True):
+    """The number that a code is sent to."""
+
+    short_verification_code: _Kind = None
+
+
+class ResendBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The kind of code that is sent this time."""
+
+    short_verification_code: _Kind = None
+
+
+class ProofBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """What every request for a proof may have."""
+
+    public_key: _Key = UNSET
+    duration: _Duration | UnsetType = UNSET
+    format: _Form | UnsetType = UNSET
+
+
+class SignBody(ProofBody, frozen=True, kw_only=True):
+    """The key that a certificate or an SD-JWT is for."""
+
+    public_key: _Key
+
+
+class JwtBody(ProofBody, frozen=True, kw_only=True):
+    """The site that a JWT is for. It needs no key."""
+
+    format: _Form
+    audience: Annotated[str, _about("the site's origin, https://shop.example", title="a string")]
+    nonce: Annotated[str, _about("what the site gave to the client", title="a string")] = ""
+
+
+class CodeBody(ProofBody, frozen=True, kw_only=True):
+    """The code that came back; with a key the answer holds a proof, too."""
+
+    code: _Code
+
+
+class CodeJwtBody(JwtBody, frozen=True, kw_only=True):
+    """The code that came back, and the site that a JWT is for."""
+
+    code: _Code
+
+
+class UnregisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """Who is unregistered."""
+
+    everywhere: Annotated[
+        bool, _about("end the proofs of all sessions of this number", title="true or false")
+    ] = False
+
+
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
 
 
@@ -5078,9 +5172,8 @@ class Gateway:
         """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
         if not (msisdn := self._msisdn(params)):
-            require(params, "mcc")
-            if not parse_network(params["mcc"], None).mcc:
-                raise InvalidParameter('mcc must be three digits, like "234"')
+            require(params, NetworkBody)
+            check(params, NetworkBody)
         # ANSWER
         return self._ways(params, msisdn)
 
@@ -5103,7 +5196,7 @@ class Gateway:
             language: The Accept-Language header.
         """
         # VALIDATE
-        require(params, "msisdn")
+        require(params, SendBody)
         msisdn = self._msisdn(params)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
@@ -5194,7 +5287,7 @@ class Gateway:
         """Check the code that came back; sign a proof too, if one is asked for."""
         # VALIDATE: cheap checks first; all of the body, so that a bad key never uses up a code (but
         # not whether its numbers are prime, and so on: that may take 30 ms)
-        require(params, "code", *["audience"] * (params.get("format") == "jwt"))
+        require(params, CodeJwtBody if params.get("format") == "jwt" else CodeBody)
         code, settings = fold(params["code"]), self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
         if not re.fullmatch(f"[0-9]{{{lengths[0]}}}|[0-9a-f]{{{lengths[1]}}}", code):
@@ -5234,7 +5327,7 @@ class Gateway:
             return user, None
 
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
-        require(params, "audience" if params.get("format") == "jwt" else "publicKey")
+        require(params, JwtBody if params.get("format") == "jwt" else SignBody)
         decide(session.user)
         self._expect_not_ended(session)
         asked = self._proof_asked(params)
@@ -5249,9 +5342,8 @@ class Gateway:
         With ``everywhere`` all sessions end that have verified the same number until now.
         """
         # VALIDATE
-        everywhere = params.get("everywhere", False)
-        if not isinstance(everywhere, bool):
-            raise InvalidParameter("everywhere must be true or false")
+        check(params, UnregisterBody)
+        everywhere = params.get("everywhere")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
         # RECORD: what ends the others first, so that after a 503 the client can ask again
         if everywhere:
@@ -5482,8 +5574,8 @@ class Gateway:
 
     def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
-        if (form := params.get("format")) not in (None, "jwt"):
-            raise InvalidParameter('format must be "jwt"; without it the key tells the form')
+        form = params.get("format")
+        check(params, JwtBody if form == "jwt" else ProofBody)
         audience, nonce = _audience(params) if form else ("", "")
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
@@ -5519,21 +5611,15 @@ class Gateway:
 
 def _audience(params: Json) -> tuple[str, str]:
     """The origin of the site that a JWT is for, and its nonce."""
-    named, nonce = params["audience"], params.get("nonce", "")
-    audience = origin_of(named) if isinstance(named, str) else ""
-    if not audience:
-        raise InvalidParameter("audience must be an origin, like https://shop.example")
-    if not isinstance(nonce, str):
-        raise InvalidParameter("nonce must be a string")
-    return audience, nonce
+    if audience := origin_of(params["audience"]):
+        return audience, params.get("nonce", "")
+    raise InvalidParameter("audience must be an origin, like https://shop.example")
 
 
 def _duration_s(params: Json) -> int | None:
     value = params.get("duration")
-    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-        value = int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
-    if value is not None and (type(value) is not int or value < 1):
-        raise InvalidParameter("duration must be whole seconds, at least 1")
+    if isinstance(value, str):
+        return int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
     return value
 
 
@@ -5549,14 +5635,28 @@ def _not_sent(error: SmsFailed) -> GatewayError:
     return Unavailable("no SMS provider took the message; try again", wait_s or RETRY_AFTER_S)
 
 
-def require(params: Json, *names: str) -> None:
-    """Check that parameters are there.
+def require(params: Json, declaration: type[Struct]) -> None:
+    """Check that the parameters that a declaration requires are there.
 
     Raises:
         MissingParameters: Its message lists all that are not.
     """
-    if missing := [name for name in names if name not in params]:
+    needed = [field.encode_name for field in _fields(declaration) if field.required]
+    if missing := [name for name in needed if name not in params]:
         raise MissingParameters(f"missing: {', '.join(missing)}")
+
+
+def check(params: Json, declaration: type[Struct]) -> None:
+    """Check parameters, of which none is missing, by their declaration.
+
+    Raises:
+        InvalidParameter: It names the first whose value is not allowed, and what is.
+    """
+    try:
+        msgspec.convert(params, declaration)
+    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
+        name = str(error).rpartition("`$.")[2].strip("`")
+        raise InvalidParameter(f"{name} must be {allowed(declared(declaration)[name])}") from None
 
 
 def _choice(params: Json, default: bool) -> bool:
