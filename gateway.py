@@ -5652,11 +5652,12 @@ def check(params: Json, declaration: type[Struct]) -> None:
     Raises:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
-    try:
-        msgspec.convert(params, declaration)
+    fields = declared(declaration)
+    try:  # without the others, whose names msgspec would encode: JSON can name a lone surrogate
+        msgspec.convert({n: v for n, v in params.items() if n in fields}, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
-        raise InvalidParameter(f"{name} must be {allowed(declared(declaration)[name])}") from None
+        raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
 
 
 def _choice(params: Json, default: bool) -> bool:
