@@ -381,6 +381,10 @@ class Forbidden(GatewayError, status=403, errno=None):
     """A webhook call without the right secret or signature."""
 
 
+class NotFound(GatewayError, status=404, errno=None):
+    """Nothing is there for this caller."""
+
+
 def error_classes() -> list[type[GatewayError]]:
     """Every error that has an errno, in its order: the table behind ``GET /errors``."""
     classes: list[type[GatewayError]] = [GatewayError, *GatewayError.__subclasses__()]
@@ -4683,31 +4687,30 @@ class Session:
     origin: str = ""
 
 
-# -- What requests hold. ROUTES names these declarations, and /openapi.json is made from them. They
-# allow what is tolerated: what is folded, or counts as absent if it is odd, has no bounds here.
+# -- What requests and answers hold. ROUTES names these declarations; /openapi.json is made of them.
+# Bodies may have further fields, which nobody reads. What is folded, or counts as absent if it is
+# odd, has no bounds here. Answers are declared to be described: the steps give plain values.
 
-_PHONE: Final = "with its country code, +44 7700 900123; spaces, dashes and brackets are dropped"
-_Phone = Annotated[str, _about(_PHONE, examples=["+447700900123"])]
-_Digits3 = Annotated[str, Meta(pattern=r"^[0-9]{3}$(?!\n)")] | Annotated[int, Meta(ge=100, le=999)]
-_MCC: Final = "mobile country code of the phone's network"
-_Mcc = Annotated[_Digits3, _about(_MCC, title='three digits, like "234"')]
+_Phone = Annotated[str, _about("with its country code", examples=["+44 7700 900123"])]
+_3_DIGITS: Final = Meta(pattern=r"^[0-9]{3}$(?!\n)")
+_Mcc = Annotated[str, _3_DIGITS] | Annotated[int, Meta(ge=100, le=999)]
 _Kind = Annotated[Any, _about("true: a PIN; false: a long code; else what is usual here")]
-_Code = Annotated[str, _HIDDEN, _about("the digits or hex digits of the message, in any script")]
-_OBJECT_OR_TEXT: Final = {"type": ["object", "string"]}
-_KEY: Final = "the client's: a BrowserID key or a JWK, or either as a text"
-_Key = Annotated[Any, _about(_KEY, extra_json_schema=_OBJECT_OR_TEXT)]
+_Typed = Annotated[str, _HIDDEN, _about("the digits or hex digits of the message, in any script")]
+_OBJECT: Final = {"type": ["object", "string"]}
+_Key = Annotated[Any, _about("a BrowserID key or a JWK, or its text", extra_json_schema=_OBJECT)]
 _Whole = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^0*[1-9][0-9]*$(?!\n)")]
 _Duration = Annotated[_Whole, _about("how long it lives", title="whole seconds, at least 1")]
 _JWT: Final = '"jwt"; without it the key tells the form'
 _Form = Annotated[str, _about("of the proof", title=_JWT, pattern=r"^jwt$(?!\n)")]
+_Everywhere = Annotated[bool, _about("end all proofs of this number", title="true or false")]
 
 
 class RegisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
     """The network that a phone is in, and its number; all as far as the client knows."""
 
-    mcc: Annotated[Any, _about(f"{_MCC}; counts as absent unless three digits")] = None
-    mnc: Annotated[Any, _about("that network's own code; counts as absent if it is none")] = None
-    roaming: Annotated[Any, _about("whether that is not its home; not used")] = None
+    mcc: Annotated[Any, _about("mobile country code; absent unless three digits")] = None
+    mnc: Annotated[Any, _about("mobile network code; absent unless two or three digits")] = None
+    roaming: Annotated[Any, _about("whether it is abroad; not used")] = None
     msisdn: _Phone = ""
 
 
@@ -4720,7 +4723,7 @@ class NumberBody(RegisterBody, frozen=True, kw_only=True):
 class NetworkBody(RegisterBody, frozen=True, kw_only=True):
     """A network without a number."""
 
-    mcc: _Mcc
+    mcc: Annotated[_Mcc, _about("mobile country code", title='three digits, like "234"')]
 
 
 class SendBody(NumberBody, frozen=True, kw_only=True):
@@ -4760,21 +4763,84 @@ class JwtBody(ProofBody, frozen=True, kw_only=True):
 class CodeBody(ProofBody, frozen=True, kw_only=True):
     """The code that came back; with a key the answer holds a proof, too."""
 
-    code: _Code
+    code: _Typed
 
 
 class CodeJwtBody(JwtBody, frozen=True, kw_only=True):
     """The code that came back, and the site that a JWT is for."""
 
-    code: _Code
+    code: _Typed
 
 
 class UnregisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
     """Who is unregistered."""
 
-    everywhere: Annotated[
-        bool, _about("end the proofs of all sessions of this number", title="true or false")
-    ] = False
+    everywhere: _Everywhere = False
+
+
+class NextStep(Struct, rename="camel"):
+    """What the session may do next: counts, and seconds from now."""
+
+    resend_in: int
+    sends_left: int
+    tries_left: int
+    expires_in: int
+    verified: bool
+
+
+class Ways(Struct, rename="camel"):
+    """How a number can be verified, the preferred way first, and what each needs."""
+
+    verification_methods: list[str]
+    verification_details: dict[str, dict[str, str]]
+
+
+class Opened(Struct, rename="camel"):
+    """A session; with how its number can be verified, if the body had an mcc."""
+
+    msisdn_session_token: Annotated[str, _about("32 random bytes, in hex: secret")]
+    verification_url: str
+    verification_methods: list[str] | UnsetType = UNSET
+    verification_details: dict[str, dict[str, str]] | UnsetType = UNSET
+
+
+class Asked(Struct, rename="camel"):
+    """A message is on its way."""
+
+    mt_sender: Annotated[str, _about("what it is sent from")]
+    next: NextStep
+
+
+class Verified(Struct):
+    """The number is verified; with a proof, if one was asked for."""
+
+    msisdn: str
+    cert: str | UnsetType = UNSET
+
+
+class Signed(Struct):
+    """A proof."""
+
+    cert: Annotated[str, _about("a BrowserID certificate, an SD-JWT, or a JWT")]
+
+
+class State(Struct):
+    """Where a session stands."""
+
+    next: NextStep
+    msisdn: Annotated[str | UnsetType, _about("once it is verified")] = UNSET
+
+
+class Problem(Struct, rename="camel"):
+    """Every error."""
+
+    code: Annotated[int, _about("the HTTP status")]
+    error: Annotated[str, _about("its standard phrase")]
+    message: Annotated[str, _about("for a human: what was wrong, what is allowed")]
+    errno: int | UnsetType = UNSET
+    info: Annotated[str | UnsetType, _about("where this errno is explained")] = UNSET
+    retry_after: Annotated[int | UnsetType, _about("seconds, on 429 and 503")] = UNSET
+    next: NextStep | UnsetType = UNSET
 
 
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
@@ -5671,42 +5737,66 @@ def _choice(params: Json, default: bool) -> bool:
 
 
 class Route(NamedTuple):
-    """One line of the API's table of contents."""
+    """One line of the API's table of contents.
+
+    Attributes:
+        hawk: Requests must be signed.
+        body: The declarations of a JSON body; one of them fits.
+        answer: What the answer holds in JSON; ``str``: a page, ``None``: nothing (204), ``Any``:
+            what suits the provider.
+        errors: Those that it can give beside those that ``route_errors`` knows by itself.
+        query: Names of parameters in the URL.
+        statuses: Of answers that are no error.
+    """
 
     methods: str
     path: str
     handler: str
     hawk: bool = False
+    body: tuple[type[Struct], ...] = ()
+    answer: Any = Any
+    errors: tuple[type[GatewayError], ...] = ()
+    query: str = ""
+    statuses: tuple[int, ...] = (200,)
 
 
+_SENDING: Final = (TooManyCodes, TooManyToNumber, TooManyMessages, TooManyFromAddress)
+_RESENDING: Final = (Expired, *_SENDING)
+_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
+_CODE: Final = (CodeBody, CodeJwtBody)
+_JUDGED: Final = (WrongCode, Expired)
+_OURS: Final = "provider secret"
+_SIGN: Final = (SignBody, JwtBody)
+_Texts = dict[str, str]
 ROUTES: Final = (
-    Route("GET", "/", "home"),
-    Route("POST", "/discover", "discover"),
-    Route("POST", "/register", "register"),
-    Route("POST", "/sms/mt/verify", "sms_mt_verify", hawk=True),
-    Route("POST", "/sms/verify", "sms_verify", hawk=True),
-    Route("POST", "/sms/resend_code", "sms_resend_code", hawk=True),
-    Route("GET POST", "/sms/momt", "sms_momt"),
-    Route("GET POST", "/sms/momt/", "sms_momt"),
-    Route("GET POST", "/sms/momt/<secret>", "sms_momt"),
-    Route("GET POST", "/sms/receipt", "sms_receipt"),
-    Route("GET POST", "/sms/receipt/", "sms_receipt"),
-    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt"),
-    Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
-    Route("GET", "/session", "session_state", hawk=True),
-    Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
-    Route("POST", "/unregister", "unregister", hawk=True),
-    Route("GET", "/__heartbeat__", "heartbeat"),
-    Route("GET", "/__lbheartbeat__", "lbheartbeat"),
-    Route("GET", "/__version__", "version"),
-    Route("GET", "/.well-known/browserid", "browserid"),
-    Route("GET", "/.well-known/browserid/warning.html", "warning"),
-    Route("GET", "/.well-known/jwks.json", "jwks"),
-    Route("GET", "/.well-known/jwt-vc-issuer", "jwt_vc_issuer"),
-    Route("GET", "/vct/phone/1", "vct"),
-    Route("GET", "/api-specs", "api_specs"),
-    Route("GET", "/errors", "errors"),
-    Route("GET", "/outbox", "outbox"),
+    Route("GET", "/", "home", answer=_Texts),
+    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), Ways),
+    Route("POST", "/register", "register", False, (RegisterBody,), Opened, (TooManyFromAddress,)),
+    Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
+    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), Asked, _SENDING),
+    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), Asked, _RESENDING),
+    Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, Verified, _JUDGED),
+    Route("GET", "/session", "session_state", hawk=True, answer=State),
+    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, Signed, (NotVerified,)),
+    Route("POST", "/unregister", "unregister", True, (UnregisterBody,), None, (NotVerified,)),
+    Route("GET", "/__heartbeat__", "heartbeat", answer=dict[str, bool], statuses=(200, 503)),
+    Route("GET", "/__lbheartbeat__", "lbheartbeat", answer=_Texts),
+    Route("GET", "/__version__", "version", answer=_Texts),
+    Route("GET", "/.well-known/browserid", "browserid", answer=Json),
+    Route("GET", "/.well-known/browserid/warning.html", "warning", answer=str),
+    Route("GET", "/.well-known/jwks.json", "jwks", answer=dict[str, list[_Texts]]),
+    Route("GET", "/.well-known/jwt-vc-issuer", "jwt_vc_issuer", answer=_Texts),
+    Route("GET", "/vct/phone/1", "vct", answer=_Texts),
+    Route("GET", "/api-specs", "api_specs", answer=Json),
+    Route("GET", "/openapi.json", "openapi", answer=Json),
+    Route("GET", "/errors", "errors", answer=str),
+    Route("GET", "/outbox", "outbox", False, (), list[Json], (NotFound,), "to token"),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -5723,6 +5813,80 @@ UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been log
 def versioned(path: str) -> str:
     """The other spelling of a path: ``/v1/msisdn/register``, ``/v1/certificate/sign``."""
     return "/v1" + path if path.startswith("/certificate/") else "/v1/msisdn" + path
+
+
+def route_errors(route: Route, method: str) -> list[type[GatewayError]]:
+    """Every error that a route can give, in the order of ``error_classes``."""
+    possible: set[type[GatewayError]] = {GatewayError, *route.errors}
+    if route.hawk:
+        possible |= {BadSignature, UnknownSession, Unavailable}
+    if route.hawk or method == "POST":  # these read a body
+        possible |= {BadJson, LengthRequired, TooLarge, Unavailable}
+    if route.body:
+        possible |= {UnsupportedMediaType, InvalidParameter}
+    if any(field.required for body in route.body for field in _fields(body)):
+        possible.add(MissingParameters)
+    return [error for error in (Forbidden, NotFound, *error_classes()) if error in possible]
+
+
+def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[Any, Json]) -> Json:
+    responses: Json = {}
+    for status in sorted({error.status for error in errors}):
+        numbers = [error.errno for error in errors if error.status == status and error.errno]
+        names = ", ".join(error.__name__ for error in errors if error.status == status)
+        schema = schemas[Problem] | {"properties": {"errno": {"enum": numbers}}}
+        content = {"application/json": {"schema": schema if numbers else schemas[Problem]}}
+        responses[str(status)] = {"description": names, "content": content}
+    kind = {str: "text/html", Any: "*/*"}.get(route.answer, "application/json")
+    content = {kind: {"schema": schemas[route.answer]}} if route.answer else {}
+    for status in route.statuses if route.answer else (204,):
+        responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
+    return responses
+
+
+def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
+    errors, text = route_errors(route, method), {"schema": {"type": "string"}}
+    parameters: list[Json] = [{"name": n, "in": "query", **text} for n in route.query.split()]
+    if "<secret>" in route.path:
+        parameters.append({"name": "secret", "in": "path", "required": True, **text})
+    operation: Json = {
+        "operationId": re.sub(r"\W+", "_", f"{method} {route.path}").lower(),
+        "summary": getattr(GatewayApp, route.handler).__doc__.split("\n")[0].partition(" : ")[2],
+        "parameters": parameters,
+        "security": [{"hawk": []}] * route.hawk,
+        "responses": _responses(route, errors, schemas),
+    }
+    if method == "POST":
+        kind = "application/json" if route.body else "*/*"
+        schema = {"anyOf": [schemas[body] for body in route.body]} if route.body else {}
+        body = {"required": MissingParameters in errors, "content": {kind: {"schema": schema}}}
+        operation["requestBody"] = body
+    return operation
+
+
+@lru_cache
+def openapi_document(base_url: str, version: str = "hidden") -> Json:
+    """The API as OpenAPI 3.1 describes it: what ``ROUTES``, declarations and errors say."""
+    types = [*{Problem, *(t for route in ROUTES for t in (*route.body, route.answer))}]
+    options: Any = {"ref_template": "#/components/schemas/{name}"}
+    references, components = msgspec.json.schema_components(types, **options)
+    schemas, paths = dict(zip(types, references, strict=True)), Json()
+    for route in ROUTES:
+        prefixes = ("", versioned(route.path).removesuffix(route.path))
+        paths[route.path.replace("<secret>", "{secret}")] = {
+            "servers": [{"url": base_url + prefix} for prefix in prefixes],
+            **{m.lower(): _operation(route, m, schemas) for m in route.methods.split()},
+        }
+    about = " ".join((GatewayApp.openapi.__doc__ or "").split("\n\n", 1)[1].split())
+    return {
+        "openapi": "3.1.1",
+        "info": {"title": "MSISDN Gateway", "version": version, "description": about},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"hawk": {"type": "http", "scheme": "hawk"}},
+        },
+    }
 
 
 class Answer(NamedTuple):
@@ -6217,6 +6381,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
         return {"service": {**service, "resources": resources}}
 
+    def openapi(self) -> Json:
+        """GET /openapi.json : every route, as an OpenAPI document.
+
+        Each route has two spellings: below each of its two servers. In a body, null and an empty
+        text count as missing; nobody reads further fields. Every answer has a Timestamp: our
+        clock, in seconds since the epoch. Each 429 and 503 has a Retry-After, in seconds. The
+        security scheme is Hawk with sha256. id and key are derived from a session token by HKDF;
+        the key is 64 characters of ASCII. If the MAC was right, the answer is signed as well, in
+        Server-Authorization. GET /errors explains each errno.
+        """
+        return openapi_document(self.settings.base_url, **self.version())
+
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
         rows = ""
@@ -6237,7 +6413,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             with contextlib.suppress(InvalidParameter):
                 query = _query_fields(bottle.request.query_string)
         if outbox is None or not _same(self.token, query.get("token", "")):
-            raise bottle.HTTPError(404, "Not found: '/outbox'")
+            raise NotFound("Not found: '/outbox'")
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
