@@ -4702,6 +4702,7 @@ _Whole = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^0*[1-9][0-9
 _Duration = Annotated[_Whole, _about("how long it lives", title="whole seconds, at least 1")]
 _JWT: Final = '"jwt"; without it the key tells the form'
 _Form = Annotated[str, _about("of the proof", title=_JWT, pattern=r"^jwt$(?!\n)")]
+_NoForm = Annotated[str, _about("of the proof: the key's", title=_JWT, max_length=0)]
 _Everywhere = Annotated[bool, _about("end all proofs of this number", title="true or false")]
 
 
@@ -4743,7 +4744,7 @@ class ProofBody(Struct, frozen=True, kw_only=True, rename="camel"):
 
     public_key: _Key = UNSET
     duration: _Duration | UnsetType = UNSET
-    format: _Form | UnsetType = UNSET
+    format: _NoForm = ""
 
 
 class SignBody(ProofBody, frozen=True, kw_only=True):
