@@ -279,7 +279,10 @@ class InvalidToken(ValueError):
 
 
 class GatewayError(Exception):
-    """Something unforeseen happened; it has been logged."""
+    """Something unforeseen happened; it has been logged.
+
+    Client: repeat it later; if it happens again, tell the operator when it did.
+    """
 
     # Also the base of all errors that a client is told; a subclass sets its status and errno.
 
@@ -304,66 +307,111 @@ class GatewayError(Exception):
 
 
 class NotVerified(GatewayError, status=400, errno=Errno.NOT_VERIFIED):
-    """The session's MSISDN is not verified yet: ask for a code and return it first."""
+    """The session's MSISDN is not verified yet: ask for a code and return it first.
+
+    Client: send /sms/verify, ask the user for the code, send it to /sms/verify_code.
+    """
 
 
 class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
     """The verification code is not the one that was sent last. It counts as a try.
 
     The code that was sent just before counts as none; the message says that a newer one was sent.
+
+    Client: ask the user again; if next.triesLeft is 0, first send /sms/resend_code.
     """
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
-    """The body is not valid JSON, or not a JSON object."""
+    """The body is not valid JSON, or not a JSON object.
+
+    Client: send a JSON object in UTF-8, each name once; this is a bug of the client's.
+    """
 
 
 class UnsupportedMediaType(GatewayError, status=415, errno=Errno.BAD_JSON):
-    """The body is in a media type that this endpoint does not take."""
+    """The body is in a media type that this endpoint does not take.
+
+    Client: send Content-Type: application/json.
+    """
 
 
 class InvalidParameter(GatewayError, status=400, errno=Errno.INVALID_PARAMETER):
-    """A parameter has an invalid value: the message names it and what is allowed."""
+    """A parameter has an invalid value: the message names it and what is allowed.
+
+    Client: show the message if the user typed the value; else mend the client.
+    """
 
 
 class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS):
-    """Required parameters are missing: the message lists all that are."""
+    """Required parameters are missing: the message lists all that are.
+
+    Client: add them; this is a bug of the client's.
+    """
 
 
 class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
-    """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce."""
+    """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
+
+    Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
+    fails it is a bug of the client's.
+    """
 
 
 class UnknownSession(GatewayError, status=401, errno=Errno.UNKNOWN_SESSION):
-    """No Hawk header, or a session that is unknown, expired or unregistered."""
+    """No Hawk header, or a session that is unknown, expired or unregistered.
+
+    Client: forget the session token, and /register anew.
+    """
 
 
 class Expired(GatewayError, status=410, errno=Errno.EXPIRED):
-    """The code's time or tries are used up, or there is nothing to verify."""
+    """The code's time or tries are used up, or there is nothing to verify.
+
+    Client: send /sms/resend_code, or /sms/verify if nothing was asked for yet.
+    """
 
 
 class LengthRequired(GatewayError, status=411, errno=Errno.LENGTH_REQUIRED):
-    """A request with a body needs a Content-Length."""
+    """A request with a body needs a Content-Length.
+
+    Client: send a Content-Length, and no chunks.
+    """
 
 
 class TooLarge(GatewayError, status=413, errno=Errno.TOO_LARGE):
-    """The body is larger than the setting request_max_bytes."""
+    """The body is larger than the setting request_max_bytes.
+
+    Client: send less: no request needs so much.
+    """
 
 
 class TooManyCodes(GatewayError, status=429, errno=Errno.TOO_MANY_CODES):
-    """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session)."""
+    """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session).
+
+    Client: offer the next message when retryAfter seconds are over.
+    """
 
 
 class TooManyToNumber(GatewayError, status=429, errno=Errno.TOO_MANY_TO_NUMBER):
-    """This number was sent as many messages as it may get, by anybody or from this address."""
+    """This number was sent as many messages as it may get, by anybody or from this address.
+
+    Client: wait for retryAfter seconds, or take another number.
+    """
 
 
 class TooManyMessages(GatewayError, status=429, errno=Errno.TOO_MANY_MESSAGES):
-    """Too many messages to this prefix or country, or by the whole gateway (messages, money)."""
+    """Too many messages to this prefix or country, or by the whole gateway (messages, money).
+
+    Client: wait for retryAfter seconds; nothing that the client does shortens that.
+    """
 
 
 class TooManyFromAddress(GatewayError, status=429, errno=Errno.TOO_MANY_FROM_ADDRESS):
-    """This client address asks for too many messages that nobody verifies, or for sessions."""
+    """This client address asks for too many messages that nobody verifies, or for sessions.
+
+    Client: wait for retryAfter seconds; return codes that were sent, as that pays back.
+    """
 
 
 class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
@@ -371,6 +419,8 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
 
     The step may or may not have happened. Every step is safe to repeat; after a 503 on
     /sms/verify_code try /certificate/sign first.
+
+    Client: wait for retryAfter seconds, then repeat the step, signed anew.
     """
 
     def __init__(self, message: str, retry_after_s: int = RETRY_AFTER_S) -> None:
@@ -378,11 +428,17 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
 
 
 class Forbidden(GatewayError, status=403, errno=None):
-    """A webhook call without the right secret or signature."""
+    """A webhook call without the right secret or signature.
+
+    Client: a provider's business: name the secret in its URL or switch on its signatures.
+    """
 
 
 class NotFound(GatewayError, status=404, errno=None):
-    """Nothing is there for this caller."""
+    """Nothing is there for this caller.
+
+    Client: nothing; it is for the operator alone.
+    """
 
 
 def error_classes() -> list[type[GatewayError]]:
@@ -4702,7 +4758,7 @@ _Whole = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^0*[1-9][0-9
 _Duration = Annotated[_Whole, _about("how long it lives", title="whole seconds, at least 1")]
 _JWT: Final = '"jwt"; without it the key tells the form'
 _Form = Annotated[str, _about("of the proof", title=_JWT, pattern=r"^jwt$(?!\n)")]
-_NoForm = Annotated[str, _about("of the proof: the key's", title=_JWT, max_length=0)]
+_NoForm = Annotated[str, _about('none; with "jwt" see JwtBody', title=_JWT, max_length=0)]
 _Everywhere = Annotated[bool, _about("end all proofs of this number", title="true or false")]
 
 

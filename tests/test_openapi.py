@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from support import NUMBER, WsgiClient, documented, undocumented
-from test_keys import public
+from test_proofs import public
 
 import gateway
 

@@ -124,7 +124,7 @@ def test_no_changing_state_in_the_module() -> None:
         ("jwt", {9}),
         ("phonenumbers", {4}),
         ("pycurl", {12}),
-        ("msgspec", {3, 12}),  # what is declared, and an entry with its defaults
+        ("msgspec", {3, 12, 13, 14}),  # what is declared: settings, entries, bodies; /openapi.json
         ("structs", {3, 12, 15}),
         ("print", {12, 15}),  # the outbox, and commands
         ("subprocess", {15}),
