@@ -29,7 +29,7 @@ test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py
 	$(BIN)/python -m pytest $(ARGS)
 
 check: lint  ## before each commit, in a minute: lint, and the tests that are not slow
-	$(BIN)/python -m pytest -q -o addopts= -p no:nbval -p no:valkey -n auto -m "not slow" tests $(ARGS)
+	$(BIN)/python -m pytest -q -o addopts= -p no:nbval -p no:valkey -p no:schemathesis -n auto -m "not slow" tests $(ARGS)
 
 lint: .venv/done  ## check formatting, style and types
 	$(BIN)/ruff format --check

@@ -139,7 +139,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa, uti
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from msgspec import Meta, Struct, structs
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
 from redis.crc import key_slot
@@ -283,7 +283,10 @@ class InvalidToken(ValueError):
 
 
 class GatewayError(Exception):
-    """Something unforeseen happened; it has been logged."""
+    """Something unforeseen happened; it has been logged.
+
+    Client: repeat it later; if it happens again, tell the operator when it did.
+    """
 
     # Also the base of all errors that a client is told; a subclass sets its status and errno.
 
@@ -308,13 +311,18 @@ class GatewayError(Exception):
 
 
 class NotVerified(GatewayError, status=400, errno=Errno.NOT_VERIFIED):
-    """The session's MSISDN is not verified yet: ask for a code and return it first."""
+    """The session's MSISDN is not verified yet: ask for a code and return it first.
+
+    Client: send /sms/verify, ask the user for the code, send it to /sms/verify_code.
+    """
 
 
 class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
     """The verification code is not the one that was sent last. It counts as a try.
 
     The code that was sent just before counts as none; the message says that a newer one was sent.
+
+    Client: ask the user again; if next.triesLeft is 0, first send /sms/resend_code.
     """
 
 
@@ -323,55 +331,95 @@ class Superseded(WrongCode, status=400, errno=Errno.WRONG_CODE):
 
 
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
-    """The body is not valid JSON, or not a JSON object."""
+    """The body is not valid JSON, or not a JSON object.
+
+    Client: send a JSON object in UTF-8, each name once; this is a bug of the client's.
+    """
 
 
 class UnsupportedMediaType(GatewayError, status=415, errno=Errno.BAD_JSON):
-    """The body is in a media type that this endpoint does not take."""
+    """The body is in a media type that this endpoint does not take.
+
+    Client: send Content-Type: application/json.
+    """
 
 
 class InvalidParameter(GatewayError, status=400, errno=Errno.INVALID_PARAMETER):
-    """A parameter has an invalid value: the message names it and what is allowed."""
+    """A parameter has an invalid value: the message names it and what is allowed.
+
+    Client: show the message if the user typed the value; else mend the client.
+    """
 
 
 class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS):
-    """Required parameters are missing: the message lists all that are."""
+    """Required parameters are missing: the message lists all that are.
+
+    Client: add them; this is a bug of the client's.
+    """
 
 
 class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
-    """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce."""
+    """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
+
+    Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
+    fails it is a bug of the client's.
+    """
 
 
 class UnknownSession(GatewayError, status=401, errno=Errno.UNKNOWN_SESSION):
-    """No Hawk header, or a session that is unknown, expired or unregistered."""
+    """No Hawk header, or a session that is unknown, expired or unregistered.
+
+    Client: forget the session token, and /register anew.
+    """
 
 
 class Expired(GatewayError, status=410, errno=Errno.EXPIRED):
-    """The code's time or tries are used up, or there is nothing to verify."""
+    """The code's time or tries are used up, or there is nothing to verify.
+
+    Client: send /sms/resend_code, or /sms/verify if nothing was asked for yet.
+    """
 
 
 class LengthRequired(GatewayError, status=411, errno=Errno.LENGTH_REQUIRED):
-    """A request with a body needs a Content-Length."""
+    """A request with a body needs a Content-Length.
+
+    Client: send a Content-Length, and no chunks.
+    """
 
 
 class TooLarge(GatewayError, status=413, errno=Errno.TOO_LARGE):
-    """The body is larger than the setting request_max_bytes."""
+    """The body is larger than the setting request_max_bytes.
+
+    Client: send less: no request needs so much.
+    """
 
 
 class TooManyCodes(GatewayError, status=429, errno=Errno.TOO_MANY_CODES):
-    """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session)."""
+    """The session asks for messages too soon (resend_gaps_s) or too often (sends_per_session).
+
+    Client: offer the next message when retryAfter seconds are over.
+    """
 
 
 class TooManyToNumber(GatewayError, status=429, errno=Errno.TOO_MANY_TO_NUMBER):
-    """This number was sent as many messages as it may get, by anybody or from this address."""
+    """This number was sent as many messages as it may get, by anybody or from this address.
+
+    Client: wait for retryAfter seconds, or take another number.
+    """
 
 
 class TooManyMessages(GatewayError, status=429, errno=Errno.TOO_MANY_MESSAGES):
-    """Too many messages to this prefix or country, or by the whole gateway (messages, money)."""
+    """Too many messages to this prefix or country, or by the whole gateway (messages, money).
+
+    Client: wait for retryAfter seconds; nothing that the client does shortens that.
+    """
 
 
 class TooManyFromAddress(GatewayError, status=429, errno=Errno.TOO_MANY_FROM_ADDRESS):
-    """This client address asks for too many messages that nobody verifies, or for sessions."""
+    """This client address asks for too many messages that nobody verifies, or for sessions.
+
+    Client: wait for retryAfter seconds; return codes that were sent, as that pays back.
+    """
 
 
 class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
@@ -379,6 +427,8 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
 
     The step may or may not have happened. Every step is safe to repeat; after a 503 on
     /sms/verify_code try /certificate/sign first.
+
+    Client: wait for retryAfter seconds, then repeat the step, signed anew.
     """
 
     def __init__(self, message: str, retry_after_s: int = RETRY_AFTER_S) -> None:
@@ -386,7 +436,17 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
 
 
 class Forbidden(GatewayError, status=403, errno=None):
-    """A webhook call without the right secret or signature."""
+    """A webhook call without the right secret or signature.
+
+    Client: a provider's business: name the secret in its URL or switch on its signatures.
+    """
+
+
+class NotFound(GatewayError, status=404, errno=None):
+    """Nothing is there for this caller.
+
+    Client: nothing; it is for the operator alone.
+    """
 
 
 def error_classes() -> list[type[GatewayError]]:
@@ -4784,6 +4844,163 @@ class Session:
     origin: str = ""
 
 
+# -- What requests and answers hold. ROUTES names these declarations; /openapi.json is made of them.
+# Bodies may have further fields, which nobody reads. What is folded, or counts as absent if it is
+# odd, has no bounds here. Answers are declared to be described: the steps give plain values.
+
+_Phone = Annotated[str, _about("with its country code", examples=["+44 7700 900123"])]
+_3_DIGITS: Final = Meta(pattern=r"^[0-9]{3}$(?!\n)")
+_Mcc = Annotated[str, _3_DIGITS] | Annotated[int, Meta(ge=100, le=999)]
+_Kind = Annotated[Any, _about("true: a PIN; false: a long code; else what is usual here")]
+_Typed = Annotated[str, _HIDDEN, _about("the digits or hex digits of the message, in any script")]
+_OBJECT: Final = {"type": ["object", "string"]}
+_Key = Annotated[Any, _about("a BrowserID key or a JWK, or its text", extra_json_schema=_OBJECT)]
+_Whole = Annotated[int, Meta(ge=1)] | Annotated[str, Meta(pattern=r"^0*[1-9][0-9]*$(?!\n)")]
+_Duration = Annotated[_Whole, _about("how long it lives", title="whole seconds, at least 1")]
+_JWT: Final = '"jwt"; without it the key tells the form'
+_Form = Annotated[str, _about("of the proof", title=_JWT, pattern=r"^jwt$(?!\n)")]
+_NoForm = Annotated[str, _about('none; with "jwt" see JwtBody', title=_JWT, max_length=0)]
+_Everywhere = Annotated[bool, _about("end all proofs of this number", title="true or false")]
+
+
+class RegisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The network that a phone is in, and its number; all as far as the client knows."""
+
+    mcc: Annotated[Any, _about("mobile country code; absent unless three digits")] = None
+    mnc: Annotated[Any, _about("mobile network code; absent unless two or three digits")] = None
+    roaming: Annotated[Any, _about("whether it is abroad; not used")] = None
+    msisdn: _Phone = ""
+
+
+class NumberBody(RegisterBody, frozen=True, kw_only=True):
+    """A number, and the network."""
+
+    msisdn: _Phone
+
+
+class NetworkBody(RegisterBody, frozen=True, kw_only=True):
+    """A network without a number."""
+
+    mcc: Annotated[_Mcc, _about("mobile country code", title='three digits, like "234"')]
+
+
+class SendBody(NumberBody, frozen=True, kw_only=True):
+    """The number that a code is sent to."""
+
+    short_verification_code: _Kind = None
+
+
+class ResendBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The kind of code that is sent this time."""
+
+    short_verification_code: _Kind = None
+
+
+class ProofBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """What every request for a proof may have."""
+
+    public_key: _Key = UNSET
+    duration: _Duration | UnsetType = UNSET
+    format: _NoForm = ""
+
+
+class SignBody(ProofBody, frozen=True, kw_only=True):
+    """The key that a certificate or an SD-JWT is for."""
+
+    public_key: _Key
+
+
+class JwtBody(ProofBody, frozen=True, kw_only=True):
+    """The site that a JWT is for. It needs no key."""
+
+    format: _Form
+    audience: Annotated[str, _about("the site's origin, https://shop.example", title="a string")]
+    nonce: Annotated[str, _about("what the site gave to the client", title="a string")] = ""
+
+
+class CodeBody(ProofBody, frozen=True, kw_only=True):
+    """The code that came back; with a key the answer holds a proof, too."""
+
+    code: _Typed
+
+
+class CodeJwtBody(JwtBody, frozen=True, kw_only=True):
+    """The code that came back, and the site that a JWT is for."""
+
+    code: _Typed
+
+
+class UnregisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
+    """Who is unregistered."""
+
+    everywhere: _Everywhere = False
+
+
+class NextStep(Struct, rename="camel"):
+    """What the session may do next: counts, and seconds from now."""
+
+    resend_in: int
+    sends_left: int
+    tries_left: int
+    expires_in: int
+    verified: bool
+
+
+class Ways(Struct, rename="camel"):
+    """How a number can be verified, the preferred way first, and what each needs."""
+
+    verification_methods: list[str]
+    verification_details: dict[str, dict[str, str]]
+
+
+class Opened(Struct, rename="camel"):
+    """A session; with how its number can be verified, if the body had an mcc."""
+
+    msisdn_session_token: Annotated[str, _about("32 random bytes, in hex: secret")]
+    verification_url: str
+    verification_methods: list[str] | UnsetType = UNSET
+    verification_details: dict[str, dict[str, str]] | UnsetType = UNSET
+
+
+class Asked(Struct, rename="camel"):
+    """A message is on its way."""
+
+    mt_sender: Annotated[str, _about("what it is sent from")]
+    next: NextStep
+
+
+class Verified(Struct):
+    """The number is verified; with a proof, if one was asked for."""
+
+    msisdn: str
+    cert: str | UnsetType = UNSET
+
+
+class Signed(Struct):
+    """A proof."""
+
+    cert: Annotated[str, _about("a BrowserID certificate, an SD-JWT, or a JWT")]
+
+
+class State(Struct):
+    """Where a session stands."""
+
+    next: NextStep
+    msisdn: Annotated[str | UnsetType, _about("once it is verified")] = UNSET
+
+
+class Problem(Struct, rename="camel"):
+    """Every error."""
+
+    code: Annotated[int, _about("the HTTP status")]
+    error: Annotated[str, _about("its standard phrase")]
+    message: Annotated[str, _about("for a human: what was wrong, what is allowed")]
+    errno: int | UnsetType = UNSET
+    info: Annotated[str | UnsetType, _about("where this errno is explained")] = UNSET
+    retry_after: Annotated[int | UnsetType, _about("seconds, on 429 and 503")] = UNSET
+    next: NextStep | UnsetType = UNSET
+
+
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
 
 
@@ -5182,9 +5399,8 @@ class Gateway:
         # VALIDATE
         msisdn, _ = self._msisdn(params)
         if not msisdn:
-            require(params, "mcc")
-            if not parse_network(params["mcc"], None).mcc:
-                raise InvalidParameter('mcc must be three digits, like "234"')
+            require(params, NetworkBody)
+            check(params, NetworkBody)
         # ANSWER
         return self._ways(params, msisdn)
 
@@ -5207,7 +5423,7 @@ class Gateway:
             language: The Accept-Language header.
         """
         # VALIDATE
-        require(params, "msisdn")
+        require(params, SendBody)
         msisdn, region = self._msisdn(params)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
@@ -5305,7 +5521,7 @@ class Gateway:
         """Check the code that came back; sign a proof too, if one is asked for."""
         # VALIDATE: cheap checks first; all of the body, so that a bad key never uses up a code (but
         # not whether its numbers are prime, and so on: that may take 30 ms)
-        require(params, "code", *["audience"] * (params.get("format") == "jwt"))
+        require(params, CodeJwtBody if params.get("format") == "jwt" else CodeBody)
         code, settings = fold(params["code"]), self.settings
         lengths = (settings.short_code_digits, 2 * settings.long_code_bytes)
         if not re.fullmatch(f"[0-9]{{{lengths[0]}}}|[0-9a-f]{{{lengths[1]}}}", code):
@@ -5345,7 +5561,7 @@ class Gateway:
             return user, None
 
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
-        require(params, "audience" if params.get("format") == "jwt" else "publicKey")
+        require(params, JwtBody if params.get("format") == "jwt" else SignBody)
         decide(session.user)
         self._expect_not_ended(session)
         asked = self._proof_asked(params)
@@ -5360,9 +5576,8 @@ class Gateway:
         With ``everywhere`` all sessions end that have verified the same number until now.
         """
         # VALIDATE
-        everywhere = params.get("everywhere", False)
-        if not isinstance(everywhere, bool):
-            raise InvalidParameter("everywhere must be true or false")
+        check(params, UnregisterBody)
+        everywhere = params.get("everywhere")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
         # RECORD: what ends the others first, so that after a 503 the client can ask again; before
         # it the nonce, because a replayed request must end nothing
@@ -5594,8 +5809,8 @@ class Gateway:
 
     def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
-        if (form := params.get("format")) not in (None, "jwt"):
-            raise InvalidParameter('format must be "jwt"; without it the key tells the form')
+        form = params.get("format")
+        check(params, JwtBody if form == "jwt" else ProofBody)
         audience, nonce = _audience(params) if form else ("", "")
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
@@ -5631,21 +5846,15 @@ class Gateway:
 
 def _audience(params: Json) -> tuple[str, str]:
     """The origin of the site that a JWT is for, and its nonce."""
-    named, nonce = params["audience"], params.get("nonce", "")
-    audience = origin_of(named) if isinstance(named, str) else ""
-    if not audience:
-        raise InvalidParameter("audience must be an origin, like https://shop.example")
-    if not isinstance(nonce, str):
-        raise InvalidParameter("nonce must be a string")
-    return audience, nonce
+    if audience := origin_of(params["audience"]):
+        return audience, params.get("nonce", "")
+    raise InvalidParameter("audience must be an origin, like https://shop.example")
 
 
 def _duration_s(params: Json) -> int | None:
     value = params.get("duration")
-    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-        value = int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
-    if value is not None and (type(value) is not int or value < 1):
-        raise InvalidParameter("duration must be whole seconds, at least 1")
+    if isinstance(value, str):
+        return int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
     return value
 
 
@@ -5661,14 +5870,29 @@ def _not_sent(error: SmsFailed) -> GatewayError:
     return Unavailable("no SMS provider took the message; try again", wait_s or RETRY_AFTER_S)
 
 
-def require(params: Json, *names: str) -> None:
-    """Check that parameters are there.
+def require(params: Json, declaration: type[Struct]) -> None:
+    """Check that the parameters that a declaration requires are there.
 
     Raises:
         MissingParameters: Its message lists all that are not.
     """
-    if missing := [name for name in names if name not in params]:
+    needed = [field.encode_name for field in _fields(declaration) if field.required]
+    if missing := [name for name in needed if name not in params]:
         raise MissingParameters(f"missing: {', '.join(missing)}")
+
+
+def check(params: Json, declaration: type[Struct]) -> None:
+    """Check parameters, of which none is missing, by their declaration.
+
+    Raises:
+        InvalidParameter: It names the first whose value is not allowed, and what is.
+    """
+    fields = declared(declaration)
+    try:  # without the others, whose names msgspec would encode: JSON can name a lone surrogate
+        msgspec.convert({n: v for n, v in params.items() if n in fields}, declaration)
+    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
+        name = str(error).rpartition("`$.")[2].strip("`")
+        raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
 
 
 def _choice(params: Json, default: bool) -> bool:
@@ -5682,43 +5906,67 @@ def _choice(params: Json, default: bool) -> bool:
 
 
 class Route(NamedTuple):
-    """One line of the API's table of contents."""
+    """One line of the API's table of contents.
+
+    Attributes:
+        hawk: Requests must be signed.
+        body: The declarations of a JSON body; one of them fits.
+        answer: What the answer holds in JSON; ``str``: a page, ``None``: nothing (204), ``Any``:
+            what suits the provider.
+        errors: Those that it can give beside those that ``route_errors`` knows by itself.
+        query: Names of parameters in the URL.
+        statuses: Of answers that are no error.
+    """
 
     methods: str
     path: str
     handler: str
     hawk: bool = False
+    body: tuple[type[Struct], ...] = ()
+    answer: Any = Any
+    errors: tuple[type[GatewayError], ...] = ()
+    query: str = ""
+    statuses: tuple[int, ...] = (200,)
 
 
+_SENDING: Final = (TooManyCodes, TooManyToNumber, TooManyMessages, TooManyFromAddress)
+_RESENDING: Final = (Expired, *_SENDING)
+_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
+_CODE: Final = (CodeBody, CodeJwtBody)
+_JUDGED: Final = (WrongCode, Expired)
+_OURS: Final = "provider secret"
+_SIGN: Final = (SignBody, JwtBody)
+_Texts = dict[str, str]
 ROUTES: Final = (
-    Route("GET", "/", "home"),
-    Route("POST", "/discover", "discover"),
-    Route("POST", "/register", "register"),
-    Route("POST", "/sms/mt/verify", "sms_mt_verify", hawk=True),
-    Route("POST", "/sms/verify", "sms_verify", hawk=True),
-    Route("POST", "/sms/resend_code", "sms_resend_code", hawk=True),
-    Route("GET POST", "/sms/momt", "sms_momt"),
-    Route("GET POST", "/sms/momt/", "sms_momt"),
-    Route("GET POST", "/sms/momt/<secret>", "sms_momt"),
-    Route("GET POST", "/sms/receipt", "sms_receipt"),
-    Route("GET POST", "/sms/receipt/", "sms_receipt"),
-    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt"),
-    Route("POST", "/sms/verify_code", "sms_verify_code", hawk=True),
-    Route("GET", "/session", "session_state", hawk=True),
-    Route("POST", "/certificate/sign", "certificate_sign", hawk=True),
-    Route("POST", "/unregister", "unregister", hawk=True),
-    Route("GET", "/__heartbeat__", "heartbeat"),
-    Route("GET", "/__lbheartbeat__", "lbheartbeat"),
-    Route("GET", "/__version__", "version"),
-    Route("GET", "/.well-known/browserid", "browserid"),
-    Route("GET", "/.well-known/browserid/warning.html", "warning"),
-    Route("GET", "/.well-known/jwks.json", "jwks"),
-    Route("GET", "/.well-known/jwt-vc-issuer", "jwt_vc_issuer"),
-    Route("GET", "/vct/phone/1", "vct"),
-    Route("GET", "/api-specs", "api_specs"),
-    Route("GET", "/errors", "errors"),
-    Route("GET", "/outbox", "outbox"),
-    Route("GET", "/metrics", "metrics"),
+    Route("GET", "/", "home", answer=_Texts),
+    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), Ways),
+    Route("POST", "/register", "register", False, (RegisterBody,), Opened, (TooManyFromAddress,)),
+    Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
+    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), Asked, _SENDING),
+    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), Asked, _RESENDING),
+    Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
+    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, Verified, _JUDGED),
+    Route("GET", "/session", "session_state", hawk=True, answer=State),
+    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, Signed, (NotVerified,)),
+    Route("POST", "/unregister", "unregister", True, (UnregisterBody,), None, (NotVerified,)),
+    Route("GET", "/__heartbeat__", "heartbeat", answer=dict[str, bool], statuses=(200, 503)),
+    Route("GET", "/__lbheartbeat__", "lbheartbeat", answer=_Texts),
+    Route("GET", "/__version__", "version", answer=_Texts),
+    Route("GET", "/.well-known/browserid", "browserid", answer=Json),
+    Route("GET", "/.well-known/browserid/warning.html", "warning", answer=str),
+    Route("GET", "/.well-known/jwks.json", "jwks", answer=dict[str, list[_Texts]]),
+    Route("GET", "/.well-known/jwt-vc-issuer", "jwt_vc_issuer", answer=_Texts),
+    Route("GET", "/vct/phone/1", "vct", answer=_Texts),
+    Route("GET", "/api-specs", "api_specs", answer=Json),
+    Route("GET", "/openapi.json", "openapi", answer=Json),
+    Route("GET", "/errors", "errors", answer=str),
+    Route("GET", "/outbox", "outbox", False, (), list[Json], (NotFound,), "to token"),
+    Route("GET", "/metrics", "metrics", answer=str, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -5735,6 +5983,80 @@ UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been log
 def versioned(path: str) -> str:
     """The other spelling of a path: ``/v1/msisdn/register``, ``/v1/certificate/sign``."""
     return "/v1" + path if path.startswith("/certificate/") else "/v1/msisdn" + path
+
+
+def route_errors(route: Route, method: str) -> list[type[GatewayError]]:
+    """Every error that a route can give, in the order of ``error_classes``."""
+    possible: set[type[GatewayError]] = {GatewayError, *route.errors}
+    if route.hawk:
+        possible |= {BadSignature, UnknownSession, Unavailable}
+    if route.hawk or method == "POST":  # these read a body
+        possible |= {BadJson, LengthRequired, TooLarge, Unavailable}
+    if route.body:
+        possible |= {UnsupportedMediaType, InvalidParameter}
+    if any(field.required for body in route.body for field in _fields(body)):
+        possible.add(MissingParameters)
+    return [error for error in (Forbidden, NotFound, *error_classes()) if error in possible]
+
+
+def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[Any, Json]) -> Json:
+    responses: Json = {}
+    for status in sorted({error.status for error in errors}):
+        numbers = [error.errno for error in errors if error.status == status and error.errno]
+        names = ", ".join(error.__name__ for error in errors if error.status == status)
+        schema = schemas[Problem] | {"properties": {"errno": {"enum": numbers}}}
+        content = {"application/json": {"schema": schema if numbers else schemas[Problem]}}
+        responses[str(status)] = {"description": names, "content": content}
+    kind = {str: "text/html", Any: "*/*"}.get(route.answer, "application/json")
+    content = {kind: {"schema": schemas[route.answer]}} if route.answer else {}
+    for status in route.statuses if route.answer else (204,):
+        responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
+    return responses
+
+
+def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
+    errors, text = route_errors(route, method), {"schema": {"type": "string"}}
+    parameters: list[Json] = [{"name": n, "in": "query", **text} for n in route.query.split()]
+    if "<secret>" in route.path:
+        parameters.append({"name": "secret", "in": "path", "required": True, **text})
+    operation: Json = {
+        "operationId": re.sub(r"\W+", "_", f"{method} {route.path}").lower(),
+        "summary": getattr(GatewayApp, route.handler).__doc__.split("\n")[0].partition(" : ")[2],
+        "parameters": parameters,
+        "security": [{"hawk": []}] * route.hawk,
+        "responses": _responses(route, errors, schemas),
+    }
+    if method == "POST":
+        kind = "application/json" if route.body else "*/*"
+        schema = {"anyOf": [schemas[body] for body in route.body]} if route.body else {}
+        body = {"required": MissingParameters in errors, "content": {kind: {"schema": schema}}}
+        operation["requestBody"] = body
+    return operation
+
+
+@lru_cache
+def openapi_document(base_url: str, version: str = "hidden") -> Json:
+    """The API as OpenAPI 3.1 describes it: what ``ROUTES``, declarations and errors say."""
+    types = [*{Problem, *(t for route in ROUTES for t in (*route.body, route.answer))}]
+    options: Any = {"ref_template": "#/components/schemas/{name}"}
+    references, components = msgspec.json.schema_components(types, **options)
+    schemas, paths = dict(zip(types, references, strict=True)), Json()
+    for route in ROUTES:
+        prefixes = ("", versioned(route.path).removesuffix(route.path))
+        paths[route.path.replace("<secret>", "{secret}")] = {
+            "servers": [{"url": base_url + prefix} for prefix in prefixes],
+            **{m.lower(): _operation(route, m, schemas) for m in route.methods.split()},
+        }
+    about = " ".join((GatewayApp.openapi.__doc__ or "").split("\n\n", 1)[1].split())
+    return {
+        "openapi": "3.1.1",
+        "info": {"title": "MSISDN Gateway", "version": version, "description": about},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"hawk": {"type": "http", "scheme": "hawk"}},
+        },
+    }
 
 
 class Answer(NamedTuple):
@@ -6293,6 +6615,18 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
         return {"service": {**service, "resources": resources}}
 
+    def openapi(self) -> Json:
+        """GET /openapi.json : every route, as an OpenAPI document.
+
+        Each route has two spellings: below each of its two servers. In a body, null and an empty
+        text count as missing; nobody reads further fields. Every answer has a Timestamp: our
+        clock, in seconds since the epoch. Each 429 and 503 has a Retry-After, in seconds. The
+        security scheme is Hawk with sha256. id and key are derived from a session token by HKDF;
+        the key is 64 characters of ASCII. If the MAC was right, the answer is signed as well, in
+        Server-Authorization. GET /errors explains each errno.
+        """
+        return openapi_document(self.settings.base_url, **self.version())
+
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
         rows = ""
@@ -6313,14 +6647,14 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             with contextlib.suppress(InvalidParameter):
                 query = _query_fields(bottle.request.query_string)
         if outbox is None or not _same(self.token, query.get("token", "")):
-            raise bottle.HTTPError(404, "Not found: '/outbox'")
+            raise NotFound("Not found: '/outbox'")
         messages = outbox.messages(query.get("to", "").lstrip("+ "))
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
     def metrics(self) -> Answer:
         """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
         if not _same(f"Bearer {self.token}", self.header("AUTHORIZATION")):
-            raise bottle.HTTPError(404, "Not found: '/metrics'")
+            raise NotFound("Not found: '/metrics'")
         self.gateway.counts.flush(self.gateway.storage)
         page = exposition(samples_of(self.gateway))
         return Answer(200, page, "text/plain; version=0.0.4; charset=utf-8")

@@ -182,13 +182,101 @@ def endpoints() -> str:
     return table("endpoint", "what it does", "signed", "prefix", rows=rows())
 
 
+def fields() -> str:
+    """Of each endpoint: the fields of its body and of its answer, and every errno."""
+    document = gateway.openapi_document("https://id.example")
+    schemas, parts = document["components"]["schemas"], []
+    for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
+        route = next(routes)
+        method = route.methods.split()[-1]
+        says = document["paths"][route.path][method.lower()]
+        title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
+        about = says["summary"][:1].upper() + says["summary"][1:]
+        signed = " Signed with Hawk." * route.hawk
+        parts += [title, anchored(handler, summary(about) + signed)]
+        if route.query:
+            names = ", ".join(code(name) for name in route.query.split())
+            parts.append(f"**In the URL**: {names}.")
+        for body in route.body:
+            schema = schemas[body.__name__]
+            other = "**Body**" if body is route.body[0] else "**Or**"
+            parts += [f"{other} {code(body.__name__)}: {plain(schema['description'])}"]
+            parts.append(table(*FIELD_COLUMNS, rows=body_rows(schema)))
+        name = getattr(route.answer, "__name__", "")
+        if name in schemas:
+            parts += [f"**Answer** {code(name)}: {plain(schemas[name]['description'])}"]
+            parts.append(table("field", "type", "always", "what", rows=answer_rows(schemas[name])))
+        else:
+            parts.append(f"**Answer**: {ANSWERS.get(route.answer, 'a JSON object')}.")
+        rows = error_rows(gateway.route_errors(route, method))
+        parts.append(table("status/errno", "what a client does", rows=rows))
+    return "\n\n".join(parts)
+
+
+FIELD_COLUMNS = ("field", "type", "required", "default", "allowed", "what")
+ANSWERS: dict[Any, str] = {
+    None: "204, without a body", str: "a page for people", Any: "200; what suits the provider",
+}  # fmt: skip
+
+
+def kind_of(field: Any) -> str:
+    """The JSON types of a field, in words."""
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(map(kind_of, field["anyOf"])))
+    kinds = field.get("type", "object" if "$ref" in field else "any")
+    return " or ".join([kinds] if isinstance(kinds, str) else kinds)
+
+
+def body_rows(schema: Any) -> Iterator[tuple[str, ...]]:
+    """The fields of a body, those that are required first."""
+    required = schema["required"]
+    for name, field in sorted(
+        schema["properties"].items(), key=lambda item: item[0] not in required
+    ):
+        bounded = field.keys() & {"title", "minimum", "pattern"}
+        default = field.get("default")
+        yield (
+            code(name),
+            kind_of(field),
+            "yes" if name in required else "",
+            code(json.dumps(default)) if default not in (None, "") else "",
+            plain(gateway.allowed(field)) if bounded else "",
+            plain(field["description"]) + " (secret)" * field.get("writeOnly", False),
+        )
+
+
+def answer_rows(schema: Any) -> Iterator[tuple[str, ...]]:
+    """The fields of an answer."""
+    for name, field in schema["properties"].items():
+        always = "yes" if name in schema["required"] else ""
+        yield code(name), kind_of(field), always, plain(field.get("description", ""))
+
+
+def error_rows(errors: list[type[gateway.GatewayError]]) -> Iterator[tuple[str, ...]]:
+    """What a client does about each of some errors; it leads to the page of errors."""
+    for error in errors:
+        number = f"{error.status}/{error.errno}" if error.errno else str(error.status)
+        link = f'<a href="errors.html#{error.__name__}">{number}</a>' if error.errno else number
+        yield link, todo(error)
+
+
+def todo(error: type[gateway.GatewayError]) -> str:
+    """What a client does about an error: the last paragraph of its docstring."""
+    return whole((error.__doc__ or "").rpartition("Client: ")[2])
+
+
 def errors() -> str:
     """Every status and errno with its sentence."""
     rows = (
-        (anchored(e.__name__, f"{e.status}/{e.errno}"), code(e.__name__), whole(e.__doc__))
+        (
+            anchored(e.__name__, f"{e.status}/{e.errno}"),
+            code(e.__name__),
+            whole((e.__doc__ or "").partition("Client: ")[0]),
+            todo(e),
+        )
         for e in gateway.error_classes()
     )
-    return table("status/errno", "in gateway.py", "what it says", rows=rows)
+    return table("status/errno", "in gateway.py", "what it says", "what a client does", rows=rows)
 
 
 def all_settings() -> str:
@@ -320,9 +408,10 @@ def keys_readme() -> str:
 
 
 MADE: dict[str, Callable[[], str]] = {
-    "endpoints": endpoints, "errors": errors, "settings": all_settings, "lessons": lesson_list,
-    "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source, "names": names,
-    "keys/README.md": keys_readme, "relying_party.py": partial(relying_party, "python", "py"),
+    "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
+    "lessons": lesson_list, "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source,
+    "names": names, "keys/README.md": keys_readme,
+    "relying_party.py": partial(relying_party, "python", "py"),
     "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -113,6 +115,38 @@ class Answer(NamedTuple):
         return int(body["errno"])
 
 
+@cache
+def documented() -> Any:
+    """``/openapi.json`` as every default gateway shows it."""
+    return json.loads(
+        json.dumps(gateway.openapi_document("http://127.0.0.1:5000", gateway.__version__))
+    )
+
+
+@cache
+def _operation(method: str, path: str) -> Any:
+    bare = re.sub("^/v1(/msisdn)?(?=/)", "", path)
+    for pattern, item in documented()["paths"].items():
+        if re.fullmatch(re.sub("{.+}", "[^/]+", pattern.replace(".", r"\.")), bare):
+            return item.get(method.lower())
+    return None
+
+
+def undocumented(method: str, path: str, answer: Answer) -> str:
+    """What of an answer ``/openapi.json`` does not name: its status, or its errno; else ""."""
+    if not (operation := _operation(method, path)) or answer.status in (404, 405):
+        return ""  # no such route
+    if not (response := operation["responses"].get(str(answer.status))):
+        return f"{method} {path} answers {answer.status}, which /openapi.json does not name"
+    if answer.status >= 400 and answer.headers.get("content-type") == "application/json":
+        schema = response["content"]["application/json"]["schema"]
+        errnos = schema.get("properties", {}).get("errno", {"enum": [None]})["enum"]
+        errno = json.loads(answer.data).get("errno")
+        if errno not in errnos:
+            return f"{method} {path}: errno {errno} is none of {errnos}"
+    return ""
+
+
 class WsgiClient:
     """Calls an application in this process, every time under ``wsgiref.validate``.
 
@@ -170,7 +204,9 @@ class WsgiClient:
         finally:
             result.close()
         assert seen[1]["timestamp"].isdecimal()
-        return Answer(seen[0], seen[1], data)
+        answer = Answer(seen[0], seen[1], data)
+        assert undocumented(method, base, answer) == ""
+        return answer
 
     def call(
         self,

@@ -359,7 +359,8 @@ def test_the_last_message_of_an_hour_and_providers_that_fail_over(
         assert levels(one) == dict.fromkeys("anpqdfh", 1.0)
         code = (stand_in if asked else first).texts()[NUMBER][-1].split()[-1]
         assert one.call("/sms/verify_code", {"code": code}).status == 200
-        named(one.another().at(THERE).ask(), 116, "sends_per_hour")
+        another: Any = one.another()
+        named(another.at(THERE).ask(), 116, "sends_per_hour")
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
