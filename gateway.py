@@ -4385,6 +4385,9 @@ class Pace:
     again. So we find its limit, and ask only a little more often than it allows. Workers that share
     the limit come to like parts of it, because each grows by as much.
 
+    "Slower" for one number alone holds up that number's message and no other: it may be due to
+    this number, and anybody can name such a one.
+
     No thread holds the lock, or anything of the store, while it waits.
     """
 
@@ -4395,13 +4398,15 @@ class Pace:
         self._rate, self._pause_s = _PACE_MIN, 0.0  # when it last said "slower"
         self._from_s = -math.inf  # the end of that pause
         self._next_s = self._promised_s = 0.0
+        self._slow_for = ""  # the first number that it said "slower" for
 
-    def send(self, send: Callable[[float], T], end_s: float) -> T:
+    def send(self, send: Callable[[float], T], end_s: float, to: Msisdn) -> T:
         """Call ``send`` when it is this message's turn, again as often as it is throttled.
 
         Args:
             send: Takes the time when it begins, of ``time.monotonic``.
             end_s: The latest such time.
+            to: The message's number.
 
         Raises:
             SmsThrottled: No turn before ``end_s``; ``retry_after_s`` says when it is worth it.
@@ -4416,9 +4421,14 @@ class Pace:
                 result = send(time.monotonic())
                 with self._lock:
                     self._taken.append(time.monotonic())
+                    self._slow_for = "" if self._slow_for == to else self._slow_for
                 return result
             except SmsThrottled as error:
-                self._slow_down(error.retry_after_s)
+                if not self._slow_down(error.retry_after_s, to):
+                    pause_s = max(error.retry_after_s, 1 / _PACE_MIN)
+                    if time.monotonic() + pause_s > end_s:
+                        raise
+                    time.sleep(pause_s)
 
     def _turn(self, came_s: float, end_s: float) -> float:
         """The seconds until a message's turn. If that is now, 0, and it has left the line."""
@@ -4439,12 +4449,17 @@ class Pace:
                 self._next_s = next_s + gap_s
             return max(0.0, at_s - now_s)
 
-    def _slow_down(self, retry_after_s: float) -> None:
+    def _slow_down(self, retry_after_s: float, to: Msisdn) -> bool:
+        """Slow all messages down; not (False), if only one number was told "slower" so far."""
         with self._lock:
+            self._slow_for = self._slow_for or to
+            if self._slow_for == to:
+                return False
             now_s = time.monotonic()
             self._rate = max(_PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
             pause_s = min(retry_after_s, _PACE_PAUSE_MAX_S)
             self._from_s, self._pause_s = max(self._from_s, now_s + pause_s), min(pause_s, 1.0)
+            return True
 
 
 _PACE_MIN: Final = 2.0
@@ -4578,7 +4593,8 @@ class SmsSender:
         provider, to = self.providers[n], message[1]
         paid = payments.use() if payments and provider.paid else b""
         try:
-            return self._paces[n].send(partial(self._try, n, message, ends_s[1]), ends_s[0])
+            trying = partial(self._try, n, message, ends_s[1])
+            return self._paces[n].send(trying, ends_s[0], to)
         except SmsFailed as error:
             if not isinstance(error, SmsRefused | SmsThrottled):
                 self._note_failure(n, to)

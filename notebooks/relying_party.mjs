@@ -2,11 +2,12 @@
 // `keys` is createRemoteJWKSet(new URL(`${issuer}/.well-known/jwks.json`)), made once: it keeps what it
 // has fetched, and asks again when a proof names a key that it does not know. (jose looks whether an
 // iat lies in the future only where maxTokenAge is given.)
-// What is returned was the holder's number at `auth_time`, which may be a year ago, also if the proof is
-// of this minute. Numbers change hands: where the number opens something, refuse an old auth_time.
+// A proof of this minute may be about a number that was verified a year ago, and numbers change hands.
+// So `auth_time` is bounded, by VERIFIED_S: choose what you can bear.
 import { importJWK, jwtVerify } from 'jose'
 import { createHash } from 'node:crypto'
 
+const VERIFIED_S = 30 * 86400
 const ALGORITHMS = { EC: ['ES256'], OKP: ['EdDSA', 'Ed25519'], RSA: ['RS256'] }
 
 // The number of whoever shows `proof~binding` to us, now; throws if nothing is proved.
@@ -25,7 +26,7 @@ export async function numberOfSdJwt(shown, keys, issuer, audience, nonce) {
   const digest = createHash('sha256').update(`${proof}~`).digest('base64url')
   if (note.nonce !== nonce || note.sd_hash !== digest) throw new Error('another nonce, or proof')
   if (payload.vct !== `${issuer}/vct/phone/1`) throw new Error('a proof of something else')
-  return payload.phone_number
+  return numberLately(payload)
 }
 
 // The number that a bearer's JWT proves to us, once: `used` is a Set that keeps each jti till exp.
@@ -36,5 +37,10 @@ export async function numberOfJwt(token, keys, issuer, audience, nonce, used) {
   })
   if (payload.nonce !== nonce || used.has(payload.jti)) throw new Error('another nonce, or shown before')
   used.add(payload.jti)
-  return payload.phone_number
+  return numberLately(payload)
+}
+
+function numberLately({ auth_time: verified, phone_number: number }) {
+  if (!(verified >= Date.now() / 1000 - VERIFIED_S)) throw new Error('verified too long ago')
+  return number
 }

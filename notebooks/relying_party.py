@@ -3,9 +3,9 @@
 ``keys`` is ``jwt.PyJWKClient(f"{issuer}/.well-known/jwks.json")``, made once: it keeps what it has
 fetched for five minutes, and asks again when a proof names a key that it does not know.
 
-What is returned was the holder's number at ``auth_time``, which may be a year ago (the gateway's
-``verified_ttl_s``), also if the proof is of this minute. Numbers change hands: where the number
-opens something, return ``auth_time`` as well, and refuse one that is older than you can bear.
+A proof of this minute may be about a number that was verified a year ago (the gateway's
+``verified_ttl_s``), and numbers change hands. So ``auth_time`` is bounded by ``VERIFIED_S``: choose
+what you can bear.
 """
 
 import base64
@@ -14,6 +14,8 @@ import time
 
 import jwt
 
+VERIFIED_S = 30 * 86400
+"""How long ago the holder may have read an SMS at the number."""
 ALGORITHMS = {"EC": "ES256", "OKP": "EdDSA", "RSA": "RS256"}
 
 
@@ -22,7 +24,10 @@ def checked(token, typ, key, algorithm, names, **expected):
     if jwt.get_unverified_header(token).get("typ") != typ:
         raise ValueError(f"this is no {typ}")
     options = {"require": names, "enforce_minimum_key_length": True}
-    return jwt.decode(token, key, [algorithm], options=options, leeway=60, **expected)
+    claims = jwt.decode(token, key, [algorithm], options=options, leeway=60, **expected)
+    if "auth_time" in names and claims["auth_time"] < time.time() - VERIFIED_S:
+        raise ValueError("the number was verified too long ago")
+    return claims
 
 
 def number_of_sd_jwt(shown, keys, issuer, audience, nonce):
@@ -30,7 +35,7 @@ def number_of_sd_jwt(shown, keys, issuer, audience, nonce):
     try:
         proof, binding = shown.split("~")  # exactly one ~
         key = keys.get_signing_key_from_jwt(proof)
-        names = ["iss", "exp", "iat", "cnf", "phone_number"]
+        names = ["iss", "exp", "iat", "cnf", "auth_time", "phone_number"]
         claims = checked(proof, "dc+sd-jwt", key, "ES256", names, issuer=issuer)
         key, kty = jwt.PyJWK(claims["cnf"]["jwk"]), claims["cnf"]["jwk"]["kty"]
         names = ["iat", "aud", "nonce", "sd_hash"]
@@ -49,7 +54,7 @@ def number_of_jwt(token, keys, issuer, audience, nonce, used):
     """The number that a JWT proves to us, once: ``used`` keeps each ``jti`` till its ``exp``."""
     try:
         key = keys.get_signing_key_from_jwt(token)
-        names = ["iss", "aud", "exp", "iat", "jti", "phone_number"]
+        names = ["iss", "aud", "exp", "iat", "jti", "auth_time", "phone_number"]
         claims = checked(token, "JWT", key, "ES256", names, issuer=issuer, audience=audience)
     except (jwt.PyJWTError, AttributeError, TypeError) as error:
         raise ValueError(f"not proved: {error}") from error

@@ -94,9 +94,9 @@ def test_one_that_wants_to_be_left_alone_for_long_is_not_waited_for(two: list[Pr
     one, another = two
     one.answer = slower(600)
     sender, begun_s = sender_of(one, another), time.monotonic()
-    for to in (TO, OTHER):
+    for to in (TO, OTHER, TO):
         assert sender.send("Gateway", to, "text").kind == "nexmo"
-    assert [len(p.received) for p in two] == [1, 2]
+    assert [len(p.received) for p in two] == [2, 3]
     assert time.monotonic() - begun_s < 3
 
 
@@ -149,7 +149,7 @@ def test_what_came_first_leaves_first() -> None:
                     raise gateway.SmsThrottled("slower", 1.0 if n == 0 else 0.0)
                 left.append(n)
 
-        pace.send(send, time.monotonic() + 60)
+        pace.send(send, time.monotonic() + 60, gateway.Msisdn(f"+44770090012{n}"))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(message, range(8)))
@@ -164,7 +164,25 @@ def test_without_a_word_there_is_no_pace() -> None:
     for _ in range(2):
         begun_s = time.monotonic()
         with ThreadPoolExecutor(100) as pool:
-            list(pool.map(lambda _: pace.send(done.append, time.monotonic() + 5), range(500)))
+            list(pool.map(lambda _: pace.send(done.append, time.monotonic() + 5, TO), range(500)))
         assert time.monotonic() - begun_s < 4
     assert len(done) == 1000
     assert pace._line == []
+
+
+def test_slower_for_one_number_holds_up_nobody_else(two: list[Provider]) -> None:
+    """Anybody can name a number that a provider says it for; others are sent meanwhile."""
+    one, _ = two
+
+    def answer(handler: Any) -> None:
+        (slower(60) if one.received[-1].form["to"] == TO.lstrip("+") else taken)(handler)
+
+    one.answer = answer
+    sender = sender_of(one)
+    for _ in range(3):
+        with pytest.raises(gateway.SmsThrottled) as caught:
+            sender.send("Gateway", TO, "text")
+        assert caught.value.retry_after_s == 60
+        begun_s = time.monotonic()
+        assert sender.send("Gateway", OTHER, "text").kind == "nexmo"
+        assert time.monotonic() - begun_s < 1
