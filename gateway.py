@@ -5296,7 +5296,7 @@ class Gateway:
         # VALIDATE
         if not (msisdn := self._msisdn(params)):
             require(params, NetworkBody)
-            check(params, NetworkBody)
+            check_body(params, NetworkBody)
         # ANSWER
         return self._ways(params, msisdn)
 
@@ -5465,7 +5465,7 @@ class Gateway:
         With ``everywhere`` all sessions end that have verified the same number until now.
         """
         # VALIDATE
-        check(params, UnregisterBody)
+        check_body(params, UnregisterBody)
         everywhere = params.get("everywhere")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
         # RECORD: what ends the others first, so that after a 503 the client can ask again
@@ -5698,7 +5698,7 @@ class Gateway:
     def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
         form = params.get("format")
-        check(params, JwtBody if form == "jwt" else ProofBody)
+        check_body(params, JwtBody if form == "jwt" else ProofBody)
         audience, nonce = _audience(params) if form else ("", "")
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
@@ -5769,7 +5769,7 @@ def require(params: Json, declaration: type[Struct]) -> None:
         raise MissingParameters(f"missing: {', '.join(missing)}")
 
 
-def check(params: Json, declaration: type[Struct]) -> None:
+def check_body(params: Json, declaration: type[Struct]) -> None:
     """Check parameters, of which none is missing, by their declaration.
 
     Raises:
