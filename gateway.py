@@ -325,7 +325,7 @@ class WrongCode(GatewayError, status=400, errno=Errno.WRONG_CODE):
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
     """The body is not valid JSON, or not a JSON object.
 
-    Client: send a JSON object in UTF-8, each name once; this is a bug of the client's.
+    Client: send a JSON object in UTF-8, each name once; this is a bug in the client.
     """
 
 
@@ -346,7 +346,7 @@ class InvalidParameter(GatewayError, status=400, errno=Errno.INVALID_PARAMETER):
 class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS):
     """Required parameters are missing: the message lists all that are.
 
-    Client: add them; this is a bug of the client's.
+    Client: add them; this is a bug in the client.
     """
 
 
@@ -354,7 +354,7 @@ class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
     """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
 
     Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
-    fails it is a bug of the client's.
+    fails it is a bug in the client.
     """
 
 
