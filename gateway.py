@@ -333,7 +333,7 @@ class Superseded(WrongCode, status=400, errno=Errno.WRONG_CODE):
 class BadJson(GatewayError, status=400, errno=Errno.BAD_JSON):
     """The body is not valid JSON, or not a JSON object.
 
-    Client: send a JSON object in UTF-8, each name once; this is a bug of the client's.
+    Client: send a JSON object in UTF-8, each name once; this is a bug in the client.
     """
 
 
@@ -354,7 +354,7 @@ class InvalidParameter(GatewayError, status=400, errno=Errno.INVALID_PARAMETER):
 class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS):
     """Required parameters are missing: the message lists all that are.
 
-    Client: add them; this is a bug of the client's.
+    Client: add them; this is a bug in the client.
     """
 
 
@@ -362,7 +362,7 @@ class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
     """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
 
     Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
-    fails it is a bug of the client's.
+    fails it is a bug in the client.
     """
 
 
@@ -5416,7 +5416,7 @@ class Gateway:
         msisdn, _ = self._msisdn(params)
         if not msisdn:
             require(params, NetworkBody)
-            check(params, NetworkBody)
+            check_body(params, NetworkBody)
         # ANSWER
         return self._ways(params, msisdn)
 
@@ -5592,7 +5592,7 @@ class Gateway:
         With ``everywhere`` all sessions end that have verified the same number until now.
         """
         # VALIDATE
-        check(params, UnregisterBody)
+        check_body(params, UnregisterBody)
         everywhere = params.get("everywhere")
         verified, number = bool(session.user.verified_s), self._number(session, session.user)
         # RECORD: what ends the others first, so that after a 503 the client can ask again; before
@@ -5826,7 +5826,7 @@ class Gateway:
     def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
         form = params.get("format")
-        check(params, JwtBody if form == "jwt" else ProofBody)
+        check_body(params, JwtBody if form == "jwt" else ProofBody)
         audience, nonce = _audience(params) if form else ("", "")
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
@@ -5897,7 +5897,7 @@ def require(params: Json, declaration: type[Struct]) -> None:
         raise MissingParameters(f"missing: {', '.join(missing)}")
 
 
-def check(params: Json, declaration: type[Struct]) -> None:
+def check_body(params: Json, declaration: type[Struct]) -> None:
     """Check parameters, of which none is missing, by their declaration.
 
     Raises:
