@@ -5982,7 +5982,7 @@ ROUTES: Final = (
     Route("GET", "/openapi.json", "openapi", answer=Json),
     Route("GET", "/errors", "errors", answer=str),
     Route("GET", "/outbox", "outbox", False, (), list[Json], (NotFound,), "to token"),
-    Route("GET", "/metrics", "metrics", answer=str, errors=(NotFound,)),
+    Route("GET", "/metrics", "metrics", answer=bytes, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
 
@@ -6023,7 +6023,7 @@ def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[
         schema = schemas[Problem] | {"properties": {"errno": {"enum": numbers}}}
         content = {"application/json": {"schema": schema if numbers else schemas[Problem]}}
         responses[str(status)] = {"description": names, "content": content}
-    kind = {str: "text/html", Any: "*/*"}.get(route.answer, "application/json")
+    kind = {str: "text/html", bytes: "text/plain", Any: "*/*"}.get(route.answer, "application/json")
     content = {kind: {"schema": schemas[route.answer]}} if route.answer else {}
     for status in route.statuses if route.answer else (204,):
         responses[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}

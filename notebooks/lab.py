@@ -285,6 +285,7 @@ class Lab:
         self.now_s = NOW_S
         self.log = io.StringIO()
         handler = logging.StreamHandler(self.log)  # so that a log line shows where we print it
+        handler.addFilter(lambda line: not str(line.msg).startswith("request "))  # has a duration
         gateway.LOG.addHandler(handler)
         self._open.callback(gateway.LOG.removeHandler, handler)
         self.store = gateway.EmbeddedStore(self.settings.data_dir, self.settings.store_max_bytes)

@@ -85,6 +85,7 @@ def start(start_gateway: Start, stand_in: Provider, *options: str) -> GatewayPro
     return start_gateway("--sms-providers", providers, "--sends-per-hour", "100000", *options)
 
 
+@pytest.mark.alone
 def test_500_sends_at_once_to_a_slow_provider(start_gateway: Start, vonage: Provider) -> None:
     """None is refused, and everybody else hardly notices. Of 64 threads 32 were sent."""
     gate = start(start_gateway, vonage)

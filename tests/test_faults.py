@@ -156,7 +156,7 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
         assert beat.status == 503
     elif fault not in HARMLESS:
         assert not any(worked.values())
-        assert (beat.status, beat.json) == (503, {"storage": False})
+        assert (beat.status, beat.json) == (503, {"storage": False, "sms": True})
         assert beat.headers["retry-after"] == "5"
 
     heal(store)

@@ -194,7 +194,7 @@ SNS_BAD = (
         (reply(SNS_OK), None),
         (reply(SNS_BAD.format("InvalidParameter"), 400), gateway.SmsRefused),
         (reply(SNS_BAD.format("Throttling"), 400), gateway.SmsFailed),
-        (reply(SNS_BAD.format("AuthorizationError"), 403), gateway.SmsFailed),
+        (reply(SNS_BAD.format("AuthorizationError"), 403), gateway.SmsDenied),
         (reply(SNS_BAD.format("ServiceUnavailable"), 503), gateway.SmsFailed),
         (reply(SNS_BAD.format("InternalError"), 500), gateway.SmsUnknown),
         (reply("<html><h1>Bad gateway", 502), gateway.SmsUnknown),
@@ -308,7 +308,7 @@ def test_tls_is_checked_and_bounded_as_well(
     assert provider.received == []  # nothing secret goes to whoever is there
     monkeypatch.setenv("SSL_CERT_FILE", str(tls))
     [one] = sender_of(provider.nexmo()).providers
-    assert one.send("Gateway", TO, "text") == []
+    assert one.send("Gateway", TO, "text") == ["0A0"]
     assert len(provider.received) == 1
     provider.answer = drip(b"HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n" + b" " * 90)
     with pytest.raises(gateway.SmsUnknown):
@@ -372,7 +372,7 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (NEXMO, nexmo("0", "1"), "Unknown"),  # a part has left; in 2014 the first was all
         (NEXMO, nexmo("6", "0"), "Unknown"),
         (NEXMO, nexmo("6", "x"), "Unknown"),
-        (NEXMO, nexmo("4"), "Failed"),  # bad credentials: 200 all the same
+        (NEXMO, nexmo("4"), "Denied"),  # bad credentials: 200 all the same
         (NEXMO, nexmo("1"), "Throttled"),
         (NEXMO, nexmo("1", "1"), "Throttled"),
         (NEXMO, nexmo("1", "5"), "Failed"),
@@ -391,7 +391,7 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (TWILIO, reply({"sid": "SM1", "status": "queued"}, 201), None),
         (TWILIO, reply({"sid": "SM1", "status": "failed"}, 201), "Failed"),
         (TWILIO, reply({"code": 21211, "message": "bad +447700900123"}, 400), "Refused"),
-        (TWILIO, reply({"code": 20003}, 401), "Failed"),
+        (TWILIO, reply({"code": 20003}, 401), "Denied"),
         (TWILIO, reply({"code": 20429}, 429), "Throttled"),
         (TWILIO, reply({}, 201), "Unknown"),
         (KANNEL, reply("0: Accepted for delivery", 202), None),
@@ -399,7 +399,7 @@ def cut(data: bytes) -> Callable[[Any], None]:
         (KANNEL, reply("", 202), "Unknown"),
         (KANNEL, reply("<h1>Welcome to the hotel"), "Unknown"),
         (KANNEL, reply("Missing receiver number, rejected", 400), "Refused"),
-        (KANNEL, reply("Authorization failed for sendsms", 403), "Failed"),
+        (KANNEL, reply("Authorization failed for sendsms", 403), "Denied"),
         (KANNEL, reply("Temporary failure, try again later.", 503), "Failed"),
         (HTTP, reply({"ok": True}), None),
         (HTTP, reply({"ok": False}), "Failed"),
@@ -425,7 +425,8 @@ def test_what_an_answer_means(
 
 
 REFUSALS = {400: "Refused", 422: "Refused", 501: "Failed", 503: "Failed"}
-REFUSALS |= dict.fromkeys([401, 402, 403, 404, 405, 407, 409, 413, 420, 451, 499], "Failed")
+REFUSALS |= dict.fromkeys([404, 405, 407, 409, 413, 420, 451, 499], "Failed")
+REFUSALS |= dict.fromkeys([401, 402, 403], "Denied")
 OPEN = [300, 301, 302, 303, 307, 308, 408, 500, 502, 504, 505, 507, 511, 520, 524, 599, 600]
 
 

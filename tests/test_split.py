@@ -273,7 +273,7 @@ def test_dynamodb_fails(
         assert_refused(lambda: waiting.call("/sms/verify_code", {"code": CODE}, nonce="n"))
         started = time.monotonic()
         beat = client.get("/__heartbeat__")
-        assert (beat.status, beat.json) == (503, {"storage": False})
+        assert (beat.status, beat.json) == (503, {"storage": False, "sms": True})
         assert "retry-after" in beat.headers
         # Who is not verified needs DynamoDB for nothing; nor does who never was here.
         client.register()
