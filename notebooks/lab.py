@@ -699,13 +699,16 @@ def _own_gateway() -> Iterator[gateway.Settings]:
         command = [sys.executable, str(ROOT / "gateway.py"), "--port", url.rpartition(":")[2]]
         command += ["--workers", "1", "--data-dir", f"{folder}/data", "--keys-dir", keys_dir]
         environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
-        server = gateway.start_bound(command, env=environ)
+        log = stack.enter_context(open(f"{folder}/log", "wb+"))  # not between the demo's lines
+        server = gateway.start_bound(command, env=environ, stderr=log)
         stack.callback(server.wait)
         stack.callback(server.terminate)
         deadline = time.monotonic() + 20
         client = Client(url)  # one: what SIGTERM raises is lost within the finalizer of each
         while not _is_gateway(client):
             if server.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                print(log.read().decode("utf-8", "replace"), file=sys.stderr)
                 raise RuntimeError("the demo's gateway does not start")
             time.sleep(0.05)
         yield gateway.Settings(public_url=url, keys_dir=keys_dir)
