@@ -77,7 +77,11 @@ def store_of(process: GatewayProcess) -> psutil.Process:
 
 def workers_of(process: GatewayProcess) -> list[psutil.Process]:
     """The worker processes of a gateway."""
-    return [p for p in process.family()[1:] if "python" in p.name()]
+    found = []
+    for one in process.family()[1:]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [one] * ("python" in one.name())
+    return found
 
 
 def verified(process: GatewayProcess, msisdn: str = NUMBER) -> lab.Client:
