@@ -127,6 +127,18 @@ def nexmo(*statuses: str) -> Callable[[Any], None]:
 taken = nexmo("0")
 
 
+def slower(retry_after_s: int) -> Callable[[Any], None]:
+    """HTTP 429, with ``Retry-After``."""
+
+    def answer(handler: Any) -> None:
+        handler.send_response(429)
+        handler.send_header("Retry-After", str(retry_after_s))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
 def hang(handler: Any) -> None:
     """Say nothing until the test ends."""
     handler.server.provider.closing.wait(60)

@@ -280,23 +280,11 @@ def test_receipts_and_parts_cost_nothing_and_stay_for_a_day_at_most(
 # -- Providers that say "slower", or fail over --------------------------------------
 
 
-def slower(retry_after_s: int) -> Callable[[Any], None]:
-    """HTTP 429, with ``Retry-After``."""
-
-    def answer(handler: Any) -> None:
-        handler.send_response(429)
-        handler.send_header("Retry-After", str(retry_after_s))
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
-
-
 def test_a_provider_that_stays_slow_costs_nothing(
     make: Callable[..., From], stand_in: Provider
 ) -> None:
     """All is given back, and the client is told when it is worth it."""
-    stand_in.answer = slower(30)
+    stand_in.answer = sms.slower(30)
     one = make().at(HERE)
     answer = one.ask()
     assert (answer.status, answer.errno) == (503, 201)
@@ -311,7 +299,7 @@ def test_a_slow_provider_that_others_stand_in_for_is_not_paid(
     make: Callable[..., From], stand_in: Provider
 ) -> None:
     """The message counts once, and so does its price; a right code pays it back."""
-    with Provider(slower(600)) as slow:
+    with Provider(sms.slower(600)) as slow:
         one = make(sms_providers=[slow.nexmo(priority=1), stand_in.nexmo()]).at(HERE)
         assert one.ask().status == 200
         assert len(slow.received) == len(stand_in.received) == 1
@@ -325,7 +313,7 @@ def test_what_a_session_may_while_its_message_waits_for_its_turn(
     make: Callable[..., From], stand_in: Provider
 ) -> None:
     """The provider said "slower": until it takes the message, the session has its reservation."""
-    left = [slower(2)]
+    left = [sms.slower(2)]
     stand_in.answer = lambda handler: (left.pop() if left else sms.taken)(handler)
     one = make(resend_gaps_s=[30]).at(HERE)
     other = one.another()

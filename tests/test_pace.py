@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from provider import Provider, nexmo, reply, taken
+from provider import Provider, nexmo, reply, slower, taken
 
 import gateway
 
@@ -26,18 +26,6 @@ def two() -> Iterator[list[Provider]]:
 def sender_of(*those: Provider, **settings: Any) -> gateway.SmsSender:
     entries = [one.nexmo(priority=-n) for n, one in enumerate(those)]
     return gateway.SmsSender(gateway.Settings(sms_providers=entries, **settings))
-
-
-def slower(retry_after_s: int) -> Callable[[Any], None]:
-    """HTTP 429, with ``Retry-After``."""
-
-    def answer(handler: Any) -> None:
-        handler.send_response(429)
-        handler.send_header("Retry-After", str(retry_after_s))
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
 
 
 def in_turn(*answers: Callable[[Any], None]) -> Callable[[Any], None]:
