@@ -38,7 +38,7 @@ import gateway
 # -- Sphinx's settings, by its names --------------------------------------------
 
 project = "MSISDN Gateway"
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_inline_tabs"]
 exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
 highlight_language = "none"
 nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
@@ -187,7 +187,7 @@ def fields() -> str:
     document = gateway.openapi_document("https://id.example")
     schemas, parts = document["components"]["schemas"], []
     for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
-        route = next(routes)
+        route, paths = (spelled := [*routes])[0], {other.path for other in spelled}
         method = route.methods.split()[-1]
         says = document["paths"][route.path][method.lower()]
         title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
@@ -210,6 +210,7 @@ def fields() -> str:
             parts.append(f"**Answer**: {ANSWERS.get(route.answer, 'a JSON object')}.")
         rows = error_rows(gateway.route_errors(route, method))
         parts.append(table("status/errno", "what a client does", rows=rows))
+        parts += [shown(example) for example in examples() if example["route"] in paths]
     return "\n\n".join(parts)
 
 
@@ -263,6 +264,42 @@ def error_rows(errors: list[type[gateway.GatewayError]]) -> Iterator[tuple[str, 
 def todo(error: type[gateway.GatewayError]) -> str:
     """What a client does about an error: the last paragraph of its docstring."""
     return whole((error.__doc__ or "").rpartition("Client: ")[2])
+
+
+@cache
+def examples() -> list[dict[str, str]]:
+    """Calls that were made, and what came back: tests/make_examples.py wrote them."""
+    found: list[dict[str, str]] = json.loads(source("notebooks/integrate/examples.json"))
+    return found
+
+
+def shown(example: dict[str, str]) -> str:
+    """An example: the call by each client, and what came back."""
+    tabs = {"JavaScript": example["javascript"], "Python": example["python"]}
+    listings = {
+        "HTTP": f"```http\n{example['request']}\n```",
+        "curl": f"```bash\n{in_curl(example)}\n```",
+        **{name: f"```{name.lower()}\n{text}\n```" for name, text in tabs.items() if text},
+    }
+    parts = [f"**Example.** {example['about']}"]
+    parts += [f"````{{tab}} {name}\n{listing}\n````" for name, listing in listings.items()]
+    return "\n\n".join([*parts, f"```http\n{example['answer']}\n```"])
+
+
+def in_curl(example: dict[str, str]) -> str:
+    """An example as commands of a shell; client.py prints the header of what is signed."""
+    head, _, body = example["request"].partition("\n\n")
+    method, path, _ = head.partition("\n")[0].split()
+    url, post = f"http://localhost:5000{path}", "-X POST " * (method == "POST")
+    if example["form"]:
+        return f"curl '{url}' -d '{body}'"
+    if "\nAuthorization: " not in head:
+        return f"curl '{url}' --json '{body}'" if body else f"curl {post}'{url}'"
+    lines, sign = [f"URL='{url}'"], f'python client.py "$TOKEN" {method} "$URL"'
+    if not body:
+        return "\n".join([*lines, f'curl {post}"$URL" -H "$({sign})"'])
+    lines.append(f"BODY='{body}'")
+    return "\n".join([*lines, f'curl "$URL" --json "$BODY" -H "$({sign} "$BODY")"'])
 
 
 def errors() -> str:
