@@ -434,9 +434,21 @@ README_LINKS = {
 }
 
 
-def relying_party(language: str, ending: str) -> str:
-    """The lines that relying parties may copy."""
-    return f"```{language}\n{source(f'notebooks/relying_party.{ending}')}```"
+def vector(group: str, n: int, *names: str) -> str:
+    """Parts of a vector, each below its name, in a listing."""
+    told = json.loads(source("notebooks/vectors.json"))[group]
+    one = told["given"] | told["vectors"][n]
+    return "\n\n".join(f"`{name}`:\n\n```\n{str(one[name]).rstrip()}\n```" for name in names)
+
+
+def to_copy(name: str) -> str:
+    """A file of notebooks/ that others may copy."""
+    language = {"py": "python", "mjs": "javascript"}[name.rpartition(".")[2]]
+    return f"```{language}\n{source(f'notebooks/{name}')}```"
+
+
+TO_COPY = ("client.mjs", "client.py", "relying_party.py", "relying_party.mjs",
+           "relying_party_webcrypto.mjs", "walk.mjs", "walk.py")  # fmt: skip
 
 
 def keys_readme() -> str:
@@ -448,8 +460,12 @@ MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
     "lessons": lesson_list, "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source,
     "names": names, "keys/README.md": keys_readme,
-    "relying_party.py": partial(relying_party, "python", "py"),
-    "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
+    **{name: partial(to_copy, name) for name in TO_COPY},
+    "hkdf vector": partial(vector, "hkdf", 0, "token", "id", "key"),
+    "empty hash": partial(vector, "payload", 1, "hash"),
+    "request vector": partial(vector, "request", 0, "normalized", "header"),
+    "answer vector": partial(vector, "answer", 0, "body", "normalized", "header"),
+    "time vector": partial(vector, "time", 0, "header"),
 }  # fmt: skip
 
 # -- What Sphinx calls -------------------------------------------------------------
