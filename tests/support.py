@@ -155,6 +155,7 @@ class WsgiClient:
     """
 
     host = "127.0.0.1:5000"
+    store_fails = False  #: A write with an unknown outcome may have come before any answer.
 
     def __init__(self, app: gateway.GatewayApp) -> None:
         self.app, self.wsgi = app, validator(app)
@@ -241,7 +242,8 @@ class WsgiClient:
             key, kind = self.credentials.hawk_key, answer.headers.get("content-type", "")
             assert lab.check_answer(key, sent, seal, target, kind, answer.data)
             if answer.status >= 400 and answer.json.get("errno") not in (110, 201):
-                assert_next_action(answer)
+                if not self.store_fails or "next" in answer.json:
+                    assert_next_action(answer)
         return answer
 
     def get(self, path: str, **environ: Any) -> Answer:
