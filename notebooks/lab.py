@@ -499,7 +499,8 @@ def draw(axes: Any) -> None:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
-    says = f"{axes.get_title(loc='left')}. {axes.get_ylabel()}, {axes.get_xlabel()}".strip(" ,.")
+    units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+    says = f"{axes.get_title(loc='left')}. {units}".rstrip(". ")
     # Grey is legible on white and on black, where nobody says which colour the text has.
     start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
     text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
