@@ -46,6 +46,7 @@ class Code:
     text: str
     sent_s: int
     tries: int
+    method: str
 
     @property
     def kind(self) -> str:
@@ -68,12 +69,12 @@ class Session:
     number: str = ""
     kind: str = ""
     code: Code | None = None
-    before: str = ""  # the code that was sent just before the newest one
+    before: str = ""  # the code that lived when the newest one was sent
     sends: int = 0
     asked_s: int = 0
     verified_s: int | None = None
     method: str = ""
-    over_hawk: bool = False
+    asked: str = ""  # how the last message was asked for: "ask", "resend" or "text"
     round: list[Cost] = field(default_factory=list)
     gone: bool = False
 
@@ -84,7 +85,6 @@ class Sending:
 
     before: Session
     kind: str
-    method: str
     cost: Cost
 
 
@@ -265,7 +265,8 @@ class World:
         if self.rules.limits == "off" or not (sends := self.sends(s)):
             return 0
         gaps_s = self.rules.resend_gaps_s
-        wait_s = gaps_s[min(sends, len(gaps_s)) - 1]
+        # Chosen: no gap after a message that was refused for good, so that a number can be mended.
+        wait_s = gaps_s[min(sends, len(gaps_s)) - 1] if s.number else 0
         if sends >= self.rules.sends_per_session:
             wait_s = HOUR_S
         return max(0, s.asked_s + wait_s - self.now_s)
@@ -275,7 +276,8 @@ class World:
         code = self.waiting(s)
         sends = 0 if self.rules.limits == "off" else self.sends(s)
         return {
-            "resendIn": self.resend_in_s(s),
+            # Chosen: at least a second while a message is being sent, as its 429 says.
+            "resendIn": max(self.resend_in_s(s), int(self.is_sending(s))),
             "sendsLeft": max(0, self.rules.sends_per_session - sends),
             "triesLeft": code.tries if code else 0,
             "expiresIn": code.sent_s + self.rules.code_ttl_s - self.now_s if code else 0,
@@ -303,7 +305,7 @@ class World:
             return UNKNOWN
         if not number or number.startswith("!") or (s.number and s.number != number):
             return INVALID
-        return self._message(s, number, kind, "sms/mt", address, ok)
+        return self._message(s, number, kind, "ask", address, ok)
 
     def resend(self, s: Session, kind: str, address: str) -> Expected:
         """POST /sms/resend_code; without a kind, the one last used."""
@@ -311,25 +313,27 @@ class World:
             return UNKNOWN
         if not s.number:
             return EXPIRED
-        return self._message(s, s.number, kind or s.kind, s.method, address, 200)
+        return self._message(s, s.number, kind or s.kind, "resend", address, 200)
 
     def text(self, s: Session | None, number: str) -> Expected:
         """A text from a phone with a Hawk id: always answered 200."""
-        if s is None or self.is_gone(s) or s.over_hawk or (s.number and s.number != number):
+        if s is None or self.is_gone(s) or (s.number and (s.number, s.asked) != (number, "text")):
             return Expected(200)
-        expected = self._message(s, number, "long", "sms/momt", "", 200)
+        expected = self._message(s, number, "long", "text", "", 200)
         return Expected(200, sends=expected.sends)
 
     def _message(
-        self, s: Session, number: str, kind: str, method: str, address: str, ok: int
+        self, s: Session, number: str, kind: str, how: str, address: str, ok: int
     ) -> Expected:
         code, wait_s = self.waiting(s), self.resend_in_s(s)
-        first_gap_s = 0 if self.rules.limits == "off" else self.rules.resend_gaps_s[0]
+        # Chosen: who asks for a fresh code asks for the same only if that was asked for already,
+        # and a text from the phone and a call over Hawk never ask for the same.
+        same = s.kind == kind and (s.asked == how or (s.asked, how) == ("resend", "ask"))
         if self.is_sending(s):
-            if self.sending[id(s)].kind == kind:
-                return Expected(ok)
-            return refusal(429, 114, 1)
-        if code and code.kind == kind and first_gap_s and self.now_s <= code.sent_s + first_gap_s:
+            return Expected(ok) if same else refusal(429, 114, 1)
+        first_gap_s = 0 if self.rules.limits == "off" else self.rules.resend_gaps_s[0]
+        # Chosen: not when exactly the gap has passed, as "resendIn" is 0 then.
+        if s.number and same and code and self.now_s < code.sent_s + first_gap_s:
             return Expected(ok)
         if wait_s:
             return refusal(429, 114, wait_s)
@@ -338,10 +342,10 @@ class World:
             if refused := self.limits.refuse(cost, self.now_s):
                 return refused
             self.limits.take(cost, self.now_s)
-        self.sending[id(s)] = Sending(replace(s), kind, method, cost)
+        self.sending[id(s)] = Sending(replace(s), kind, cost)
         # RESERVE (DESIGN §4.3): the number is bound, and the message counted.
-        s.number, s.sends, s.asked_s = number, self.sends(s) + 1, self.now_s
-        s.over_hawk |= bool(address)
+        s.number, s.kind, s.asked, s.sends = number, kind, how, self.sends(s) + 1
+        s.asked_s = self.now_s
         return Expected(ok, sends=kind)
 
     def sent(self, s: Session, outcome: str, text: str) -> Expected:
@@ -351,16 +355,16 @@ class World:
             if self.rules.paid and self.rules.limits != "off":
                 self.limits.undo(sending.cost, outcome == "refused")
             before = sending.before
-            s.number, s.over_hawk = before.number, before.over_hawk
+            s.number, s.kind, s.asked = before.number, before.kind, before.asked
             if outcome == "failed":
                 s.sends, s.asked_s = before.sends, before.asked_s
                 return refusal(503, 201, 0, 99)
             return INVALID
         old = self.waiting(s)
         tries = old.tries if old else self.rules.code_tries
-        s.before = s.code.text if s.code else ""
-        s.code = Code(text, self.now_s, tries)
-        s.kind, s.method = sending.kind, sending.method
+        s.before = old.text if old else ""
+        # Chosen: "sms/momt" only if the phone asked for this very message.
+        s.code = Code(text, self.now_s, tries, "sms/momt" if s.asked == "text" else "sms/mt")
         s.round.append(sending.cost)
         return Expected(200)
 
@@ -377,16 +381,19 @@ class World:
             return INVALID
         if not (waiting := self.waiting(s)):
             return refusal(503, 201, 1) if self.is_sending(s) else EXPIRED
-        if proof == "bad" or waiting.kind != ("short" if len(code) < 32 else "long"):
+        if proof == "bad":
             return INVALID
         if code == waiting.text:
+            s.method = waiting.method
             s.verified_s, s.code, s.before = self.now_s, None, ""
             if self.rules.paid and self.rules.limits != "off":
                 self.limits.pay_back(s.round, self.now_s)
             s.round = []
             return Expected(200, right=True)
-        if code == s.before:
+        if code == s.before:  # Chosen: also if it is of the other kind
             return WRONG
+        if waiting.kind != ("short" if len(code) < 32 else "long"):
+            return INVALID
         waiting.tries -= 1
         return WRONG._replace(costs_try=True)
 

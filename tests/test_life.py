@@ -428,8 +428,10 @@ class Life(RuleBasedStateMachine):
     @rule(passed_s=st.sampled_from([
         1, 2, 9, 10, 19, 20, 21, 29, 30, 31, 50, 59, 60, 61, 119, 120, 299, 300, 301, 590, 599, 600, 601,
         1800, 3599, 3600, 3601, 14_400, 43_200, 86_390, 90_000, 31_536_500,
-    ]))  # fmt: skip
-    def tick(self, passed_s: int) -> None:
+    ]), rotates=st.booleans())  # fmt: skip
+    def tick(self, passed_s: int, rotates: bool = False) -> None:
+        if rotates:
+            self.rotate()
         if self.flight:
             passed_s = min(passed_s, self.flight[3] + 14 - self.world.now_s)
         end_s = self.world.now_s + passed_s
@@ -589,7 +591,6 @@ class Life(RuleBasedStateMachine):
         again = self.clients[n].raw("GET", "/session", environ=environ)
         self.check(again, model.UNKNOWN if gone else model.BAD_SIGNATURE)
 
-    @rule()
     def rotate(self) -> None:
         """``rotate-keys``: the new key is published at once, and signs ten minutes later."""
         from_s = max(self.world.now_s + 600, max(self.keys) + 1)
@@ -638,3 +639,14 @@ def test_every_life_is_as_the_model_says(store: gateway.EmbeddedStore) -> None:
     Life.steps = 0
     run(store, 10, 50)
     assert Life.steps >= 700
+
+
+# -- What the machine found -------------------------------------------------------------------
+
+
+def test_without_limits_no_message_is_counted(make_client: Callable[..., WsgiClient]) -> None:
+    """CONTRACT §7: "nothing is counted", so as many messages are left as before."""
+    client = make_client(limits="off")
+    client.register()
+    for _ in range(7):
+        assert client.ask().json["next"]["sendsLeft"] == 5
