@@ -3409,7 +3409,7 @@ def address_block(address: str, ipv6_bits: int) -> str:
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    The count starts again ``HOUR_S`` after the last message.
+    The count starts again ``HOUR_S`` after the last message; where limits are off, nothing counts.
 
     Raises:
         TooManyCodes: What ``session_refusal`` says, where limits are enforced.
@@ -3417,8 +3417,9 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     refusal = session_refusal(user, settings, now_s)
     if refusal and settings.limits == "enforce":
         raise refusal
+    counts = settings.limits != "off" and now_s - user.asked_s < HOUR_S
     # The record has one byte for it. It gets there only where limits are not enforced.
-    return min(user.sends, 254) if now_s - user.asked_s < HOUR_S else 0
+    return min(user.sends, 254) if counts else 0
 
 
 def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
