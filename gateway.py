@@ -190,7 +190,7 @@ RETRY_AFTER_S: Final = 5
 HOUR_S: Final = 3600
 """Window of ``sends_per_hour``, and how long the outbox keeps a message."""
 DAY_S: Final = 86400
-"""How long the id of an inbound message, and the outcome of one of ours, is remembered."""
+"""How long the id of an inbound message is remembered."""
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
 _SEND_LAST_S: Final = 0.5
@@ -1489,6 +1489,7 @@ _HAWK_FIELD: Final = re.compile(
 )
 
 
+@lru_cache
 def media_type(content_type: str) -> str:
     """A Content-Type without its parameters, in lower case."""
     return content_type.split(";")[0].strip().lower()
@@ -2431,7 +2432,6 @@ def verify_presentation(
 #                                place in DynamoDB
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
-# "receipt " 12 bytes            the outcome of a message    a day
 # "ended " 32 hex digits         when somebody ended the     verified_ttl_s
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
@@ -3020,19 +3020,6 @@ class Storage:
         answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
         return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
 
-    def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
-        """Keep for a day what became of a message, by its provider's id for it.
-
-        Args:
-            sent: The outcome is only that it was sent; it does not replace an earlier receipt.
-        """
-        key = _receipt_key(kind, message_id)
-        self._run("SET", key, outcome, "EX", DAY_S, *["NX"] * sent, key=key)
-
-    def outcome(self, kind: str, message_id: str) -> str:
-        """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
-        return (self.get(_receipt_key(kind, message_id)) or b"").decode()
-
     def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
         """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
         keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
@@ -3378,11 +3365,6 @@ def server_name(info: dict[str, str]) -> str:
     return f"{'Valkey' if 'valkey_version' in info else 'Redis'} {version}"
 
 
-def _receipt_key(kind: str, message_id: str) -> StorageId:
-    text = f"{kind} {message_id}".encode("utf-8", "replace")
-    return StorageId(b"receipt " + hashlib.sha256(text).digest()[:12])
-
-
 # =============================================================================
 # 11. Limits
 # =============================================================================
@@ -3698,7 +3680,7 @@ class Payments:
         self, limits: Limits, session: str, address: str, random_bytes: RandomBytes
     ) -> None:
         self._limits, self._address, self._random_bytes = limits, address, random_bytes
-        self._list, self._msisdn = limits.key("s", session), Msisdn("")
+        self._session, self._msisdn = session, Msisdn("")
         self._message = self._unused = b""
 
     def bind(self, msisdn: Msisdn, region: str) -> None:
@@ -3711,6 +3693,7 @@ class Payments:
             raise Unavailable("another request changed this session; try again")
         if not self._msisdn:
             self._msisdn, self._place = msisdn, (region, msisdn[:-4])
+            self._list = self._limits.key("s", self._session)
             self._counters = self._limits.message(msisdn, region, self._address)
 
     def count(self) -> None:
@@ -4368,12 +4351,11 @@ class Sent(NamedTuple):
     """A message that was taken, or may have been.
 
     Attributes:
-        kind, ids: Who took it, and the ids that receipts will name; empty if nobody said so.
+        kind: Who took it; "" if nobody said so.
         tried: The providers tried for this session so far, one bit each; 0 if all were.
     """
 
     kind: str
-    ids: list[str]
     tried: int
 
 
@@ -4553,8 +4535,7 @@ class SmsSender:
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
                 self._note(n, to, None, "".join(ids[:1]))
-                ids = ids if self.providers[n].entry.get("receipts") else []
-                return Sent(self.providers[n].kind, ids, tried % once_round)
+                return Sent(self.providers[n].kind, tried % once_round)
             except SmsFailed as error:
                 self._note(n, to, error)
                 unknown |= isinstance(error, SmsUnknown)
@@ -4565,7 +4546,7 @@ class SmsSender:
                     break
                 raise
         if unknown:
-            return Sent("", [], tried % once_round)
+            return Sent("", tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
 
     def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
@@ -4844,6 +4825,7 @@ class Session:
             not asked again.
         address: The client's; "" = not limited.
         origin: Of the page that asks, as its browser names it; else "".
+        language: The header Accept-Language.
     """
 
     hawk_id: HawkId
@@ -4858,6 +4840,7 @@ class Session:
     outcome_unknown: bool = False
     address: str = ""
     origin: str = ""
+    language: str = ""
 
 
 # -- What requests and answers hold. ROUTES names these declarations; /openapi.json is made of them.
@@ -5354,17 +5337,19 @@ class Gateway:
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
-        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
-    ) -> T:
+        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]],
+        decided: tuple[User | None, T | GatewayError] | None = None,
+    ) -> T:  # fmt: skip
         """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
             decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
                 and the answer. It is called again if the record was changed meanwhile. An error
                 that it returns is raised after the commit; if it raises one, nothing is committed.
+            decided: What it has returned about ``session.user`` already.
         """
         for _ in range(COMMIT_TRIES):
-            user, answer = decide(session.user)
+            (user, answer), decided = decided or decide(session.user), None
             new = session.record if user is session.user else user.pack() if user else b""
             verified = user and user.verified_s not in (0, session.user.verified_s)
             session.outcome_unknown = True
@@ -5431,12 +5416,11 @@ class Gateway:
             details["sms/momt"] = {"mtSender": sender, "moVerifier": verifier}
         return {"verificationMethods": list(details), "verificationDetails": details}
 
-    def send_code(self, session: Session, params: Json, short: bool, language: str) -> str:
+    def send_code(self, session: Session, params: Json, short: bool) -> str:
         """Send a code to the number that the client names; return the sender.
 
         Args:
             short: The kind of code, unless ``shortVerificationCode`` chooses.
-            language: The Accept-Language header.
         """
         # VALIDATE
         require(params, SendBody)
@@ -5445,9 +5429,9 @@ class Gateway:
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
         ask = Ask(msisdn, region, sealed, network, not _choice(params, short))
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, lambda user: ask, language)
+        return self._send(session, lambda user: ask)
 
-    def resend_code(self, session: Session, params: Json, language: str) -> str:
+    def resend_code(self, session: Session, params: Json) -> str:
         """Send a fresh code to the session's number; once it is on its way the old one is dead."""
 
         def asks(user: User) -> Ask:
@@ -5459,7 +5443,7 @@ class Gateway:
             return Ask(msisdn, region, user.sealed, user.network, long, again=True)
 
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, asks, language)
+        return self._send(session, asks)
 
     def receive_sms(self, message: InboundSms) -> str:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
@@ -5513,7 +5497,7 @@ class Gateway:
             return ask
 
         try:
-            self._send(session, asks, "")
+            self._send(session, asks)
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
@@ -5521,9 +5505,7 @@ class Gateway:
         return ""
 
     def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
-        """Keep the outcome of a message that a provider reports, once it is final."""
-        if message_id and outcome:
-            self.storage.note_outcome(kind, message_id, outcome)
+        """Count and log the outcome of a message that a provider reports, once it is final."""
         if outcome or not message_id:
             result = outcome * bool(message_id) or "no id in it"
             self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
@@ -5566,7 +5548,7 @@ class Gateway:
         if asked.client_key:
             client_key(asked.client_key)  # if it is no key, the number is verified all the same
         if asked.client_key or asked.audience:
-            answer |= self._proof(session, asked)
+            answer |= self._proof(session, number, asked)
         return answer
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
@@ -5579,12 +5561,13 @@ class Gateway:
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
         require(params, JwtBody if params.get("format") == "jwt" else SignBody)
         decide(session.user)
-        self._expect_not_ended(session)
+        number = self._number(session, session.user)
+        self._expect_not_ended(session, number)
         asked = self._proof_asked(params)
         # RECORD: only the nonce. The commit also shows that the session is still there.
         self.step(session, decide)
         # ANSWER
-        return self._proof(session, asked)
+        return self._proof(session, number, asked)
 
     def unregister(self, session: Session, params: Json) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs.
@@ -5645,8 +5628,8 @@ class Gateway:
         if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
             raise NotVerified("the number is not verified yet: /sms/verify comes first")
 
-    def _expect_not_ended(self, session: Session) -> None:
-        key = self.secrets.key_for("ended", self._number(session, session.user))
+    def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
+        key = self.secrets.key_for("ended", number)
         ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
         if session.user.verified_s <= ended_s:
             ended = NotVerified("somebody ended all proofs of this number: verify it again")
@@ -5659,7 +5642,7 @@ class Gateway:
         now_s = int(self.clock())
         if abs(now_s - session.user.verified_s) > self.settings.code_ttl_s:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
-        self._expect_not_ended(session)
+        self._expect_not_ended(session, number)
         key = self.secrets.key_for("ended", number)
         ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
         self._ask(session, ended)
@@ -5692,7 +5675,7 @@ class Gateway:
         if user.by_outbox and not self.sms.outbox:
             raise Expired("the outbox that showed this code is gone: ask for another")
 
-    def _send(self, session: Session, asks: Callable[[User], Ask], language: str) -> str:
+    def _send(self, session: Session, asks: Callable[[User], Ask]) -> str:
         """RESERVE, SEND and ARM a message (see the class); return the number that it is sent from.
 
         Args:
@@ -5705,13 +5688,14 @@ class Gateway:
             if reserved is None:  # a double click is answered like the first one
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
-            self._report(before)
+            if self.limits.mode == "record":
+                self._report(before)
             sender = self._sender(ask.network, ask.msisdn)
             if ask.long:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(session, code, ask.region, language)
+            text = code if ask.long else self._short_text(session, code, ask.region)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
@@ -5725,9 +5709,9 @@ class Gateway:
         return sender
 
     def _report(self, user: User) -> None:
-        """Log what the session's own limits would have refused, if they only record."""
+        """Log what the session's own limits would have refused."""
         refusal = session_refusal(user, self.settings, int(self.clock()))
-        if refusal and self.limits.mode == "record":
+        if refusal:
             LOG.info("limits: %s would refuse a request", refusal.message.partition(":")[0])
 
     def _reserve(
@@ -5746,15 +5730,15 @@ class Gateway:
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
-        first = decide(session.user)[1]
-        if first.user:
-            blocked = self.secrets.key_for("blocked", first.ask.msisdn)
+        first = decide(session.user)
+        if reserved := first[1].user:
+            blocked = self.secrets.key_for("blocked", first[1].ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
-        if first.user and self.sms.paid and self.sms.is_first_paid(session.user.tried):
-            self._ask(session, payments.count)
+            if self.sms.paid and self.sms.is_first_paid(reserved.tried):
+                self._ask(session, payments.count)
         try:
-            return self.step(session, decide)
+            return self.step(session, decide, first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
@@ -5779,9 +5763,6 @@ class Gateway:
             user = settle()
         except Unavailable:
             user = persist(settle)
-        for message_id in filter(None, sent.ids):
-            with contextlib.suppress(Unavailable):
-                self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         if user is None:
             raise UnknownSession("this session has just been unregistered")
         # Another message took the reservation after RESERVATION_S, or a fail-over of the store
@@ -5815,8 +5796,8 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, session: Session, code: str, region: str, language: str) -> MessageText:
-        language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
+    def _short_text(self, session: Session, code: str, region: str) -> MessageText:
+        language = session.language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(region)
         tag = negotiate_language(language, self.catalogues)
@@ -5840,9 +5821,8 @@ class Gateway:
         usual_s = min(longest_s, PROOF_S) if is_jwk else longest_s
         return ProofAsked(key, min(duration_s or usual_s, longest_s), audience, nonce)
 
-    def _proof(self, session: Session, asked: ProofAsked) -> Json:
-        user, now_s, secrets = session.user, self.clock(), self.secrets
-        number, key = self._number(session, user), asked.client_key
+    def _proof(self, session: Session, number: Msisdn, asked: ProofAsked) -> Json:
+        user, now_s, secrets, key = session.user, self.clock(), self.secrets, asked.client_key
         if key and "kty" not in key:
             issuer, now_ms = self.settings.issuer, int(now_s * 1000)
             who = issuer, principal_for(secrets.principal, number, issuer), key, number
@@ -6180,6 +6160,7 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
+@lru_cache
 def _hop(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address of one entry of X-Forwarded-For, which may have brackets and a port."""
     address = _address(re.sub(r"^\[(.*)\](:\d+)?$|^([^:]+):\d+$", r"\1\3", text.strip()))
@@ -6360,8 +6341,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def client_address(self) -> str:
         """The address of the client, behind ``trusted_proxies``; "" if it is not limited."""
-        peer = bottle.request.environ.get("REMOTE_ADDR", "")
-        return client_address(peer, self.header("X_FORWARDED_FOR"), self.settings)
+        environ = bottle.request.environ
+        facts = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
+        return client_address(*facts, self.settings)
 
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
@@ -6397,12 +6379,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             hawk: The request must be signed; then the handler gets its session, and the
                 answer is signed too.
         """
-        session = None
+        session, environ = None, bottle.request.environ
         try:
             if hawk:
-                request = self.header("AUTHORIZATION"), self.hawk_request()
+                request = environ.get("HTTP_AUTHORIZATION", ""), self.hawk_request()
                 session = self.gateway.authenticate(*request, self.client_address())
-                session.origin = self.header("ORIGIN")
+                session.origin = environ.get("HTTP_ORIGIN", "")
+                session.language = environ.get("HTTP_ACCEPT_LANGUAGE", "")
                 content_type = bottle.request.content_type
                 value = self.gateway.perform(session, content_type, self.body, handler)
             else:
@@ -6419,7 +6402,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
             next_step = self.gateway.next_action(session) if session and known else None
             answer = error_answer(error, self.settings.base_url, next_step)
-            bottle.request.environ["gateway.error"] = error
+            environ["gateway.error"] = error
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -6439,8 +6422,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
-        allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
-        if bottle.request.environ["PATH_INFO"].endswith("/outbox"):
+        allowed, environ = self.settings.allowed_origins, bottle.request.environ
+        origin = environ.get("HTTP_ORIGIN", "")
+        if environ["PATH_INFO"].endswith("/outbox"):
             return headers
         if allowed != ["*"]:
             headers["Vary"] = "Origin"
@@ -6502,19 +6486,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_mt_verify(self, session: Session) -> None:
         """POST /sms/mt/verify : send a long code."""
-        language = self.header("ACCEPT_LANGUAGE")
-        self.gateway.send_code(session, self.params(), short=False, language=language)
+        self.gateway.send_code(session, self.params(), short=False)
 
     def sms_verify(self, session: Session) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        language = self.header("ACCEPT_LANGUAGE")
-        sender = self.gateway.send_code(session, self.params(), short=True, language=language)
+        sender = self.gateway.send_code(session, self.params(), short=True)
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        language = self.header("ACCEPT_LANGUAGE")
-        sender = self.gateway.resend_code(session, self.params(), language)
+        sender = self.gateway.resend_code(session, self.params())
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def webhook(self, secret: str) -> tuple[Json, WebhookCall]:
