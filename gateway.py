@@ -566,16 +566,10 @@ _ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,
 """What an endpoint may be: no login, and no template before the path."""
 
 _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
-_Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
 _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
 _URL_WORDS: Final = "a URL that begins with http:// or https://; no user:password@; {…} in its path"
 _Url = Annotated[str, Meta(title=_URL_WORDS), _HIDDEN, _URI]
-_Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
-_Entity = Annotated[str, _about("id of the sender, where texts are registered (India: DLT)")]
-_Template = Annotated[str, _about("id of the registered text")]
-_Pattern = Annotated[str, Meta(title="a regular expression")]
-_Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _SENDERS: Final = "1 to 11 of A-Z a-z 0-9 space & . - _ with a letter, or 3 to 15 digits, or MG…"
 """What operators take as a sender: a name, a number, or a messaging service of Twilio."""
 _SENDER: Final = r"\A((?=.*[A-Za-z])[A-Za-z0-9 &._-]{1,11}|\+?[0-9]{3,15}|MG[0-9a-f]{32})\Z"
@@ -614,128 +608,54 @@ _Webhooks = Annotated[list[Json] | None, Meta(title='a list of objects with a "k
 
 
 class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_providers`` may have; each kind adds its own."""
+    """What every entry of ``sms_providers`` may have; ``providers.toml`` has what each kind adds."""
 
     priority: Annotated[int, _about("the highest is tried first")] = 0
     connect_timeout_s: Annotated[_Seconds, _about("seconds from the name to TLS")] = 2.0
     timeout_s: Annotated[_Seconds, _about("seconds for the whole send")] = 5.0
 
 
-class OutboxEntry(Provider, frozen=True, tag="outbox"):
-    """For development and teaching: messages are shown, and cost nothing."""
-
-
-class NexmoEntry(Provider, frozen=True, tag="nexmo"):
-    """Vonage SMS API."""
-
-    api_key: Annotated[_Secret, _about("of the account")]
-    api_secret: Annotated[_Secret, _about("of the account")]
-    endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
-    receipts: _Receipts = False
-    entity_id: _Entity = ""
-    template_id: _Template = ""
-
-
-class TwilioEntry(Provider, frozen=True, tag="twilio"):
-    """Twilio's Programmable Messaging; a sender ``MG…`` is a messaging service."""
-
-    account_sid: Annotated[_Secret, _about("of the account: AC…")]
-    auth_token: Annotated[_Secret, _about("of the account")]
-    endpoint: _Endpoint = "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json"
-    receipts: _Receipts = False
-
-
-class KannelEntry(Provider, frozen=True, tag="kannel"):
-    """A Kannel of one's own: its smsbox."""
-
-    endpoint: _Endpoint
-    username: Annotated[_Secret, _about("of a sendsms-user")]
-    password: Annotated[_Secret, _about("of a sendsms-user")]
-    receipts: _Receipts = False
-    meta_data: Annotated[str, _about("?smpp?NAME=…&NAME=…: ids of registered texts")] = ""
-
-
-class SnsEntry(Provider, frozen=True, tag="sns"):
-    """Amazon SNS; its keys are where boto3 looks for them."""
-
-    region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
-    endpoint: Annotated[_Url, _about("another than the region's")] = ""
-    type: Annotated[str, _about("Transactional or Promotional")] = "Transactional"
-    entity_id: _Entity = ""
-    template_id: _Template = ""
-
-
-class SmsgateEntry(Provider, frozen=True, tag="smsgate"):
-    """An Android phone of one's own with the app SMSGate (capcom6/android-sms-gateway)."""
-
-    endpoint: _Endpoint
-    username: Annotated[_Secret, _about("shown by the app")]
-    password: Annotated[_Secret, _about("shown by the app")]
-    receipts: _Receipts = False
-
-
-class HttpEntry(Provider, frozen=True, tag="http"):
-    """Any other provider, by one HTTP request that is made from templates."""
-
-    endpoint: _Endpoint
-    method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
-    headers: Annotated[dict[str, str], _HIDDEN, _about("templates by name")] = {}
-    body: Annotated[str, _HIDDEN, _about("a template, in the Content-Type of headers")] = ""
-    basic: Annotated[str, _HIDDEN, _about("user:password, for HTTP basic authentication")] = ""
-    success: Annotated[_Pattern, _about("regular expression: what the answer has if taken")] = ""
-    refused: Annotated[_Pattern, _about("what it has if this number is refused for good")] = ""
-    id: Annotated[_Pattern, _about("its group is the id that receipts will name")] = ""
-    receipts: _Receipts = False
-
-
 _FIELD_NAMES: Final = "from, text, id, mcc, mnc, part, parts, ref, receipt_id, status"
 _Field = Annotated[str, Meta(pattern=rf"\A({_FIELD_NAMES.replace(', ', '|')})\Z")]
-_Fields = Annotated[dict[_Field, _Text], Meta(title=f"paths like payload.from, of {_FIELD_NAMES}")]
-_Country = Annotated[str, Meta(pattern=r"\A([A-Z]{2})?\Z", title="a region of ISO 3166, like GB")]
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_inbound`` may have."""
+    """What every entry of ``sms_inbound`` may have; ``providers.toml`` adds what each kind has."""
 
     path_secret: Annotated[_PathSecret, _about("ends its URL")] = ""
 
 
-class NexmoWebhook(Webhook, frozen=True, tag="nexmo"):
-    """Vonage signs by HMAC-SHA256, once that is switched on there."""
-
-    signature_secret: Annotated[_Secret, _about("the account's signature secret")] = ""
-
-
-class TwilioWebhook(Webhook, frozen=True, tag="twilio"):
-    """Twilio signs the URL under public_url."""
-
-    signature_secret: Annotated[_Secret, _about("the account's auth token")] = ""
-
-
-class KannelWebhook(Webhook, frozen=True, tag="kannel"):
-    """Kannel's get-url."""
-
-
-class BeepsendWebhook(Webhook, frozen=True, tag="beepsend"):
-    """BeepSend."""
+_PATHS, _REGION = f"paths like payload.from, of {_FIELD_NAMES}", "a region of ISO 3166, like GB"
+_FIELD_TYPES: Final[Mapping[str, Any]] = {
+    "text": str,
+    "hidden text": Annotated[str, _HIDDEN],
+    "hidden texts": Annotated[dict[str, str], _HIDDEN],
+    "secret": Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN],
+    "yes or no": bool,
+    "URL": _Url,
+    "endpoint": Annotated[_Url, Meta(pattern=_ENDPOINT)],
+    "method": Annotated[str, Meta(pattern=r"\A[A-Z]+\Z")],
+    "expression": Annotated[str, Meta(title="a regular expression")],
+    "paths": Annotated[dict[_Field, _Text], Meta(title=_PATHS)],
+    "region": Annotated[str, Meta(pattern=r"\A([A-Z]{2})?\Z", title=_REGION)],
+}
+"""The types that ``locale/providers.toml`` names."""
+_PROVIDERS: Final = _read_toml("providers")
 
 
-class SmsgateWebhook(Webhook, frozen=True, tag="smsgate"):
-    """SMSGate signs the body and the time by HMAC-SHA256."""
-
-    signature_secret: Annotated[_Secret, _about("the app's Signing Key")] = ""
-    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
-
-
-class HttpWebhook(Webhook, frozen=True, tag="http"):
-    """Any other; ``fields`` says where it writes what (``FIELDS`` are the usual places)."""
-
-    fields: Annotated[_Fields, _about("where it writes what: dotted paths")] = {}
-    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
+def _declare(base: type[Struct], kind: str, about: str, **fields: list[Any]) -> type[Struct]:
+    """The declaration of a kind of entry, as ``locale/providers.toml`` describes it."""
+    typed = [
+        (name, Annotated[_FIELD_TYPES[type_], _about(what)], *default)
+        for name, (type_, what, *default) in fields.items()
+    ]
+    options: Json = {"frozen": True, "forbid_unknown_fields": True, "tag": kind}
+    name, doc = kind.title() + base.__name__, {"__doc__": about}
+    return msgspec.defstruct(name, typed, bases=(base,), namespace=doc, **options)
 
 
 SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
-    name: {str(entry.__struct_config__.tag): entry for entry in base.__subclasses__()}
+    name: {kind: _declare(base, kind, **fields) for kind, fields in _PROVIDERS[name].items()}
     for name, base in (("sms_providers", Provider), ("sms_inbound", Webhook))
 }
 """The two settings that are lists of objects with a kind, and what each kind may have."""
@@ -4282,7 +4202,6 @@ def _shape(told: Json) -> Shape:
     return Shape(**told, meanings=meanings)
 
 
-_PROVIDERS: Final = _read_toml("providers")
 SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
 """The kinds that are reached over HTTP with templates and meanings of their own, with their sources
 in ``locale/providers.toml``."""
@@ -4341,10 +4260,9 @@ class SnsSms(SmsProvider):
 
 
 PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
-    "outbox": OutboxSms, "nexmo": HttpSms, "twilio": HttpSms, "kannel": HttpSms,
-    "sns": SnsSms, "smsgate": HttpSms, "http": HttpSms,
+    **dict.fromkeys(SMS_LISTS["sms_providers"], HttpSms), "outbox": OutboxSms, "sns": SnsSms,
 }  # fmt: skip
-"""What ``kind`` may be in ``sms_providers``."""
+"""What sends by each ``kind`` of ``sms_providers``."""
 
 
 class Sent(NamedTuple):
