@@ -608,7 +608,7 @@ _Webhooks = Annotated[list[Json] | None, Meta(title='a list of objects with a "k
 
 
 class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_providers`` may have; ``providers.toml`` has what each kind adds."""
+    """What each entry of ``sms_providers`` may have; ``providers.toml`` has what a kind adds."""
 
     priority: Annotated[int, _about("the highest is tried first")] = 0
     connect_timeout_s: Annotated[_Seconds, _about("seconds from the name to TLS")] = 2.0
@@ -620,7 +620,7 @@ _Field = Annotated[str, Meta(pattern=rf"\A({_FIELD_NAMES.replace(', ', '|')})\Z"
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_inbound`` may have; ``providers.toml`` adds what each kind has."""
+    """What each entry of ``sms_inbound`` may have; ``providers.toml`` has what a kind adds."""
 
     path_secret: Annotated[_PathSecret, _about("ends its URL")] = ""
 
@@ -816,9 +816,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         yield "spend_per_day", self.spend_per_day >= dearest, f"at least one message: {dearest}"
         # Where messages cost money, a proxy that nobody named would hide whom to limit.
         near = is_loopback(urlsplit(self.base_url).hostname or "")
-        free = all(entry["kind"] == "outbox" for entry in self.sms_providers)
         words = "with a paid provider and a public_url off loopback a list; [] if there is no proxy"
-        yield "trusted_proxies", near or free or self.trusted_proxies is not None, words
+        yield "trusted_proxies", near or not self.paid or self.trusted_proxies is not None, words
 
     def __repr__(self) -> str:
         values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
@@ -868,7 +867,12 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         A web page that is open in a browser on this machine can call us, too. So a webhook may
         be open without a secret only if every message goes to the outbox.
         """
-        return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
+        return self.on_loopback and not self.paid
+
+    @property
+    def paid(self) -> bool:
+        """Whether a message may cost money."""
+        return any(entry["kind"] != "outbox" for entry in self.sms_providers)
 
     def line_host(self, origin: str) -> str:
         """The host in the last line of short messages that a page of ``origin`` asks for, or "".
@@ -901,9 +905,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
 
 def _check_named(settings: Settings, named: Json) -> None:
     """Check that the operator chose what has no right default once messages cost money."""
-    paid = any(entry["kind"] != "outbox" for entry in settings.sms_providers)
     for name in ("countries", "mt_sender"):
-        if paid and not named.get(name):
+        if settings.paid and not named.get(name):
             right = allowed(declared(Settings)[name])
             raise SettingsError(f"{name} must be named, as messages cost money; allowed: {right}")
 
@@ -922,35 +925,27 @@ def load_settings(
         SettingsError: An unknown name, an impossible value, an unreadable file, or no
             ``countries`` or ``mt_sender`` with a provider that costs money.
     """
-    values, texts = Json(), dict[str, str]()
-    if path := config or environ.get("GATEWAY_CONFIG", ""):
-        try:
-            # utf-8-sig: Windows' editors begin a file with a BOM.
-            path = os.path.expanduser(path)
-            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    in_file = set(values)
-    for variable, text in environ.items():
-        # GATEWAY_INTERFACE is CGI's own variable.
-        if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
-            texts[variable.removeprefix("GATEWAY_").lower()] = text
-    texts |= options
-    for name in (*values, *texts):
+    path = os.path.expanduser(config or environ.get("GATEWAY_CONFIG", ""))
+    in_file = _read_settings(path) if path else {}
+    # GATEWAY_INTERFACE is CGI's own variable.
+    ours = re.compile("GATEWAY_(?!(?:CONFIG|INTERFACE)$)(.*)")
+    matches = filter(None, map(ours.fullmatch, environ))
+    named: dict[str, str] = {match[1].lower(): environ[match[0]] for match in matches}
+    texts = {**named, **options}
+    for name in (*in_file, *texts):
         if name not in Settings.__struct_fields__:
-            source = path if name in values else f"GATEWAY_{name.upper()}"
+            source = path if name in in_file else f"GATEWAY_{name.upper()}"
             raise SettingsError(f"{name} ({source}) is no setting; --help lists all")
-    for name, text in texts.items():
-        values[name] = text
-        if declared(Settings)[name].get("type") != "string":
-            with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused as a text
-                values[name] = json.loads(text)
+    values = in_file | {name: _from_text(name, text) for name, text in texts.items()}
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
-    settings.origins.update(dict.fromkeys(texts, "environment") | dict.fromkeys(options, "option"))
-    settings.origins.update(dict.fromkeys(in_file - texts.keys(), f"file {path}"))
+    settings.origins.update(
+        dict.fromkeys(in_file, f"file {path}")
+        | dict.fromkeys(named, "environment")
+        | dict.fromkeys(options, "option")
+    )
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
         LOG.warning(
@@ -958,6 +953,22 @@ def load_settings(
         )
     _check_named(settings, values)
     return settings
+
+
+def _read_settings(path: str) -> Json:
+    try:
+        # utf-8-sig: Windows' editors begin a file with a BOM.
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value of a setting that the environment or the command line gives as a text."""
+    if declared(Settings)[name].get("type") != "string":
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused as a text
+            return json.loads(text)
+    return text
 
 
 # =============================================================================
@@ -2980,23 +2991,7 @@ class Storage:
             try:
                 problems = [problem for info in self.info() for problem in self._problems(info)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
-                proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
-                stored = master and (
-                    self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
-                    or self._run("SET", b"mark", proof, "NX", "GET", key=b"mark")
-                )
-                if stored and stored != proof:
-                    raise StartError(
-                        f"the store {where} was written with another master secret, and nobody in "
-                        "it can be read with this one: bring the right keys_dir back; or, if you "
-                        "are sure that this is the one, delete the key “mark” in the store"
-                    )
-                if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
-                    raise StartError(
-                        f"the store {where} belongs to a gateway with other or newer signing keys: "
-                        "copy its whole keys_dir (rsync -a --delete); or, if you are sure that "
-                        "ours are the right ones, delete the key “keys” in the store"
-                    )
+                self._check_keys(where, master, keys)
                 return sorted({f"the store {where} {problem}" for problem in problems})
             except Unavailable as error:
                 cause = error.__cause__ or error
@@ -3012,6 +3007,26 @@ class Storage:
                 raise SettingsError("storage_url holds a host or options that cannot be") from None
             LOG.warning("waiting for the store %s", where)
             time.sleep(0.2)
+
+    def _check_keys(self, where: str, master: bytes, keys: bytes) -> None:
+        """Check that the store was written with our secret, and that our keys are the newest."""
+        proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
+        stored = master and (
+            self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
+            or self._run("SET", b"mark", proof, "NX", "GET", key=b"mark")
+        )
+        if stored and stored != proof:
+            raise StartError(
+                f"the store {where} was written with another master secret, and nobody in it can "
+                "be read with this one: bring the right keys_dir back; or, if you are sure that "
+                "this is the one, delete the key “mark” in the store"
+            )
+        if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
+            raise StartError(
+                f"the store {where} belongs to a gateway with other or newer signing keys: copy "
+                "its whole keys_dir (rsync -a --delete); or, if you are sure that ours are the "
+                "right ones, delete the key “keys” in the store"
+            )
 
     def _problems(self, info: dict[str, str]) -> list[str]:
         """What a node's ``info`` shows to be wrong; raises StartError if we cannot work so."""
@@ -4761,9 +4776,9 @@ class Session:
     language: str = ""
 
 
-# -- What requests and answers hold. ROUTES names these declarations; /openapi.json is made of them.
-# Bodies may have further fields, which nobody reads. What is folded, or counts as absent if it is
-# odd, has no bounds here. Answers are declared to be described: the steps give plain values.
+# -- What requests hold. ROUTES names these declarations; /openapi.json is made of them. Bodies may
+# have further fields, which nobody reads. What is folded, or counts as absent if it is odd, has no
+# bounds here.
 
 _Phone = Annotated[str, _about("with its country code", examples=["+44 7700 900123"])]
 _3_DIGITS: Final = Meta(pattern=r"^[0-9]{3}$(?!\n)")
@@ -4851,71 +4866,6 @@ class UnregisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
     """Who is unregistered."""
 
     everywhere: _Everywhere = False
-
-
-class NextStep(Struct, rename="camel"):
-    """What the session may do next: counts, and seconds from now."""
-
-    resend_in: int
-    sends_left: int
-    tries_left: int
-    expires_in: int
-    verified: bool
-
-
-class Ways(Struct, rename="camel"):
-    """How a number can be verified, the preferred way first, and what each needs."""
-
-    verification_methods: list[str]
-    verification_details: dict[str, dict[str, str]]
-
-
-class Opened(Struct, rename="camel"):
-    """A session; with how its number can be verified, if the body had an mcc."""
-
-    msisdn_session_token: Annotated[str, _about("32 random bytes, in hex: secret")]
-    verification_url: str
-    verification_methods: list[str] | UnsetType = UNSET
-    verification_details: dict[str, dict[str, str]] | UnsetType = UNSET
-
-
-class Asked(Struct, rename="camel"):
-    """A message is on its way."""
-
-    mt_sender: Annotated[str, _about("what it is sent from")]
-    next: NextStep
-
-
-class Verified(Struct):
-    """The number is verified; with a proof, if one was asked for."""
-
-    msisdn: str
-    cert: str | UnsetType = UNSET
-
-
-class Signed(Struct):
-    """A proof."""
-
-    cert: Annotated[str, _about("a BrowserID certificate, an SD-JWT, or a JWT")]
-
-
-class State(Struct):
-    """Where a session stands."""
-
-    next: NextStep
-    msisdn: Annotated[str | UnsetType, _about("once it is verified")] = UNSET
-
-
-class Problem(Struct, rename="camel"):
-    """Every error."""
-
-    code: Annotated[int, _about("the HTTP status")]
-    error: Annotated[str, _about("its standard phrase")]
-    message: Annotated[str, _about("for a human: what was wrong, what is allowed")]
-    errno: int | UnsetType = UNSET
-    info: Annotated[str | UnsetType, _about("where this errno is explained")] = UNSET
-    retry_after: Annotated[int | UnsetType, _about("seconds, on 429 and 503")] = UNSET
-    next: NextStep | UnsetType = UNSET
 
 
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
@@ -5825,8 +5775,8 @@ class Route(NamedTuple):
     Attributes:
         hawk: Requests must be signed.
         body: The declarations of a JSON body; one of them fits.
-        answer: What the answer holds in JSON; ``str``: a page, ``None``: nothing (204), ``Any``:
-            what suits the provider.
+        answer: What the answer holds in JSON, a type or one of ``ANSWERS``; ``str``: a page,
+            ``None``: nothing (204), ``Any``: what suits the provider.
         errors: Those that it can give beside those that ``route_errors`` knows by itself.
         query: Names of parameters in the URL.
         statuses: Of answers that are no error.
@@ -5853,20 +5803,20 @@ _SIGN: Final = (SignBody, JwtBody)
 _Texts = dict[str, str]
 ROUTES: Final = (
     Route("GET", "/", "home", answer=_Texts),
-    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), Ways),
-    Route("POST", "/register", "register", False, (RegisterBody,), Opened, (TooManyFromAddress,)),
+    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), "Ways"),
+    Route("POST", "/register", "register", False, (RegisterBody,), "Opened", (TooManyFromAddress,)),
     Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
-    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), Asked, _SENDING),
-    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), Asked, _RESENDING),
+    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), "Asked", _SENDING),
+    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), "Asked", _RESENDING),
     Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, Verified, _JUDGED),
-    Route("GET", "/session", "session_state", hawk=True, answer=State),
-    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, Signed, (NotVerified,)),
+    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, "Verified", _JUDGED),
+    Route("GET", "/session", "session_state", hawk=True, answer="State"),
+    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, "Signed", (NotVerified,)),
     Route("POST", "/unregister", "unregister", True, (UnregisterBody,), None, (NotVerified,)),
     Route("GET", "/__heartbeat__", "heartbeat", answer=dict[str, bool], statuses=(200, 503)),
     Route("GET", "/__lbheartbeat__", "lbheartbeat", answer=_Texts),
@@ -5883,6 +5833,8 @@ ROUTES: Final = (
     Route("GET", "/metrics", "metrics", answer=bytes, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
+ANSWERS: Final = _read_toml("answers")
+"""What answers hold, as JSON Schema: ``locale/answers.toml``."""
 
 PREFLIGHT: Final = {
     "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "3600",
@@ -5918,8 +5870,8 @@ def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[
     for status in sorted({error.status for error in errors}):
         numbers = [error.errno for error in errors if error.status == status and error.errno]
         names = ", ".join(error.__name__ for error in errors if error.status == status)
-        schema = schemas[Problem] | {"properties": {"errno": {"enum": numbers}}}
-        content = {"application/json": {"schema": schema if numbers else schemas[Problem]}}
+        schema = schemas["Problem"] | {"properties": {"errno": {"enum": numbers}}}
+        content = {"application/json": {"schema": schema if numbers else schemas["Problem"]}}
         responses[str(status)] = {"description": names, "content": content}
     kind = {str: "text/html", bytes: "text/plain", Any: "*/*"}.get(route.answer, "application/json")
     content = {kind: {"schema": schemas[route.answer]}} if route.answer else {}
@@ -5951,10 +5903,12 @@ def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
 @lru_cache
 def openapi_document(base_url: str, version: str = "hidden") -> Json:
     """The API as OpenAPI 3.1 describes it: what ``ROUTES``, declarations and errors say."""
-    types = [*{Problem, *(t for route in ROUTES for t in (*route.body, route.answer))}]
+    named = {type_ for route in ROUTES for type_ in (*route.body, route.answer)}
+    types = [*named.difference(ANSWERS)]
     options: Any = {"ref_template": "#/components/schemas/{name}"}
     references, components = msgspec.json.schema_components(types, **options)
     schemas, paths = dict(zip(types, references, strict=True)), Json()
+    schemas |= {name: {"$ref": f"#/components/schemas/{name}"} for name in ANSWERS}
     for route in ROUTES:
         prefixes = ("", versioned(route.path).removesuffix(route.path))
         paths[route.path.replace("<secret>", "{secret}")] = {
@@ -5967,7 +5921,7 @@ def openapi_document(base_url: str, version: str = "hidden") -> Json:
         "info": {"title": "MSISDN Gateway", "version": version, "description": about},
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": components | ANSWERS,
             "securitySchemes": {"hawk": {"type": "http", "scheme": "hawk"}},
         },
     }
@@ -7130,17 +7084,7 @@ def fit_threads(settings: Settings) -> Settings:
 
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # until Granian has its own
-    # A worker must not run our handlers: it takes these signals when it is ready for them.
-    os.register_at_fork(
-        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
-        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
-    )
-    try:
-        os.close(os.open(os.ctermid(), os.O_RDONLY))
-    except OSError:  # we have no terminal that could close
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _handle_signals()
     logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
@@ -7165,6 +7109,21 @@ def serve(settings: Settings) -> int:
         holder.close()
     LOG.info("stopped")
     return 0
+
+
+def _handle_signals() -> None:
+    """Say what signals do until Granian has handlers of its own."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))
+    # A worker must not run our handlers: it takes these signals when it is ready for them.
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
+    )
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:  # we have no terminal that could close
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
