@@ -410,6 +410,13 @@ def counted(app: gateway.Gateway, row: str = "h", who: str = "", region: str = "
     return math.ceil(max(0, at_rest_us - app.clock() * 1e6 - 1000) / counter.cost_us)
 
 
+def receipts(app: gateway.Gateway, kind: str) -> dict[str, int]:
+    """How many final receipts of a kind of provider were counted, by outcome."""
+    names = re.compile(rf"receipts_total kind={kind} outcome=(\w*)")
+    found = ((names.fullmatch(name), n) for name, n in app.counts._new.items())
+    return {match[1]: n for match, n in found if match}
+
+
 LIST: Final = b"{limits}s" + b"l" * 12
 """The list of a session, for ``take``."""
 HOUR: Final = b"{limits}h" + b"h" * 12
