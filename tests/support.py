@@ -18,6 +18,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
@@ -301,6 +302,7 @@ class GatewayProcess:
         files: How many each of its processes may open; 0: as many as we.
         terminal: The descriptor of a terminal that becomes its own; -1: it has none. ``None``:
             it has ours, if we have one.
+        python: The command that runs Python.
     """
 
     def __init__(
@@ -312,11 +314,12 @@ class GatewayProcess:
         env: dict[str, str] | None = None,
         files: int = 0,
         terminal: int | None = None,
+        python: Sequence[str] = (sys.executable,),
     ) -> None:
         port = port or free_port()
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
         self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
-        command = [sys.executable, str(ROOT / "gateway.py"), "--port", str(port)]
+        command = [*python, str(ROOT / "gateway.py"), "--port", str(port)]
         command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
         command += ["--resend-gaps-s", json.dumps(AT_ONCE), *NAMED]
         for name, value in WIDE.items():
