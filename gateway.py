@@ -1470,6 +1470,19 @@ def hawk_target(method: str, url: str) -> HawkRequest:
     return HawkRequest(method.upper(), path, parts.hostname or "", port)
 
 
+def _spellings(request: HawkRequest) -> Iterator[HawkRequest]:
+    """A request as clients may have spelled its path, the usual way first.
+
+    WSGI shows neither which characters were escaped, of which only ``_`` stands in paths of ours
+    and is ever escaped, nor a ``?`` that no query follows.
+    """
+    base, mark, query = request.path.partition("?")
+    for path in (base, base.replace("_", "%5F"), base.replace("_", "%5f")):
+        yield request._replace(path=path + mark + query)
+        if not query:
+            yield request._replace(path=path + "?")
+
+
 def build_authorization(
     credentials: Credentials, request: HawkRequest, ts: int, nonce: str,
     content_type: str = "", body: bytes = b"", ext: str = "",
@@ -5153,13 +5166,16 @@ class Gateway:
             raise UnknownSession("this session is unknown: /register opens one")
         user = self._user(hawk_id, record)
         key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
-        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+        for spelled in _spellings(request):
+            if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
+                break
+        else:
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
         who = (hawk_id, key, user, storage_id, record)
-        return Session(*who, header, request, ttl_s, address=address)
+        return Session(*who, header, spelled, ttl_s, address=address)
 
     def _user(self, hawk_id: HawkId, record: bytes) -> User:
         """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
@@ -6007,7 +6023,7 @@ def json_params(body: bytes, content_type: str) -> Json:
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
-        BadJson: Not valid JSON, or not an object.
+        BadJson: Not valid JSON, or a name is there twice, or not an object.
     """
     if not body:
         return {}
@@ -6026,7 +6042,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
 
 
-_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+_JSON: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 
 
 @lru_cache
