@@ -5998,7 +5998,7 @@ PRESS_FILES: Final = {
     for path in (ROOT / "notebooks/client.mjs", *(ROOT / "notebooks/press").glob("*.*"))
     if path.is_file()
 }
-"""The files of the page to press, by name; none where only gateway.py was copied."""
+"""The files of the page to press, by name; none where notebooks/ was not copied."""
 PRESS_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "

@@ -74,7 +74,9 @@ function signedParts({ request, answer }, credentials) {
   return [
     [
       request.body ? 'The body and its hash' : 'No body: the hash of nothing',
-      h('p', {}, 'The media type and the body, byte by byte. Who changes one of them must change the hash.'),
+      h('p', {}, request.body
+        ? 'The media type and the body, byte by byte. Who changes one of them must change the hash.'
+        : 'The lines of the media type and of the body are empty, and hashed all the same.'),
       ...hashed(request.body, request.headers['Content-Type'] ?? '', request.hash),
     ],
     ['What the signature covers', normalizedLines(request.normalized, false)],

@@ -9,8 +9,8 @@ const size = ({ encoding, units, segments, room }) =>
 const codeIn = (text) => text.split('\n')[0].split(' ').at(-1)
 
 export class Phone {
-  // token: the operator's. useCode gets a code that the reader takes over. texted gets each message that
-  // the phone sent, { request, answer }, and how many came back.
+  // token: the operator's. useCode gets a code that the reader takes over. texted gets the webhook's call for
+  // each message that the phone sent, { request, answer }.
   constructor(token, { useCode, texted }) {
     Object.assign(this, { token, useCode, texted, shown: [] })
     const [number, origin] = [find('#phone-number'), find('#phone-origin')]
@@ -32,10 +32,20 @@ export class Phone {
     return find('#phone-number').value.replace(/[^\d+]/g, '')
   }
 
-  // Show what has come; gives how many messages are new.
-  async look() {
+  // The outbox's messages to its number, oldest first; none, with the reason shown, if it does not answer.
+  async messages() {
     const query = new URLSearchParams({ to: this.number.replace('+', ''), token: this.token })
-    const messages = await (await fetch(`/outbox?${query}`, { cache: 'no-store' })).json()
+    const found = await fetch(`/outbox?${query}`, { cache: 'no-store' }).catch(() => null)
+    const empty = find('#no-messages')
+    empty.textContent = found?.ok
+      ? 'No messages. The outbox keeps each for an hour.'
+      : 'The outbox does not answer: start the gateway, and open the URL that it prints.'
+    return found?.ok ? found.json() : []
+  }
+
+  // Show what has come.
+  async look() {
+    const messages = await this.messages()
     const same = this.shown.every((one, n) => JSON.stringify(one) === JSON.stringify(messages[n]))
     if (!same) {
       find('#messages').replaceChildren()
@@ -46,9 +56,8 @@ export class Phone {
     list.append(...fresh.map((message) => this.bubble(message)))
     this.shown = messages
     find('#no-messages').hidden = messages.length > 0
-    if (fresh.length) list.scrollTop = list.scrollHeight
     this.judge()
-    return fresh.length
+    if (fresh.length) list.scrollTop = list.scrollHeight
   }
 
   bubble({ from, text, at }) {
@@ -96,13 +105,15 @@ export class Phone {
     const url = new URL('/sms/momt/?provider=nexmo', location.origin).href
     const headers = { 'Content-Type': 'application/x-www-form-urlencoded' }
     const body = new URLSearchParams(fields).toString()
+    const before = this.shown.length
     const found = await fetch(url, { method: 'POST', headers, body })
     const answer = { status: found.status, headers: Object.fromEntries(found.headers), body: await found.text() }
-    const came = await this.look()
+    await this.look()
+    const came = this.shown.length - before
     const outcome = find('#compose-outcome')
     outcome.textContent = outcomeOf(answer, came)
     outcome.className = `outcome ${came ? 'good' : 'bad'}`
-    await this.texted({ request: { method: 'POST', url, headers, body, normalized: null }, answer }, came)
+    await this.texted({ request: { method: 'POST', url, headers, body, normalized: null }, answer })
   }
 }
 

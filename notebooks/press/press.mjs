@@ -8,11 +8,12 @@ import { find, h, meanings, verbatim } from './dom.mjs'
 import { card, exchange } from './exchange.mjs'
 import { Phone } from './phone.mjs'
 import { base64urlOf, checkBrowserId, checkSdJwt, decode } from './proof.mjs'
-import { errorInWords, nextInWords } from './words.mjs'
+import { errorInWords, nextInWords, retryInWords } from './words.mjs'
 
 // The operator's token stands in the path, /press/TOKEN/index.html. Out of the address with it, before
 // somebody photographs the screen.
 const token = location.pathname.split('/').at(-2)
+find('link[rel=icon]').href = new URL('icon.svg', import.meta.url) // which is loaded later
 history.replaceState(null, '', '/press')
 
 // -- What the page remembers -----------------------------------------------------------
@@ -35,17 +36,17 @@ const phone = new Phone(token, {
 
 // -- Showing ----------------------------------------------------------------------------
 
-// The words of a step's outcome; kind is 'good', 'bad' or ''.
-function say(where, words, kind) {
+// A step's outcome: its first sentence, whose kind is 'good', 'bad' or '', and more.
+function say(where, words, kind, ...more) {
   const outcome = find('.outcome', where)
   outcome.className = `outcome ${kind}`
-  outcome.textContent = words
+  outcome.replaceChildren(h('b', {}, words), ...more.flatMap((one) => [' ', one]))
 }
 
 async function show(where, made) {
-  const cards = find('.cards', where)
-  for (const older of cards.children) older.open = false
-  cards.prepend(await made)
+  const card = await made
+  for (const older of document.querySelectorAll('.exchange')) older.open = false
+  find('.cards', where).prepend(card)
 }
 
 async function onMessage(message) {
@@ -76,7 +77,7 @@ function needSession() {
 
 let busy = false
 
-// Have a form do something: `does` gets its fields, and gives the words of the outcome.
+// Have a form do something: `does` gets its fields, and gives the outcome's words, or all that say() takes.
 function onSubmit(id, does) {
   const where = find(id)
   where.append(h('p', { class: 'outcome', role: 'status' }), h('div', { class: 'cards' }))
@@ -87,10 +88,10 @@ function onSubmit(id, does) {
     step = where
     where.setAttribute('aria-busy', 'true')
     try {
-      const [words, kind = 'good'] = [await does(Object.fromEntries(new FormData(event.target)))].flat()
-      say(where, words, kind)
+      const [words, kind = 'good', ...more] = [await does(Object.fromEntries(new FormData(event.target)))].flat()
+      say(where, words, kind, ...more)
     } catch (error) {
-      say(where, inWords(error), 'bad')
+      say(where, ...inWords(error))
     } finally {
       where.removeAttribute('aria-busy')
       busy = false
@@ -101,17 +102,27 @@ function onSubmit(id, does) {
 }
 
 function inWords(error) {
-  if (error instanceof Hint) return error.message
-  if (error instanceof GatewayError) {
-    const next = error.next ? ` ${nextInWords(error.next)}` : ''
-    return errorInWords(error) + next
-  }
-  if (error instanceof TypeError) return `Nothing came back (${error.message}). Is the gateway running?`
-  return `Refused by the client: ${error.message}.`
+  if (error instanceof Hint) return [error.message, 'bad']
+  if (error instanceof GatewayError) return refusal(error, 'bad')
+  if (error instanceof TypeError) return [`Nothing came back (${error.message}). Is the gateway running?`, 'bad']
+  return [`Refused by the client: ${error.message}.`, 'bad']
+}
+
+// What an error of the gateway says, when to ask again, what may be done next, and where it is explained.
+function refusal(error, kind) {
+  const { errno, retryAfter, next } = error
+  const link = { href: `/errors#${errno}`, target: '_blank', rel: 'noopener' }
+  return [
+    errorInWords(error), kind,
+    ...(retryAfter === undefined ? [] : [retryInWords(retryAfter)]),
+    ...(next ? [nextInWords(next)] : []),
+    ...(errno ? [h('a', link, `What errno ${errno} means`)] : []),
+  ]
 }
 
 onSubmit('#step-open', async ({ mcc, mnc }) => {
   const body = document.body.dataset.flow === 'momt' && mcc ? { mcc, ...(mnc && { mnc }) } : undefined
+  for (const old of document.querySelectorAll('.outcome, .cards')) old.replaceChildren()
   await client.register(body)
   stands = null
   held = null
@@ -129,7 +140,8 @@ onSubmit('#step-ask', async ({ msisdn, kind }) => {
   needSession()
   const before = phone.shown.length
   const { mtSender } = await client.verify(msisdn, { shortVerificationCode: kind === 'short' })
-  const came = (await phone.look()) || phone.shown.length - before
+  await phone.look()
+  const came = phone.shown.length - before
   const where = msisdn.replace(/[^\d+]/g, '') === phone.number ? 'this phone' : 'another phone'
   if (!came && where === 'this phone') return 'The same answer, and no second message: that was a double click.'
   return `An SMS from ${mtSender} is on its way to ${where}.`
@@ -242,7 +254,7 @@ async function sendAgain(request) {
   await onMessage({ request, answer })
   return found.ok
     ? ['It was taken. That should not be.', 'bad']
-    : [errorInWords({ status: found.status, ...JSON.parse(text) }), 'good']
+    : refusal({ status: found.status, ...JSON.parse(text) }, 'good')
 }
 
 // -- Proofs ----------------------------------------------------------------------------------

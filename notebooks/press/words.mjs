@@ -22,12 +22,14 @@ export function nextInWords({ resendIn, sendsLeft, triesLeft, expiresIn, verifie
   ].join(' ')
 }
 
-// An error of the gateway, as a client's programmer would want it told.
-export function errorInWords({ status, errno, message, retryAfter }) {
-  const head = `Refused: ${status}${errno ? `, errno ${errno}` : ''}: ${message.replace(/\.$/, '')}.`
-  if (retryAfter === undefined) return head
+// An error of the gateway.
+export function errorInWords({ status, errno, message }) {
+  return `Refused: ${status}${errno ? `, errno ${errno}` : ''}: ${message.replace(/\.$/, '')}.`
+}
+
+export function retryInWords(retryAfter) {
   const at = new Date(Date.now() + 1000 * retryAfter).toLocaleTimeString()
-  return `${head} Retry-After is ${retryAfter}: a client asks again in ${duration(retryAfter)}, at ${at}.`
+  return `Retry-After is ${retryAfter}: a client asks again in ${duration(retryAfter)}, at ${at}.`
 }
 
 const PHRASES = {
