@@ -96,6 +96,7 @@ import logging
 import logging.config
 import logging.handlers
 import math
+import mimetypes
 import multiprocessing.util
 import os
 import queue
@@ -5852,6 +5853,7 @@ ROUTES: Final = (
     Route("GET", "/openapi.json", "openapi", answer=Json),
     Route("GET", "/errors", "errors", answer=str),
     Route("GET", "/outbox", "outbox", False, (), list[Json], (NotFound,), "to token"),
+    Route("GET", "/press/<token>/<name>", "press", answer=str, errors=(NotFound,)),
     Route("GET", "/metrics", "metrics", answer=bytes, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
@@ -5863,6 +5865,20 @@ PREFLIGHT: Final = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
 }  # fmt: skip
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
+PRESS_FILES: Final = {
+    path.name: path
+    for path in (ROOT / "notebooks/client.mjs", *(ROOT / "notebooks/press").glob("*.*"))
+    if path.is_file()
+}
+"""The files of the page to press, by name; none where notebooks/ was not copied."""
+PRESS_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store",
+}  # fmt: skip
+"""Scripts, styles and requests of our own origin only, and none that stands in the page itself."""
 FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
 """How the headers begin that proxies add, in WSGI's spelling."""
 UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
@@ -5905,8 +5921,8 @@ def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[
 def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
     errors, text = route_errors(route, method), {"schema": {"type": "string"}}
     parameters: list[Json] = [{"name": n, "in": "query", **text} for n in route.query.split()]
-    if "<secret>" in route.path:
-        parameters.append({"name": "secret", "in": "path", "required": True, **text})
+    for name in re.findall("<(.+?)>", route.path):
+        parameters.append({"name": name, "in": "path", "required": True, **text})
     operation: Json = {
         "operationId": re.sub(r"\W+", "_", f"{method} {route.path}").lower(),
         "summary": getattr(GatewayApp, route.handler).__doc__.split("\n")[0].partition(" : ")[2],
@@ -5933,7 +5949,7 @@ def openapi_document(base_url: str, version: str = "hidden") -> Json:
     schemas |= {name: {"$ref": f"#/components/schemas/{name}"} for name in ANSWERS}
     for route in ROUTES:
         prefixes = ("", versioned(route.path).removesuffix(route.path))
-        paths[route.path.replace("<secret>", "{secret}")] = {
+        paths[re.sub("<(.+?)>", r"{\1}", route.path)] = {
             "servers": [{"url": base_url + prefix} for prefix in prefixes],
             **{m.lower(): _operation(route, m, schemas) for m in route.methods.split()},
         }
@@ -6317,8 +6333,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
         allowed, environ = self.settings.allowed_origins, bottle.request.environ
-        origin = environ.get("HTTP_ORIGIN", "")
-        if environ["PATH_INFO"].endswith("/outbox"):
+        origin, path = environ.get("HTTP_ORIGIN", ""), environ["PATH_INFO"]
+        if path.endswith("/outbox") or "/press/" in path:
             return headers
         if allowed != ["*"]:
             headers["Vary"] = "Origin"
@@ -6502,7 +6518,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             methods = {name: size if name == "POST" else {} for name in route.methods.split()}
             for path in (route.path, versioned(route.path)):
-                resources["regexp:" * ("<" in path) + path.replace("<secret>", "[^/]+")] = methods
+                resources["regexp:" * ("<" in path) + re.sub("<.+?>", "[^/]+", path)] = methods
         service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
         return {"service": {**service, "resources": resources}}
 
@@ -6528,19 +6544,35 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
+        query: Json = {}
+        with contextlib.suppress(InvalidParameter):
+            query = _query_fields(bottle.request.query_string)
+        outbox = self._outbox_for(query.get("token", ""))
+        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
+
+    def _outbox_for(self, token: str) -> OutboxSms:
+        """The outbox, for who is on this machine and has the operator's token; else NotFound."""
         environ, outbox = bottle.request.environ, self.gateway.sms.outbox
         local = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
         local &= not any(name.startswith(FORWARDED) for name in environ)
         # A page of another site can make a browser here ask, but then the browser says so.
         local &= self.header("SEC_FETCH_SITE") != "cross-site"
-        query: Json = {}
-        if outbox and local:
-            with contextlib.suppress(InvalidParameter):
-                query = _query_fields(bottle.request.query_string)
-        if outbox is None or not _same(self.token, query.get("token", "")):
-            raise NotFound("Not found: '/outbox'")
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
-        return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
+        if outbox is None or not local or not _same(self.token, token):
+            raise NotFound("Not found: a page of the outbox")
+        return outbox
+
+    def press(self, token: str, name: str) -> Answer:
+        """GET /press/TOKEN/NAME : the files of a page that shows each message, for the operator.
+
+        They are guarded as /outbox is. A name is only looked up in ``PRESS_FILES``; it never
+        becomes a path.
+        """
+        self._outbox_for(token)
+        if name not in PRESS_FILES:
+            raise NotFound("Not found: a file of the page")
+        kind = mimetypes.guess_type(name)[0] or ""
+        return Answer(200, PRESS_FILES[name].read_bytes(), kind, PRESS_HEADERS)
 
     def metrics(self) -> Answer:
         """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
@@ -7195,6 +7227,11 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             "       The outbox prints every code here, and shows them to whoever has this URL:",
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
+        if "index.html" in PRESS_FILES:
+            lines += [
+                "       A page on which you press your way through both flows, message by message:",
+                f"       {settings.base_url}/press/{token}/index.html",
+            ]
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):

@@ -128,7 +128,7 @@ def documented() -> Any:
 def _operation(method: str, path: str) -> Any:
     bare = re.sub("^/v1(/msisdn)?(?=/)", "", path)
     for pattern, item in documented()["paths"].items():
-        if re.fullmatch(re.sub("{.+}", "[^/]+", pattern.replace(".", r"\.")), bare):
+        if re.fullmatch(re.sub("{.+?}", "[^/]+", pattern.replace(".", r"\.")), bare):
             return item.get(method.lower())
     return None
 
