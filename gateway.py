@@ -6039,7 +6039,8 @@ def json_params(body: bytes, content_type: str) -> Json:
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
-        BadJson: Not valid JSON, or a name is there twice, or not an object.
+        BadJson: Not valid JSON, or not an object; or a name is there twice, of which a proxy might
+            read the other value.
     """
     if not body:
         return {}
@@ -6047,6 +6048,7 @@ def json_params(body: bytes, content_type: str) -> Json:
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
         params = _JSON.decode(body.decode())
+        json.dumps(params, ensure_ascii=False).encode()  # fails if a text has a lone surrogate
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):

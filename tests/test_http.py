@@ -696,9 +696,10 @@ def test_deep_nesting_that_ends_is_no_crash(client: WsgiClient) -> None:
     assert client.raw("POST", "/discover", body).status in (200, 400)
 
 
-def test_two_numbers_of_one_name_are_refused(session: WsgiClient) -> None:
+@pytest.mark.parametrize("where", ["%s", '{"a": [%s], "msisdn": "+447700900123"}'])
+def test_a_name_twice_is_106(session: WsgiClient, where: str) -> None:
     """A proxy that looks at bodies and we must not see two different numbers."""
-    body = f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}'.encode()
+    body = (where % f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}').encode()
     environ = {"HTTP_AUTHORIZATION": hawk(session, "/sms/verify", body)}
     answer = session.raw("POST", "/sms/verify", body, environ)
     assert (answer.status, answer.errno) == (400, 106)
@@ -721,6 +722,10 @@ SURROGATE = "\ud800"
         ("/certificate/sign", {"publicKey": SURROGATE}, 400),
         ("/certificate/sign", {"publicKey": {"algorithm": SURROGATE}}, 400),
         ("/certificate/sign", {"publicKey": RSA_JSON, "duration": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": "https://a.b", "nonce": "\udfff"}, 400),
+        ("/unregister", {"everywhere": SURROGATE}, 400),
+        ("/unregister", {"everywhere": [{SURROGATE: 1}]}, 400),
         ("/sms/momt/", {"provider": SURROGATE}, 400),
         ("/sms/momt/?provider=nexmo", {"msisdn": SURROGATE, "text": SURROGATE}, 200),
     ],
