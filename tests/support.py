@@ -242,9 +242,9 @@ class WsgiClient:
             assert self.credentials
             key, kind = self.credentials.hawk_key, answer.headers.get("content-type", "")
             assert lab.check_answer(key, sent, seal, target, kind, answer.data)
-            if answer.status >= 400 and answer.json.get("errno") not in (110, 201):
-                if not self.store_fails or "next" in answer.json:
-                    assert_next_action(answer)
+            told = answer.status >= 400 and answer.json.get("errno") not in (110, 201)
+            if told and not (self.store_fails and "next" not in answer.json):
+                assert_next_action(answer)
         return answer
 
     def get(self, path: str, **environ: Any) -> Answer:
