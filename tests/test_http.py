@@ -533,7 +533,7 @@ def test_every_preflight_is_answered_without_authentication(client: WsgiClient, 
 def test_the_outbox_never_gets_cors_headers(make_client: MakeClient, allowed: list[str]) -> None:
     """Any page in the browser of somebody at this desk could read the codes."""
     client = make_client(allowed_origins=allowed)
-    for path in both("/outbox"):
+    for path in (*both("/outbox"), *both(f"/press/{client.app.token}/press.mjs")):
         for method in ("GET", "OPTIONS", "POST", "HEAD"):
             for peer in ("127.0.0.1", "192.0.2.1"):
                 environ = {"HTTP_ORIGIN": HOME, "REMOTE_ADDR": peer}
@@ -696,9 +696,10 @@ def test_deep_nesting_that_ends_is_no_crash(client: WsgiClient) -> None:
     assert client.raw("POST", "/discover", body).status in (200, 400)
 
 
-def test_two_numbers_of_one_name_are_refused(session: WsgiClient) -> None:
+@pytest.mark.parametrize("where", ["%s", '{"a": [%s], "msisdn": "+447700900123"}'])
+def test_a_name_twice_is_106(session: WsgiClient, where: str) -> None:
     """A proxy that looks at bodies and we must not see two different numbers."""
-    body = f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}'.encode()
+    body = (where % f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}').encode()
     environ = {"HTTP_AUTHORIZATION": hawk(session, "/sms/verify", body)}
     answer = session.raw("POST", "/sms/verify", body, environ)
     assert (answer.status, answer.errno) == (400, 106)
@@ -721,6 +722,10 @@ SURROGATE = "\ud800"
         ("/certificate/sign", {"publicKey": SURROGATE}, 400),
         ("/certificate/sign", {"publicKey": {"algorithm": SURROGATE}}, 400),
         ("/certificate/sign", {"publicKey": RSA_JSON, "duration": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": "https://a.b", "nonce": "\udfff"}, 400),
+        ("/unregister", {"everywhere": SURROGATE}, 400),
+        ("/unregister", {"everywhere": [{SURROGATE: 1}]}, 400),
         ("/sms/momt/", {"provider": SURROGATE}, 400),
         ("/sms/momt/?provider=nexmo", {"msisdn": SURROGATE, "text": SURROGATE}, 200),
     ],
@@ -1029,9 +1034,10 @@ def test_the_outbox_is_not_there_for_anybody_else(
     session: WsgiClient, environ: dict[str, Any]
 ) -> None:
     assert session.ask().status == 200
-    for path in both("/outbox"):
-        query = f"?to={NUMBER[1:]}&token={session.app.token}"
-        answer = session.raw("GET", path + query, environ=environ)
+    query = f"?to={NUMBER[1:]}&token={session.app.token}"
+    page = both(f"/press/{session.app.token}/index.html")
+    for path in (*(path + query for path in both("/outbox")), *page):
+        answer = session.raw("GET", path, environ=environ)
         assert answer.status == 404
         assert answer.json.keys() == {"code", "error", "message"}
         assert answer.json["error"] == "Not Found"
@@ -1104,6 +1110,8 @@ def test_what_else_the_outbox_asks(
 ) -> None:
     path = f"/outbox?token={session.app.token}&to={NUMBER[1:]}"
     assert session.raw("GET", path, environ=environ).status == status
+    page = f"/press/{session.app.token}/index.html"
+    assert session.raw("GET", page, environ=environ).status == status
     without = f"/outbox?to={NUMBER[1:]}"
     told = {name: value.format(token=session.app.token) for name, value in environ.items()}
     assert session.raw("GET", without, environ=told).status == 404
@@ -1116,6 +1124,8 @@ def test_the_outbox_is_there_on_this_machine(session: WsgiClient, host: str, pee
     environ = {"REMOTE_ADDR": peer, "HTTP_HOST": host}
     path = f"/outbox?to={NUMBER[1:]}&token={session.app.token}"
     assert len(session.raw("GET", path, environ=environ).json) == 1
+    page = f"/press/{session.app.token}/index.html"
+    assert session.raw("GET", page, environ=environ).status == 200
 
 
 def test_without_the_outbox_there_is_no_outbox(make_client: MakeClient) -> None:
