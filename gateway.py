@@ -5990,20 +5990,17 @@ section { border-top: 1px solid light-dark(#eeebee, #303335); padding: .1rem 1re
 section:target { background: light-dark(#ffc, #330) }
 a { color: light-dark(#2757dd, #5ca5ff) }
 """
-_PAGE_HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'; style-src 'sha256-"
-    f"{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'",
-    "X-Content-Type-Options": "nosniff",
-}
+_STYLE_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 
 
 def html_answer(title: str, body: str) -> Answer:
-    """A small page for people, in the colours of our other pages; it loads nothing."""
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'>\n<title>{title}"
-    page = f"<!doctype html>\n<html lang=en>{head}</title><style>{_STYLE}</style>\n"
+    """A small page for people, in the colours of our other pages; it loads and runs nothing."""
+    policy = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}"
+    page = f"<!doctype html><html lang=en>{head}</title><style>{_STYLE}</style>"
     page += f"<main><h1>{title}</h1>{body}</main>"
-    return Answer(200, page.encode(), "text/html; charset=utf-8", _PAGE_HEADERS)
+    headers = {"Content-Security-Policy": policy}
+    return Answer(200, page.encode(), "text/html; charset=utf-8", headers)
 
 
 def error_answer(error: GatewayError, base_url: str, next_step: Json | None = None) -> Answer:
@@ -6557,8 +6554,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
-        body = "<p>Every error has its <b>errno</b> in the body. Which one may come where, and how "
-        body += "to repeat a step, stands in the pages for who writes a client (Integrate)."
+        body = "<p>The body of every error has its <b>errno</b>, behind the status here."
         for number, errors in groupby(error_classes(), lambda error: error.errno):
             body += f"\n<section id={number}>"
             for error in errors:
