@@ -193,7 +193,7 @@ def fields() -> str:
     for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
         route, paths = (spelled := [*routes])[0], {other.path for other in spelled}
         method = route.methods.split()[-1]
-        says = document["paths"][route.path][method.lower()]
+        says = document["paths"][re.sub("<(.+?)>", r"{\1}", route.path)][method.lower()]
         title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
         about = says["summary"][:1].upper() + says["summary"][1:]
         signed = " Signed with Hawk." * route.hawk
@@ -632,6 +632,7 @@ def describe(
     title = re.sub("<[^>]+>", "", context.get("title") or project)
     tags = {"description": text, "og:title": title, "og:description": text, "og:type": "article"}
     tags |= {"og:site_name": project, "twitter:card": "summary"}
+    context.setdefault("metatags", "")  # the page of the search has none yet
     for name, content in tags.items():
         which = "property" if name[:3] == "og:" else "name"
         context["metatags"] += f'<meta {which}="{name}" content="{html.escape(content)}">\n'
