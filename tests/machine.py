@@ -71,6 +71,7 @@ class Machine:
             ["unshare", *flags.split(), "sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             preexec_fn=lambda: die_with_parent(parent, signal.SIGKILL),
         )
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")

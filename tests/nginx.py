@@ -26,7 +26,8 @@ PAGE = support.ROOT / "notebooks/operate/install.md"
 
 def blocks(language: str, page: Path = PAGE) -> list[str]:
     """The listings of a page in one language, in order."""
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", page.read_text("utf-8"))
+    found = re.findall(rf"(?ms)^( *)```{language}\n(.*?)^ *```", page.read_text("utf-8"))
+    return [re.sub(rf"(?m)^{indent}", "", text) for indent, text in found]
 
 
 def replaced(text: str, changes: dict[str, str]) -> str:
