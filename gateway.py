@@ -149,7 +149,7 @@ from redis.retry import Retry
 # 1. Vocabulary
 # =============================================================================
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 SessionToken = NewType("SessionToken", bytes)
 """32 random bytes, secret; sent once, by /register, as 64 hex characters."""
@@ -3103,7 +3103,8 @@ class Storage:
                 if refused := isinstance(cause, refusals):
                     why = (
                         f"refuses our login, or a command that we need ({cause}): "
-                        "see user and password in storage_url; README.md lists the commands"
+                        "see user and password in storage_url; the page “The store” "
+                        "(notebooks/operate/store.md) lists the commands"
                     )
                 if refused or time.monotonic() > deadline_s:
                     raise StartError(f"the store {where} {why}") from None
@@ -3261,7 +3262,7 @@ class DynamoTable:
             StartError: It cannot be used: there is none, or it is another kind of table.
         """
         what = f"the DynamoDB table {self.name}"
-        remedy = "README.md has the commands that make it, and lists permissions"
+        remedy = "notebooks/operate/store.md has the commands that make it, and permissions"
         try:
             self._client.put_item(TableName=self.name, Item=_HEARTBEAT)
         except self.errors as error:
@@ -3269,7 +3270,10 @@ class DynamoTable:
         with contextlib.suppress(Unavailable):  # it does not tell, and the log says why
             ttl = self._call("describe_time_to_live")["TimeToLiveDescription"]
             if ttl["TimeToLiveStatus"] not in ("ENABLED", "ENABLING"):
-                return [f"{what} keeps what has expired: README.md has the command for its TTL"]
+                return [
+                    f"{what} keeps what has expired: notebooks/operate/store.md has the "
+                    "command for its TTL"
+                ]
         return []
 
 

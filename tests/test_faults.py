@@ -426,7 +426,7 @@ ACL = (
     "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +zrange +time +eval +info "
     "+dbsize +role +wait"
 )
-"""README.md names the same commands."""
+"""notebooks/operate/store.md names the same commands."""
 
 
 def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
@@ -457,7 +457,9 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
         assert "wrong-word" not in str(caught.value)
     named = {word for word in ACL.split() if word.startswith("+")}
-    assert named <= set((ROOT / "README.md").read_text("utf-8").replace("`", " ").split())
+    assert named <= set(
+        (ROOT / "notebooks/operate/store.md").read_text("utf-8").replace("`", " ").split()
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import lab
 import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
-from support import NAMED, NUMBER, GatewayProcess, WsgiClient, free_port
+from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port
 from test_sms import SmsApi, reply, taken
 
 import gateway
@@ -586,3 +587,38 @@ def test_check_beside_a_gateway_that_runs(
     status, out, err = run_main(capsys, "check", "--port", str(process.port), *folders)
     assert status == 0, err
     assert "store: it can be used" in out
+
+
+# -- The release ------------------------------------------------------------------
+
+
+def test_version_and_changelog_agree(
+    make_client: MakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    headings = re.findall(r"(?m)^## (.+)$", text)
+    versions = [heading.partition(" - ")[0] for heading in headings]
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert datetime.date.fromisoformat(headings[0].partition(" - ")[2])
+    newest, client = versions[0], make_client()
+    assert gateway.__version__ == newest
+    assert run_main(capsys, "--version") == (0, f"MSISDN Gateway {newest}\n", "")
+    assert client.get("/__version__").json == {"version": newest}
+    assert client.get("/openapi.json").json["info"]["version"] == newest
+    for page in ("install", "upgrade"):
+        text = (ROOT / f"notebooks/operate/{page}.md").read_text("utf-8")
+        assert re.findall(r" v(\d+\.\d+\.\d+)\b", text)[0] == newest
+
+
+def test_no_setting_of_the_release_before_is_gone() -> None:
+    """Within 1.x, says the page Upgrade."""
+    of_1_0 = """
+        host port workers threads public_url storage_url certificate_store data_dir keys_dir
+        allowed_origins request_max_bytes short_code_digits long_code_bytes code_tries code_ttl_s
+        session_ttl_s verified_ttl_s certificate_max_s hawk_skew_s sends_per_session sends_per_hour
+        sms_providers sms_inbound mt_sender mt_sender_map mo_verifier mo_verifier_map
+        sms_host_line language_by_country sms_cool_down_s sms_send_tries display_version
+        master_secret
+    """
+    assert set(of_1_0.split()) <= gateway.declared(gateway.Settings).keys()
