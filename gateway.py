@@ -155,7 +155,7 @@ from redis.retry import Retry
 # 1. Vocabulary
 # =============================================================================
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 SessionToken = NewType("SessionToken", bytes)
 """32 random bytes, secret; sent once, by /register, as 64 hex characters."""
@@ -2970,6 +2970,12 @@ class Storage:
         answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
         return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
 
+    def tally_by_prefix(self, outcome: str) -> dict[str, int]:
+        """How many messages of an outcome the scripts of the limits count today, by prefix."""
+        key = b"{limits}%b by prefix" % outcome.encode()
+        flat = self._run("ZRANGE", key, 0, -1, "WITHSCORES", key=key)
+        return {p.decode(): int(n) for p, n in zip(flat[::2], flat[1::2], strict=True) if p}
+
     def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
         """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
         keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
@@ -3018,7 +3024,8 @@ class Storage:
                 if refused := isinstance(cause, refusals):
                     why = (
                         f"refuses our login, or a command that we need ({cause}): "
-                        "see user and password in storage_url; README.md lists the commands"
+                        "see user and password in storage_url; the page “The store” "
+                        "(notebooks/operate/store.md) lists the commands"
                     )
                 if refused or time.monotonic() > deadline_s:
                     raise StartError(f"the store {where} {why}") from None
@@ -3196,7 +3203,7 @@ class DynamoTable:
             StartError: It cannot be used: there is none, or it is another kind of table.
         """
         what = f"the DynamoDB table {self.name}"
-        remedy = "README.md has the commands that make it, and lists permissions"
+        remedy = "notebooks/operate/store.md has the commands that make it, and permissions"
         try:
             self._client.put_item(TableName=self.name, Item=_HEARTBEAT)
         except self.errors as error:
@@ -3204,7 +3211,10 @@ class DynamoTable:
         with contextlib.suppress(Unavailable):  # it does not tell, and the log says why
             ttl = self._call("describe_time_to_live")["TimeToLiveDescription"]
             if ttl["TimeToLiveStatus"] not in ("ENABLED", "ENABLING"):
-                return [f"{what} keeps what has expired: README.md has the command for its TTL"]
+                return [
+                    f"{what} keeps what has expired: notebooks/operate/store.md has the "
+                    "command for its TTL"
+                ]
         return []
 
 
@@ -6152,8 +6162,13 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
 """What a client may call its request."""
-_TIMES_S: Final = {"0.005": 0.005, "0.025": 0.025, "0.1": 0.1, "0.5": 0.5, "+Inf": math.inf}
-"""The classes in which the time of requests is counted: the label of each, its upper bound."""
+_TIMES_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf
+)  # fmt: skip
+"""The classes in which the time of requests is counted: the upper bound of each."""
+_PREFIXES: Final = 10, 5
+"""/metrics names the prefixes that were sent to and refused most: so many of each, and from so many
+messages a day on. So strangers cannot add series without end."""
 _TALLIES: Final = "sent", "verified", "refused", "would be refused"
 """What the scripts of the limits count, for a day at a time."""
 
@@ -6167,20 +6182,46 @@ def exposition(samples: Mapping[str, float]) -> bytes:
     from prometheus_client import core, generate_latest  # here, because few ask for it
 
     metrics: Json = {}
-    for sample, value in sorted(samples.items()):
+    for sample, value in samples.items():
         name, *labels = sample.split(" ")
-        kind = "counter" if name.endswith("_total") else "gauge"
-        new = core.Metric(f"gateway_{name.removesuffix('_total')}", "see the Operate pages", kind)
+        family, _, part = name.rpartition("_")
+        kind = _KINDS.get(part, "gauge")
+        family = family if kind != "gauge" else name
+        new = core.Metric(f"gateway_{family}", "see the page Monitoring", kind)
         values = dict(label.split("=") for label in labels)
-        metrics.setdefault(name, new).add_sample(f"gateway_{name}", values, value)
+        metrics.setdefault(family, new).add_sample(f"gateway_{name}", values, value)
     return generate_latest(cast(Any, SimpleNamespace(collect=metrics.values)))
+
+
+_KINDS: Final = {
+    "total": "counter", "bucket": "histogram", "sum": "histogram", "count": "histogram"
+}  # fmt: skip
+"""The kind of a metric in Prometheus' format, by the last part of its samples' names."""
+
+
+def _histogram(counted: dict[str, int]) -> dict[str, float]:
+    """Take the times of requests out of the counts; give them as Prometheus' histogram, by route.
+
+    Each class of ``_TIMES_S`` is counted alone, and holds there all that is below its bound.
+    """
+    samples = dict[str, float]()
+    for sum_us in [name for name in counted if name.startswith("request_us ")]:
+        route = sum_us.partition(" ")[2]
+        n = 0
+        for bound_s in _TIMES_S:
+            n += counted.pop(f"request_class {route} le={bound_s}", 0)
+            bound = f"{bound_s:g}".replace("inf", "+Inf")
+            samples[f"request_seconds_bucket {route} le={bound}"] = n
+        samples[f"request_seconds_count {route}"] = n
+        samples[f"request_seconds_sum {route}"] = counted.pop(sum_us) / 1e6
+    return samples
 
 
 def samples_of(gateway: Gateway) -> dict[str, float]:
     """The counts of all gateways that share the store, and how it and its limits stand."""
     begun_s = time.monotonic()
     counted, *tallies = gateway.storage.counts(*(b"{limits}%b" % t.encode() for t in _TALLIES))
-    samples = {**counted, "store_read_seconds": time.monotonic() - begun_s}
+    samples = {"store_read_seconds": time.monotonic() - begun_s, **_histogram(counted), **counted}
     for n, info in enumerate(gateway.storage.info()):
         samples[f"store_memory_bytes node={n}"] = int(info["used_memory"])
     settings = {limit.row: limit.setting for limit in LIMITS}
@@ -6189,7 +6230,24 @@ def samples_of(gateway: Gateway) -> dict[str, float]:
             region, _, row = name.partition(" ")
             labels = f"region={region} outcome={outcome.replace(' ', '_')}"
             samples[f"messages_of_day {labels} limit={settings.get(row, '')}"] = n
-    return samples | gateway.limits.shares(tallies[0])
+    return samples | _by_prefix(gateway.storage) | gateway.limits.shares(tallies[0])
+
+
+def _by_prefix(storage: Storage) -> dict[str, float]:
+    """What became of messages to the prefixes that /metrics names."""
+    tallies = {outcome: storage.tally_by_prefix(outcome) for outcome in _TALLIES[:3]}
+    most, least = _PREFIXES
+    named = {
+        prefix
+        for tally in tallies.values()
+        for prefix in sorted(tally, key=tally.__getitem__)[-most:]
+        if tally[prefix] >= least
+    }
+    return {
+        f"messages_of_day_by_prefix prefix={prefix} outcome={outcome}": tally.get(prefix, 0)
+        for prefix in sorted(named)
+        for outcome, tally in tallies.items()
+    }
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
@@ -6226,12 +6284,12 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         if LOG.isEnabledFor(logging.INFO):  # LOG.info would look for the caller: a fifth of it all
             text = "request %(route)s %(status)s %(errno)s %(error)s %(ms)s ms"
             LOG.handle(logging.LogRecord(LOG.name, logging.INFO, "", 0, text, (line,), None))
+        bound_s = _TIMES_S[bisect.bisect_left(_TIMES_S, took_s)]
         self.gateway.counts.add(
             f"requests_total route={route} status={status} errno={errno} error={why}",
-            *(f"request_seconds_bucket route={route} le={le}" for le, most_s in _TIMES_S.items()
-              if took_s <= most_s),
-        )  # fmt: skip
-        self.gateway.counts.add(f"request_microseconds_total route={route}", n=round(took_s * 1e6))
+            f"request_class route={route} le={bound_s}",
+        )
+        self.gateway.counts.add(f"request_us route={route}", n=round(took_s * 1e6))
         return content
 
     # -- The request ----------------------------------------------------------

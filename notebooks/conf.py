@@ -2,9 +2,8 @@
 
 The sources are the notebooks, as they were executed and kept, and the Markdown files beside
 them. A line ``<!-- made: endpoints -->`` in one of these stands for what ``endpoints()`` below
-gives; ``<!-- README: Run -->`` for that chapter of the README. So no page can say anything else
-than the code does. The pages open from disk and ask no server for anything: the browser is told
-so by their Content-Security-Policy.
+gives, so no page can say anything else than the code does. The pages open from disk and ask no
+server for anything: the browser is told so by their Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -399,24 +398,6 @@ def descriptions() -> dict[str, str]:
     return found
 
 
-def readme(chapter: str) -> str:
-    """A chapter of the README without its title, its links those of the pages."""
-    text = f"\n{source('README.md')}\n## ".partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
-    assert text, f"README has no chapter {chapter}"
-    for there, here in README_LINKS.items():
-        text = text.replace(f"]({there}", f"]({here}")
-    return re.sub(r"^#(#+ )", r"\1", text, flags=re.M)
-
-
-README_LINKS = {
-    "notebooks/": "../",
-    "keys/README.md": "keys.md",
-    "gateway.py": "../read/gateway.md",
-    "#sizing-and-operating-the-store": "store.md",
-    "#what-a-request-costs": "costs.md",
-}
-
-
 def relying_party(language: str, ending: str) -> str:
     """The lines that relying parties may copy."""
     return f"```{language}\n{source(f'notebooks/relying_party.{ending}')}```"
@@ -443,7 +424,6 @@ def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
     if (path := HERE / f"{page}.ipynb").exists():
         text[0] = json.dumps(as_page(path.name, json.loads(text[0])), ensure_ascii=False)
     text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
-    text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
     text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
     text[0] = re.sub(r"\]\(relying_party\.m?[pj]\w+\)", "](integrate/proofs.md)", text[0])
 
