@@ -71,6 +71,8 @@ POLICY = (
     "default-src 'none'; script-src 'self' file: 'unsafe-inline'; "
     "style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:"
 )
+SERVED_POLICY = POLICY.replace(" file:", "") + "; base-uri 'none'; form-action 'self'"
+"""For a server that sends the pages; forms are the search alone. The pages hold scripts of furo's."""
 
 # -- What there is in gateway.py ------------------------------------------------
 
@@ -313,6 +315,11 @@ def flow() -> str:
     return diagrams.svg(textwrap.dedent(found[0])) if found else ""
 
 
+def policy() -> str:
+    """What a server of these pages may send as Content-Security-Policy."""
+    return f"```text\nContent-Security-Policy: {SERVED_POLICY}\n```"
+
+
 def listing(code: str, first_line: int) -> str:
     """Python source with an anchor at every line, ``#L12``."""
     formatter = HtmlFormatter(
@@ -430,7 +437,7 @@ def keys_readme() -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
-    "lessons": lesson_list, "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source,
+    "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source, "lab.py": lab_source,
     "names": names, "keys/README.md": keys_readme,
     "relying_party.py": partial(relying_party, "python", "py"),
     "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
@@ -462,6 +469,7 @@ def as_page(name: str, notebook: Any) -> Any:
             if svg := "".join(data.pop("image/svg+xml", "")):
                 data["text/html"] = picture(svg, pictures := pictures + 1)
             elif table := "".join(data.get("text/html", "")):
+                table = re.sub(r"<td (?=[^>]*>[^<]{30})", '<td class="long" ', table)
                 data["text/html"] = table.replace("<table>", OPEN_TABLE) + "</div>"
     title, _, rest = cells[0]["source"].partition("\n")
     minutes = round(sum(len("".join(c["source"]).split()) for c in cells) / 150)
@@ -540,7 +548,7 @@ def terms(app: Sphinx) -> dict[re.Pattern[str], tuple[str, str]]:
     says = {}
     listed = r"^(\S.*)\n((?:  .+\n?)+)"
     for names, text in re.findall(listed, source("notebooks/learn/glossary.md"), re.M):
-        first = re.split(r"(?<=[a-z)])[.:] ", " ".join(text.split()), maxsplit=1)[0]
+        first = re.split(r"(?<=[a-z)0-9])[.] ", " ".join(text.split()), maxsplit=1)[0]
         says[names] = re.sub(r"\[(.+?)\]\(.+?\)|`", r"\1", first).rstrip(".") + "."
     found = {}
     for (kind, name), (_, anchor) in app.env.domains["std"].objects.items():
@@ -582,7 +590,8 @@ def describe(
     tags |= {"og:site_name": project, "twitter:card": "summary"}
     for name, content in tags.items():
         which = "property" if name[:3] == "og:" else "name"
-        context["metatags"] += f'<meta {which}="{name}" content="{html.escape(content)}">\n'
+        tag = f'<meta {which}="{name}" content="{html.escape(content)}">\n'
+        context["metatags"] = context.get("metatags", "") + tag
 
 
 ABOUT = "A server that proves that somebody controls a phone number."
