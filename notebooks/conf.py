@@ -34,6 +34,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import diagrams
+import lab
 
 import gateway
 
@@ -63,8 +64,12 @@ html_use_index = False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_theme_options = {
     # Grey text of furo's that is paler than WCAG 2 (AA) asks for.
-    "light_css_variables": {"color-foreground-muted": "#5f636a", "code-font-size": "85%"},
-    "dark_css_variables": {"color-foreground-muted": "#9ca3ab"},
+    "light_css_variables": {
+        "color-foreground-muted": "#5f636a",
+        "color-code-background": "#f5f6f8",
+        "code-font-size": "85%",
+    },
+    "dark_css_variables": {"color-foreground-muted": "#9ca3ab", "color-code-background": "#1f2124"},
 }
 
 POLICY = (
@@ -72,7 +77,7 @@ POLICY = (
     "style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:"
 )
 SERVED_POLICY = POLICY.replace(" file:", "") + "; base-uri 'none'; form-action 'self'"
-"""For a server that sends the pages; forms are the search alone. The pages hold scripts of furo's."""
+"""For a server that sends the pages: the only form is the search, and furo's scripts are inline."""
 
 # -- What there is in gateway.py ------------------------------------------------
 
@@ -360,12 +365,12 @@ def names() -> str:
     def row(name: str) -> tuple[str, ...]:
         found = (f"[{file[:2]}](../{file})" for file, words in spoken_of.items() if name in words)
         section = starts[max(line for line in starts if line <= lines[name])]
-        where = f"[{section}](gateway.md#section-{section})"
-        return code(name), kinds[name], summary(described[name]), where, " ".join(found)
+        kind = f"{kinds[name]}, [§{section}](gateway.md#section-{section})"
+        return code(name), kind, summary(described[name]), " ".join(found)
 
     listed = sorted((n for n in lines if described.get(n)), key=str.lower)
     letters = {letter: [*found] for letter, found in groupby(listed, lambda name: name[0].upper())}
-    heads = "name", "kind", "what it is", "section", "lessons"
+    heads = "name", "kind, section", "what it is", "lessons"
     parts = [" ".join(f"[{letter}](#names-{letter})" for letter in letters)]
     for letter, found in letters.items():
         rows = table(*heads, rows=map(row, found))
@@ -437,8 +442,8 @@ def keys_readme() -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
-    "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source, "lab.py": lab_source,
-    "names": names, "keys/README.md": keys_readme,
+    "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source,
+    "lab.py": lab_source, "names": names, "keys/README.md": keys_readme,
     "relying_party.py": partial(relying_party, "python", "py"),
     "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
 }  # fmt: skip
@@ -491,10 +496,19 @@ def drawn(found: re.Match[str], first: bool) -> str:
 
 
 def picture(svg: str, n: int) -> str:
-    """The n-th picture of a page, its ids made different from those of the others."""
+    """The n-th picture of a page: ids that no other one has, colours that fit light and dark."""
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", svg)
+
+    def tag(found: re.Match[str]) -> str:
+        own = re.sub(
+            r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", found[0]
+        )
+        own = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", own)
+        for name in ("BLUE", "ORANGE", "GREEN", "GREY"):
+            own = own.replace(getattr(lab, name), f"var(--picture-{name.lower()})")
+        return own
+
+    svg = re.sub(r"<[^<>]+>", tag, svg)
     return f'<figure class="picture">{svg}</figure>'
 
 
