@@ -213,8 +213,7 @@ def fields() -> str:
             other = "**Body**" if body is route.body[0] else "**Or**"
             parts += [f"{other} {code(body.__name__)}: {plain(schema['description'])}"]
             parts.append(table(*FIELD_COLUMNS, rows=body_rows(schema)))
-        name = getattr(route.answer, "__name__", "")
-        if name in schemas:
+        if (name := str(route.answer)) in gateway.ANSWERS:
             parts += [f"**Answer** {code(name)}: {plain(schemas[name]['description'])}"]
             parts.append(table("field", "type", "always", "what", rows=answer_rows(schemas[name])))
         else:
