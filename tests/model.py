@@ -73,6 +73,7 @@ class Session:
     sends: int = 0
     asked_s: int = 0
     verified_s: int | None = None
+    end_s: int = 0  # once it is verified
     method: str = ""
     asked: str = ""  # how the last message was asked for: "ask", "resend" or "text"
     round: list[Cost] = field(default_factory=list)
@@ -242,9 +243,7 @@ class World:
 
     def end_s(self, s: Session) -> int:
         """When it expires."""
-        if s.verified_s is None:
-            return s.born_s + self.rules.session_ttl_s
-        return s.verified_s + self.rules.verified_ttl_s
+        return s.end_s or s.born_s + self.rules.session_ttl_s
 
     def waiting(self, s: Session) -> Code | None:
         """The code that waits, while it lives and bears tries."""
@@ -252,8 +251,21 @@ class World:
         return s.code if lives else None
 
     def is_verified(self, s: Session) -> bool:
-        """Verified, and not ended by another session of the number since [§4, /unregister]."""
-        return s.verified_s is not None and s.verified_s > self.ended_s.get(s.number, -1)
+        """Verified, as ``next`` tells it."""
+        return s.verified_s is not None
+
+    def may_sign(self, s: Session) -> bool:
+        """Verified, and not ended by another session of the number since [§4, /unregister].
+
+        Chosen: a session learns that it was ended when it asks for a proof. Then it is no longer
+        verified, and bound to no number, unless it is just being verified again.
+        """
+        if s.verified_s is None or s.verified_s > self.ended_s.get(s.number, -1):
+            return s.verified_s is not None
+        s.verified_s = None
+        if not self.waiting(s) and not self.is_sending(s):
+            s.number, s.code = "", None
+        return False
 
     def is_sending(self, s: Session) -> bool:
         """Whether a message of it is with the provider [§4]."""
@@ -391,6 +403,7 @@ class World:
         if code == waiting.text:
             s.method = waiting.method
             s.verified_s, s.code, s.before = self.now_s, None, ""
+            s.end_s = self.now_s + self.rules.verified_ttl_s
             if self.rules.paid and self.rules.limits != "off":
                 self.limits.pay_back(s.round, self.now_s)
             s.round = []
@@ -408,7 +421,7 @@ class World:
             return UNKNOWN
         if proof == "missing":
             return MISSING
-        if not self.is_verified(s):
+        if not self.may_sign(s):
             return NOT_VERIFIED
         return INVALID if proof == "bad" else Expected(200)
 
@@ -418,7 +431,7 @@ class World:
             return UNKNOWN
         if everywhere:
             lately = s.verified_s is not None and self.now_s <= s.verified_s + self.rules.code_ttl_s
-            if not (lately and self.is_verified(s)):
+            if not (lately and self.may_sign(s)):
                 return NOT_VERIFIED
             self.ended_s[s.number] = self.now_s
         s.gone = True
