@@ -5734,26 +5734,37 @@ class Gateway:
     def _reserve(
         self, session: Session, asks: Callable[[User], Ask], payments: Payments
     ) -> Reservation:
-        """The session's own rules; then the limits; then one commit, with the nonce."""
+        """The session's own rules; then the limits; then one commit, with the nonce.
+
+        A refusal by the limits is raised after the commit, which finds out whether the same was
+        asked for meanwhile: of a double click the first may have taken the last message.
+        """
         decided: list[Reservation] = []
+        refused: list[GatewayError] = []
         ticket = int.from_bytes(self.random_bytes(2), "big")
 
-        def decide(user: User) -> tuple[User, Reservation]:
+        def decide(user: User) -> tuple[User, Reservation | GatewayError]:
             ask = asks(user)
             if self.sms.paid:
                 payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
+            if reserved and refused:
+                return user, refused[0]
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
-        first = decide(session.user)[1]
+        decide(session.user)
+        first = decided[0]
         if first.user:
             blocked = self.secrets.key_for("blocked", first.ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
         if first.user and self.sms.paid and self.sms.is_first_paid(session.user.tried):
-            self._ask(session, payments.count)
+            try:
+                self._ask(session, payments.count)
+            except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
+                refused.append(error)
         try:
             return self.step(session, decide)
         except Unavailable:

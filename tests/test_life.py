@@ -25,6 +25,7 @@ from urllib.parse import urlencode
 import jwt
 import lab
 import model
+import provider as sms
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -39,6 +40,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from provider import Provider
 from support import Answer, Clock, WsgiClient
 
 import gateway
@@ -715,3 +717,30 @@ def test_without_limits_no_message_is_counted(make_client: Callable[..., WsgiCli
     client.register()
     for _ in range(7):
         assert client.ask().json["next"]["sendsLeft"] == 5
+
+
+def test_double_click_on_the_last_message_of_a_budget(
+    make_client: Callable[..., WsgiClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CONTRACT §4: a double click is answered like the first, which has just used the budget up."""
+    with Provider(sms.taken) as stand_in:
+        client = make_client(
+            sms_providers=[stand_in.nexmo()], resend_gaps_s=[30], sends_per_number="1/day"
+        )
+        client.register()
+        limit, first = client.gateway.storage.limit, list[Answer]()
+
+        def other_click_first(script: str, *args: Any) -> Any:
+            if script is gateway.TAKE_SCRIPT:
+                monkeypatch.setattr(client.gateway.storage, "limit", limit)
+                thread = threading.Thread(target=lambda: first.append(client.ask()))
+                thread.start()
+                thread.join()
+            return limit(script, *args)
+
+        monkeypatch.setattr(client.gateway.storage, "limit", other_click_first)
+        assert client.ask().status == 200
+        assert [answer.status for answer in first] == [200]
+        assert len(stand_in.received) == 1
+        assert client.another().register().status == 200
+        assert client.call("/sms/mt/verify", {"msisdn": NUMBERS[0]}).errno == 114
