@@ -782,7 +782,7 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
     try:
         msgspec.convert(entry, declaration)
-    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
+    except ValueError as error:  # its text ends with the path, if it has one, and quotes no value
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:
             raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
@@ -855,7 +855,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         for field in _fields(Settings):
             try:
                 msgspec.convert(getattr(self, field.name), field.type)
-            except msgspec.ValidationError:
+            except ValueError:  # also of what is no text: the environment may hold other bytes
                 raise self._bad(field.name, allowed(declared(Settings)[field.name])) from None
         for name in SMS_LISTS:
             for n, entry in enumerate(getattr(self, name) or ()):
@@ -2374,7 +2374,7 @@ def verify_proof(token: str, jwks: Json, issuer: str, now_s: float, audience: st
     try:
         kid = jwt.get_unverified_header(token)["kid"]
         key = jwt.PyJWKSet.from_dict(jwks)[kid].key
-    except (jwt.PyJWTError, KeyError, TypeError, ValueError, RecursionError):
+    except (jwt.PyJWTError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise InvalidToken(f"it names no key of {issuer}") from None
     header, claims = _opened(token, key, ("ES256",))
     # So nothing in the header can choose another key, and one form is not taken for another.
@@ -5916,8 +5916,12 @@ def check_body(params: Json, declaration: type[Struct]) -> None:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
     fields = declared(declaration)
-    try:  # without the others, whose names msgspec would encode: JSON can name a lone surrogate
-        msgspec.convert({n: v for n, v in params.items() if n in fields}, declaration)
+    # JSON can name a lone surrogate, which msgspec would fail to encode: in names, so it is given
+    # only the fields that are declared, and in texts, where no rule allows the "?" in its place.
+    known = {name: params[name] for name in params.keys() & fields}
+    texts = {n: v.encode("utf-8", "replace").decode() for n, v in known.items() if type(v) is str}
+    try:
+        msgspec.convert(known | texts, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
         raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
@@ -6161,7 +6165,7 @@ def json_params(body: bytes, content_type: str) -> Json:
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
-        BadJson: Not valid JSON, or not an object.
+        BadJson: Not valid JSON, or not an object, or a name is in an object twice.
     """
     if not body:
         return {}
@@ -6180,7 +6184,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
 
 
-_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+_JSON: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 
 
 @lru_cache
