@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,8 +40,8 @@ def test_right_inputs_old_failures_and_new_inputs(site: fuzz.Site) -> None:
 def test_a_parser_that_fails_is_noticed(site: fuzz.Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """And its input is made small, and kept."""
     kept: list[str] = []
-    monkeypatch.setattr(fuzz.Path, "read_text", lambda *_: "[]")
-    monkeypatch.setattr(fuzz.Path, "write_text", lambda _, text, *__: kept.append(text))
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_: "[]")
+    monkeypatch.setattr(pathlib.Path, "write_text", lambda _, text, *__: kept.append(text))
 
     def direct(text: Any) -> None:
         if "é" in text:

@@ -30,7 +30,7 @@ import provider as sms
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -704,14 +704,19 @@ def signed(token: str, key: jwt.PyJWK, algorithm: str) -> Any:
     return json.loads(jwt.PyJWS().decode(token, key, [algorithm]))
 
 
-def run(store: gateway.EmbeddedStore, n: int, steps: int) -> None:
-    """Live ``n`` lives of up to ``steps`` steps."""
+def run(store: gateway.EmbeddedStore, n: int, steps: int, shrinks: bool = True) -> None:
+    """Live ``n`` lives of up to ``steps`` steps.
+
+    Args:
+        shrinks: A life that fails is made as short as possible, which may take minutes.
+    """
+    phases = [Phase.generate, *[Phase.shrink] * shrinks]
     Life.store, Life.places = store, {}
     run_state_machine_as_test(
         Life,
         settings=examples(
             max_examples=n, stateful_step_count=steps, deadline=None, database=None,
-            suppress_health_check=list(HealthCheck), print_blob=False,
+            suppress_health_check=list(HealthCheck), print_blob=False, phases=phases,
         ),
     )  # fmt: skip
 
