@@ -708,7 +708,7 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
     try:
         msgspec.convert(entry, declaration)
-    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
+    except ValueError as error:  # its text ends with the path, if it has one, and quotes no value
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:
             raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
@@ -781,7 +781,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         for field in _fields(Settings):
             try:
                 msgspec.convert(getattr(self, field.name), field.type)
-            except msgspec.ValidationError:
+            except ValueError:  # also of what is no text: the environment may hold other bytes
                 raise self._bad(field.name, allowed(declared(Settings)[field.name])) from None
         for name in SMS_LISTS:
             for n, entry in enumerate(getattr(self, name) or ()):
@@ -2325,7 +2325,7 @@ def verify_proof(token: str, jwks: Json, issuer: str, now_s: float, audience: st
     try:
         kid = jwt.get_unverified_header(token)["kid"]
         key = jwt.PyJWKSet.from_dict(jwks)[kid].key
-    except (jwt.PyJWTError, KeyError, TypeError, ValueError, RecursionError):
+    except (jwt.PyJWTError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise InvalidToken(f"it names no key of {issuer}") from None
     header, claims = _opened(token, key, ("ES256",))
     # So nothing in the header can choose another key, and one form is not taken for another.
@@ -5618,26 +5618,37 @@ class Gateway:
     def _reserve(
         self, session: Session, asks: Callable[[User], Ask], payments: Payments
     ) -> Reservation:
-        """The session's own rules; then the limits; then one commit, with the nonce."""
+        """The session's own rules; then the limits; then one commit, with the nonce.
+
+        A refusal by the limits is raised after the commit, which finds out whether the same was
+        asked for meanwhile: of a double click the first may have taken the last message.
+        """
         decided: list[Reservation] = []
+        refused: list[GatewayError] = []
         ticket = int.from_bytes(self.random_bytes(2), "big")
 
-        def decide(user: User) -> tuple[User, Reservation]:
+        def decide(user: User) -> tuple[User, Reservation | GatewayError]:
             ask = asks(user)
             if self.sms.paid:
                 payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
+            if reserved and refused:
+                return user, refused[0]
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
         first = decide(session.user)
-        if reserved := first[1].user:
-            blocked = self.secrets.key_for("blocked", first[1].ask.msisdn)
+        if reserved := decided[0].user:
+            blocked = self.secrets.key_for("blocked", decided[0].ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
             if self.sms.paid and self.sms.is_first_paid(reserved.tried):
-                self._ask(session, payments.count)
+                try:
+                    self._ask(session, payments.count)
+                except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
+                    refused.append(error)
+                    first = session.user, error
         try:
             return self.step(session, decide, first)
         except Unavailable:
@@ -5785,8 +5796,12 @@ def check_body(params: Json, declaration: type[Struct]) -> None:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
     fields = declared(declaration)
-    try:  # without the others, whose names msgspec would encode: JSON can name a lone surrogate
-        msgspec.convert({n: v for n, v in params.items() if n in fields}, declaration)
+    # JSON can name a lone surrogate, which msgspec would fail to encode: in names, so it is given
+    # only the fields that are declared, and in texts, where no rule allows the "?" in its place.
+    known = {name: params[name] for name in params.keys() & fields}
+    texts = {n: v.encode("utf-8", "replace").decode() for n, v in known.items() if type(v) is str}
+    try:
+        msgspec.convert(known | texts, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
         raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
