@@ -97,7 +97,7 @@ async def _slow(kind: str, place: Place, address: str) -> None:
         if kind == "slow body":
             writer.write((head + "Content-Length: 10000\r\n\r\n{").encode())
         elif kind == "slow reader":
-            writer.write(f"GET /openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() * 100)
+            writer.write(f"GET /openapi.json HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() * 40)
             writer.transport.pause_reading()  # type: ignore[attr-defined]
         elif kind == "idle":
             writer.write(f"GET /__lbheartbeat__ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
