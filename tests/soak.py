@@ -41,7 +41,7 @@ import redis
 from cryptography.hazmat.primitives.asymmetric import ec
 from load import Link, Place, Provider, Reply, code_in, spoken
 from support import ROOT, GatewayProcess
-from test_serving import store_of, workers_of
+from test_serving import workers_of
 
 import gateway
 
@@ -578,13 +578,14 @@ class Soak:
             self.disk_full, self.says_taken, self.clock_stepped, self.log_blocked, self.log_gone,
         ]  # fmt: skip
         if not self.has_disk:
-            print("left out: a full disk, which needs root (to mount a tmpfs): sudo make soak")
+            print("left out: a full disk; a small tmpfs cannot be mounted here: sudo make soak")
             found.remove(self.disk_full)
         return found
 
     def store(self) -> psutil.Process:
-        """The embedded store's process."""
-        return store_of(self.gate)
+        """The embedded store's process, and not one that rewrites its file."""
+        family = (p for p in self.gate.family() if "valkey" in p.name())
+        return min(family, key=lambda process: process.create_time())
 
     @contextlib.asynccontextmanager
     async def store_killed(self) -> AsyncIterator[None]:
