@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install amazon lock runserver test check lint notebooks docs bench attack trace update-l10n
+.PHONY: help install amazon lock runserver test check lint notebooks docs bench attack mutants trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--he
 
 attack: .venv/done  ## attack a gateway in four ways, with limits enforced, recorded and off (16 minutes)
 	PYTHONPATH=.:notebooks $(BIN)/python tests/attack.py $(ARGS)
+
+mutants: .venv/done  ## break 300 lines of the protocol, one by one, to see tests notice (ARGS="--count 60")
+	PYTHONPATH=tests:notebooks:. $(BIN)/python tests/mutants.py $(ARGS)
 
 trace: .venv/done  ## follow a /sms/verify and a /sms/verify_code: calls, depth, sections (ARGS=-v: each call)
 	$(BIN)/python tests/bench/calls.py $(ARGS)
