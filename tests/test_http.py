@@ -1446,7 +1446,7 @@ def test_refused_requests_with_far_timestamps_leave_nothing(
     run = fixed.gateway.storage._run
     before, kept = run("DBSIZE"), record(fixed)
     sent = []
-    for n in range(8000):
+    for n in range(400):
         ts = (99_999_999_999, NOW + 61 + n, NOW - 61 - n, 1 + n)[n % 4]
         sent.append(hawk(fixed, "/unregister", kind="", ts=ts, nonce=f"n{n}"))
     errnos = set()
