@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
-from support import NUMBER, Answer, WsgiClient
+from support import NUMBER, Answer, WsgiClient, shared
 
 import gateway
 
@@ -440,7 +440,7 @@ def test_a_store_that_hangs_is_given_up_within_a_second(
         began = time.monotonic()
         answer = client.call("/register")
     assert (answer.status, answer.errno) == (503, 201)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1 * shared()
 
 
 # -- CORS ---------------------------------------------------------------------
@@ -1080,7 +1080,7 @@ def test_many_parameters_of_the_outbox_are_cheap(make_client: MakeClient) -> Non
             before_s = time.thread_time()
             assert client.get("/outbox?" + "&".join(["a=1"] * 15_000)).status == 404
             spent_s.append(time.thread_time() - before_s)
-        assert min(spent_s) < 0.006
+        assert min(spent_s) < 0.006 * shared()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import urllib3
-from support import NAMED, NUMBER, GatewayProcess, WsgiClient, free_port
+from support import NAMED, NUMBER, GatewayProcess, WsgiClient, free_port, shared
 from test_sms import SmsApi, reply, taken
 
 import gateway
@@ -236,7 +236,7 @@ def test_metrics_and_log_cost_little(
         os.close(sink)
     cost_us = statistics.median(rounds)
     print(f"metrics and log: {cost_us:.1f} µs of CPU a request")
-    assert 0 < cost_us <= 80  # 36 to 46 where measured; machines differ
+    assert 0 < cost_us <= 80 * shared()  # 36 to 46 where measured; machines differ
 
 
 # -- Request ids and lines ---------------------------------------------------------
