@@ -137,7 +137,7 @@ def documented() -> Any:
 def _operation(method: str, path: str) -> Any:
     bare = re.sub("^/v1(/msisdn)?(?=/)", "", path)
     for pattern, item in documented()["paths"].items():
-        if re.fullmatch(re.sub("{.+}", "[^/]+", pattern.replace(".", r"\.")), bare):
+        if re.fullmatch(re.sub("{.+?}", "[^/]+", pattern.replace(".", r"\.")), bare):
             return item.get(method.lower())
     return None
 
@@ -165,6 +165,7 @@ class WsgiClient:
     """
 
     host = "127.0.0.1:5000"
+    store_fails = False  #: A write with an unknown outcome may have come before any answer.
 
     def __init__(self, app: gateway.GatewayApp) -> None:
         self.app, self.wsgi = app, validator(app)
@@ -250,7 +251,8 @@ class WsgiClient:
             assert self.credentials
             key, kind = self.credentials.hawk_key, answer.headers.get("content-type", "")
             assert lab.check_answer(key, sent, seal, target, kind, answer.data)
-            if answer.status >= 400 and answer.json.get("errno") not in (110, 201):
+            told = answer.status >= 400 and answer.json.get("errno") not in (110, 201)
+            if told and not (self.store_fails and "next" not in answer.json):
                 assert_next_action(answer)
         return answer
 
@@ -418,6 +420,13 @@ def counted(app: gateway.Gateway, row: str = "h", who: str = "", region: str = "
     (counter,) = app.limits.counters({row: who}, region)
     at_rest_us = int(app.storage._run("GET", counter.key) or 0)
     return math.ceil(max(0, at_rest_us - app.clock() * 1e6 - 1000) / counter.cost_us)
+
+
+def receipts(app: gateway.Gateway, kind: str) -> dict[str, int]:
+    """How many final receipts of a kind of provider were counted, by outcome."""
+    names = re.compile(rf"receipts_total kind={kind} outcome=(\w*)")
+    found = ((names.fullmatch(name), n) for name, n in app.counts._new.items())
+    return {match[1]: n for match, n in found if match}
 
 
 LIST: Final = b"{limits}s" + b"l" * 12

@@ -168,10 +168,10 @@ def test_functions_are_short() -> None:
     sizes = {function.name: code_lines(function) for function in functions()}
     assert statistics.median(sizes.values()) <= 7
     assert statistics.quantiles(sizes.values(), n=20)[-1] <= 25
-    assert {name: size for name, size in sizes.items() if size > 40} == {}
+    assert {name: size for name, size in sizes.items() if size > 34} == {}
 
 
-CODE_LINES_MAX, FLOW_LINES_MAX = 4444, 2082
+CODE_LINES_MAX, FLOW_LINES_MAX = 4435, 2082
 """What the module has (November 2026). It may shrink; DESIGN's budgets are 2,950 and 1,250.
 
 They do not hold: limits, proofs, what people type, providers, metrics and declared requests
