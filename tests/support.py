@@ -79,6 +79,15 @@ def free_port() -> int:
     raise AssertionError("no free port")
 
 
+def shared() -> float:
+    """How much longer than on a machine of its own something may take now; at least 1.
+
+    Promises in seconds are measured beside other tests, on machines that have other things to do:
+    it is how many tasks wanted each core in the last minute.
+    """
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 class Clock:
     """A clock that moves only when it is told to."""
 

@@ -18,7 +18,7 @@ import lab
 import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
-from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port
+from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port, shared
 from test_sms import SmsApi, reply, taken
 
 import gateway
@@ -284,7 +284,7 @@ def test_metrics_and_log_cost_little(
         os.close(sink)
     cost_us = statistics.median(rounds)
     print(f"metrics and log: {cost_us:.1f} µs of CPU a request")
-    assert 0 < cost_us <= 80  # 36 to 46 where measured; machines differ
+    assert 0 < cost_us <= 80 * shared()  # 36 to 46 where measured; machines differ
 
 
 # -- Request ids and lines ---------------------------------------------------------
