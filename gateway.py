@@ -2033,9 +2033,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
-def _same_origin(told: object, ours: str) -> bool:
-    """Whether ``told`` is the origin ``ours``, however it is spelled: browsers add no slash."""
-    return isinstance(told, str) and origin_of(told) == origin_of(ours) != ""
+def _same_origin(named: object, ours: str) -> bool:
+    """Whether ``named`` is the origin ``ours``, however it is spelled: browsers add no slash."""
+    return isinstance(named, str) and origin_of(named) == origin_of(ours) != ""
 
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
@@ -4227,7 +4227,7 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _shape(told: Json) -> Shape:
+def _shape(described: Json) -> Shape:
     """A kind of provider, as ``locale/providers.toml`` describes it."""
     faults = {
         "taken": None, "refused": SmsRefused, "failed": SmsFailed,
@@ -4236,13 +4236,13 @@ def _shape(told: Json) -> Shape:
     meanings = {
         code: (fault, words)
         for name, fault in faults.items()
-        for codes, words in told.pop(name, {}).items()
+        for codes, words in described.pop(name, {}).items()
         for code in codes.split()
     }
-    return Shape(**told, meanings=meanings)
+    return Shape(**described, meanings=meanings)
 
 
-SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+SHAPES: Final = {kind: _shape(described) for kind, described in _PROVIDERS["shapes"].items()}
 """The kinds that are reached over HTTP with templates and meanings of their own, with their sources
 in ``locale/providers.toml``."""
 
@@ -4375,8 +4375,11 @@ class Pace:
         with self._lock:
             now_s, place = time.monotonic(), bisect.bisect_left(self._line, came_s)
             free_s = max(0.0, now_s - self._from_s)
+            # The longer nobody was told "slower", the shorter the gap between two messages.
             gap_s = 1 / (self._rate + _PACE_GROWTH * (free_s + free_s**2))
-            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))  # made up for
+            # Turns that were missed since, because threads woke up late, are made up for: those of
+            # the last pause, or of the time between two looks.
+            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))
             at_s = max(self._from_s, next_s + place * gap_s)
             if max(now_s, self._from_s) > end_s:
                 del self._line[place]
@@ -5649,8 +5652,10 @@ class Gateway:
             # Else SmsSender counts when it comes to a provider that costs money.
             if self.sms.paid and self.sms.is_first_paid(reserved.tried):
                 self._ask(session, payments.count)
+        # A slow store may have taken seconds, and the reservation begins now: then decide anew.
+        late = reserved and reserved.asked_s != int(self.clock())
         try:
-            return self.step(session, decide, first)
+            return self.step(session, decide, None if late else first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
