@@ -4980,7 +4980,10 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
 
 
 def is_reserved(user: User, reserved: User) -> bool:
-    """Whether a user still has this very reservation."""
+    """Whether a user still has this very reservation.
+
+    The ticket tells two apart that begin in the same second: the first was given back at once.
+    """
     return user.sending and (user.asked_s, user.ticket) == (reserved.asked_s, reserved.ticket)
 
 
@@ -5594,6 +5597,7 @@ class Gateway:
             asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
         """
         who = (_round(session, session.user), session.address, self.random_bytes)
+        # A slot: so many may be sent at once that some threads stay free for other requests.
         with self.sms.slot(), Payments(self.limits, *who) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
