@@ -41,7 +41,9 @@ public key. The whole server is this module:
       |<-----------------------------|  client's public key         |
 
 ``python gateway.py`` runs it, ``python gateway.py demo`` shows it working, and
-``import gateway`` only defines things.
+``import gateway`` only defines things. To follow a signed request, read ``GatewayApp.respond``
+(section 14), then ``Gateway`` (13) from ``authenticate`` on; ``make trace ARGS=-v`` prints each
+call that a request makes.
 
 Contents (a section uses only those above it):
 
@@ -200,16 +202,16 @@ DAY_S: Final = 86400
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
 _SEND_LAST_S: Final = 0.5
-"""A provider is not asked any more if less of that is left: it could hardly answer in time."""
+"""With less of SEND_BUDGET_S left no further provider is asked: it could hardly answer in time."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
 """Connections of each worker to each server of the store. If all are in use, a thread waits."""
 STORAGE_WAIT_S: Final = 0.35
-"""How long it waits, since the server answered anybody. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S
-that is less than a second, so that a server that hangs is noticed within a second."""
+"""How long it waits, counted from the server's last answer to anybody. With STORAGE_PROBE_S and
+STORAGE_TIMEOUT_S that is less than a second, so that a server that hangs is noticed in a second."""
 STORAGE_QUEUE_S: Final = 5.0
-"""How long it waits while the server answers others: more wait than can be served in that time."""
+"""The most that it waits, also while the server answers others: then the store is overloaded."""
 STORAGE_IDLE_S: Final = 1.0
 """A connection idle for longer is checked by a PING before use: a proxy may have dropped it."""
 STORAGE_PROBE_S: Final = 0.1
@@ -227,9 +229,9 @@ HEARTBEAT_S: Final = 1.0
 PARTS_S: Final = 600
 """How long we wait for the other parts of a longer SMS."""
 PARTS_MAX: Final = 10
-"""Of how many parts at most we put an SMS together; a Hawk id fits in one."""
+"""The most parts that a longer SMS may have; a Hawk id fits in one."""
 PART_MAX_CHARS: Final = 320
-"""How much of each is kept: a part has 160 characters at most."""
+"""How many characters of each part are kept; it has 160 at most."""
 WEBHOOK_FIELDS_MAX: Final = 100
 """Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
@@ -1064,8 +1066,8 @@ def _living(number: phonenumbers.PhoneNumber) -> str:
 
 
 def _living_form(msisdn: Msisdn) -> Msisdn:
-    """A number as ``parse_msisdn`` reads it now; older versions sealed forms of before, too."""
-    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so most numbers cost nothing here
+    """A stored number as ``parse_msisdn`` reads it now: older versions kept forms of old plans."""
+    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so that most numbers are not parsed here
     return Msisdn(_living(phonenumbers.parse(msisdn))) if changed else msisdn
 
 
@@ -2015,9 +2017,9 @@ def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json
     if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT would accept padding
         raise InvalidToken("not three pieces of base64url")
     try:
-        told = _JWS.decode_complete(token, key, algorithms)
+        decoded = _JWS.decode_complete(token, key, algorithms)
         header = jwt.utils.base64url_decode(token.partition(".")[0])
-        parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
+        parts = [json.loads(part, object_pairs_hook=_once) for part in (header, decoded["payload"])]
     except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
         raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(parts[1], dict):
@@ -2031,9 +2033,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
-def _same_origin(told: object, ours: str) -> bool:
-    """Whether ``told`` is the origin ``ours``, however it is spelled: browsers add no slash."""
-    return isinstance(told, str) and origin_of(told) == origin_of(ours) != ""
+def _same_origin(named: object, ours: str) -> bool:
+    """Whether ``named`` is the origin ``ours``, however it is spelled: browsers add no slash."""
+    return isinstance(named, str) and origin_of(named) == origin_of(ours) != ""
 
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
@@ -3525,7 +3527,7 @@ class Limits:
     def __init__(self, storage: Storage, settings: Settings, secret: bytes, clock: Clock) -> None:
         self.mode, self.settings = settings.limits, settings
         self._storage, self._secret, self._clock = storage, secret, clock
-        self._budget, self._shared_key = lru_cache(partial(budget, settings)), lru_cache(self.key)
+        self._costs, self._shared_key = lru_cache(self._costs_in), lru_cache(self.key)
 
     def key(self, row: str, what: str) -> bytes:
         """The key of a counter: a tag that keeps all in one slot, the row, 11 bytes.
@@ -3540,23 +3542,27 @@ class Limits:
         """The counters of some rows.
 
         Args:
-            who: What keys each row; rows that are not there are left out.
+            who: By the letter of a row, what it counts by; rows without an entry are left out.
             price: What ``spend_per_day`` is charged with; the others count 1.
         """
         found = []
-        for limit in LIMITS:
+        for limit, period_us, cost_us in self._costs(region):
             if limit.row in who:
-                count, period_s = self._budget(limit, region)
-                cost = (price if limit.row == "m" else 1) * period_s * 1e6 / count
                 shared = limit.kind in ("fair", "shared")  # a few hundred keys, of no person
                 key = (self._shared_key if shared else self.key)(limit.row, who[limit.row])
-                found.append(Counter(limit, key, period_s * 10**6, round(cost)))
+                cost_us *= price if limit.row == "m" else 1
+                found.append(Counter(limit, key, period_us, round(cost_us)))
         return found
+
+    def _costs_in(self, region: str) -> list[tuple[Limit, int, float]]:
+        """Each row with its period and what it charges for 1, both in µs."""
+        budgets = [(limit, *budget(self.settings, limit, region)) for limit in LIMITS]
+        return [(limit, s * 10**6, s * 1e6 / count) for limit, count, s in budgets]
 
     def run(
         self, script: str, keys: list[bytes], place: tuple[str, str], ask: Json, *more: bytes
     ) -> Any:
-        """Run a script; ``place`` is the region and the prefix of the number, for reports."""
+        """Run a script of the limits; ``place`` is a number's region and prefix, for reports."""
         now_us = 0 if self._clock is time.time else round(self._clock() * 1e6)
         ask |= {"now": now_us, "region": place[0], "prefix": place[1]}
         return self._storage.limit(script, keys, ask, *more)
@@ -3627,14 +3633,15 @@ class Limits:
 
 
 class Payments:
-    """The messages of one request that may cost money, each counted before it may leave.
+    """The message of one request that may cost money, counted before it may leave.
 
-    The message is taken from its limits with its first attempt, in one round trip; if providers
-    fail over, each further attempt takes from the gateway's hour and money. What is unused at the
-    end of the ``with`` block is given back. ``SmsSender`` gives back each attempt that surely
-    failed, and ``undo`` the message, if no attempt was left. Each has a random name in the list of
-    the session's round, and so can be given back even if a time-out left it unknown whether it was
-    taken, and once only.
+    An attempt is one provider asked once. ``count`` counts one in advance; ``SmsSender`` calls
+    ``use`` just before each. The first attempt takes the message from all its limits, in one round
+    trip; if providers fail over, each further one takes from the gateway's hour and money. What is
+    unused at the end of the ``with`` block is given back. ``SmsSender`` gives back each attempt
+    that surely failed, and ``undo`` the message, if no attempt was left. Each has a random name in
+    the list of the session's round, and so can be given back even if a time-out left it unknown
+    whether it was taken, and once only.
 
     Args:
         session: Names the session's round: what was asked for since its number was last verified.
@@ -3858,7 +3865,7 @@ class OutboxSms(SmsProvider):
         now_s = int(time.time())
         message = json.dumps({"to": to, "from": sender, "text": text, "at": now_s})
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.folder / self._name(now_s)
+        path = self.folder / f"{now_s // 60}.jsonl"  # 8 digits, so that names sort by time
         if not path.exists():
             self.prune()
         with open(path, "ab", opener=partial(os.open, mode=0o600)) as file:
@@ -3884,8 +3891,9 @@ class OutboxSms(SmsProvider):
 
     def prune(self) -> None:
         """Remove the files of minutes that ended more than an hour ago."""
+        oldest = str(int(time.time() - HOUR_S) // 60)
         for path in self._files():
-            if path.name < self._name(time.time() - HOUR_S):
+            if path.stem < oldest:
                 path.unlink(missing_ok=True)
 
     def forget(self, to: Msisdn) -> None:
@@ -3898,9 +3906,6 @@ class OutboxSms(SmsProvider):
     def _files(self) -> list[Path]:
         """Oldest first; none, if there is no folder yet."""
         return sorted(self.folder.glob("*.jsonl"))
-
-    def _name(self, at_s: float) -> str:
-        return f"{int(at_s) // 60}.jsonl"  # always 8 digits, so that names sort by time
 
     def _lines_to(self, to: str, content: bytes) -> Iterator[re.Match[bytes]]:
         """The lines that begin as json.dumps writes a message to this number."""
@@ -4232,7 +4237,7 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _shape(told: Json) -> Shape:
+def _shape(described: Json) -> Shape:
     """A kind of provider, as ``locale/providers.toml`` describes it."""
     faults = {
         "taken": None, "refused": SmsRefused, "failed": SmsFailed,
@@ -4241,13 +4246,13 @@ def _shape(told: Json) -> Shape:
     meanings = {
         code: (fault, words)
         for name, fault in faults.items()
-        for codes, words in told.pop(name, {}).items()
+        for codes, words in described.pop(name, {}).items()
         for code in codes.split()
     }
-    return Shape(**told, meanings=meanings)
+    return Shape(**described, meanings=meanings)
 
 
-SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+SHAPES: Final = {kind: _shape(described) for kind, described in _PROVIDERS["shapes"].items()}
 """The kinds that are reached over HTTP with templates and meanings of their own, with their sources
 in ``locale/providers.toml``."""
 
@@ -4380,8 +4385,11 @@ class Pace:
         with self._lock:
             now_s, place = time.monotonic(), bisect.bisect_left(self._line, came_s)
             free_s = max(0.0, now_s - self._from_s)
+            # The longer nobody was told "slower", the shorter the gap between two messages.
             gap_s = 1 / (self._rate + _PACE_GROWTH * (free_s + free_s**2))
-            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))  # made up for
+            # Turns that were missed since, because threads woke up late, are made up for: those of
+            # the last pause, or of the time between two looks.
+            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))
             at_s = max(self._from_s, next_s + place * gap_s)
             if max(now_s, self._from_s) > end_s:
                 del self._line[place]
@@ -4471,13 +4479,15 @@ class SmsSender:
         return self.providers[self._order(tried)[0]].paid
 
     def send(
-        self, sender: str, to: Msisdn, text: str, tried: int = 0, payments: Payments | None = None
-    ) -> Sent:
+        self, sender: str, to: Msisdn, text: str, tried: int = 0, payments: Payments | None = None,
+        region: str = "",
+    ) -> Sent:  # fmt: skip
         """Send by the first provider that takes the message, in ``SEND_BUDGET_S`` at most.
 
         Args:
             tried: The providers that had a message of this session before, one bit each.
             payments: Each attempt that may cost money is counted there first.
+            region: The number's, for the log and the counts, if it is known already.
 
         Raises:
             SmsRefused: Every provider that was asked refused this one message for good.
@@ -4488,6 +4498,7 @@ class SmsSender:
         """
         refused, unknown, throttled = True, False, None
         end_s, once_round = time.monotonic() + SEND_BUDGET_S, 2 ** len(self.providers) - 1
+        about = to, region or country_of(to)
         order = self._order(tried)[: self.settings.sms_send_tries]
         for others, n in enumerate(order):
             if (left_s := end_s - time.monotonic()) < _SEND_LAST_S:
@@ -4497,10 +4508,10 @@ class SmsSender:
             turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
-                self._note(n, to, None, "".join(ids[:1]))
+                self._note(n, about, None, "".join(ids[:1]))
                 return Sent(self.providers[n].kind, tried % once_round)
             except SmsFailed as error:
-                self._note(n, to, error)
+                self._note(n, about, error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
                 throttled = error if isinstance(error, SmsThrottled) else throttled
@@ -4512,9 +4523,11 @@ class SmsSender:
             return Sent("", tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
 
-    def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
+    def _note(
+        self, n: int, about: tuple[Msisdn, str], error: SmsFailed | None, message_id: str = ""
+    ) -> None:
         """Count an attempt, and write it to the log: as an error, if a person must mend it."""
-        kind, region = self.providers[n].kind, country_of(to)
+        kind, (to, region) = self.providers[n].kind, about
         outcome = type(error).__name__[3:].lower() if error else "taken"
         levels = {"taken": logging.INFO, "denied": logging.ERROR}
         text = "sms: %(provider)s %(country)s %(outcome)s %(id)s %(reason)s"
@@ -4977,7 +4990,10 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
 
 
 def is_reserved(user: User, reserved: User) -> bool:
-    """Whether a user still has this very reservation."""
+    """Whether a user still has this very reservation.
+
+    The ticket tells two apart that begin in the same second: the first was given back at once.
+    """
     return user.sending and (user.asked_s, user.ticket) == (reserved.asked_s, reserved.ticket)
 
 
@@ -5108,6 +5124,10 @@ class ProofAsked(NamedTuple):
 
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
+
+    HTTP hands a signed request over in two calls: ``authenticate`` finds the session that signed
+    it, and ``perform`` checks the rest of what was signed and calls the step. The step decides by
+    the rules above, as pure functions of the user, and ``step`` writes what they decided.
 
     No right is written before its price is paid. The states that give somebody a right:
 
@@ -5242,6 +5262,10 @@ class Gateway:
         decided: tuple[User | None, T | GatewayError] | None = None,
     ) -> T:  # fmt: skip
         """Change a user by compare-and-set, and use up the request's nonce with it.
+
+        The store writes both, or neither: the record has changed meanwhile (``CHANGED``: decide
+        again), the nonce was used before (``REPLAYED``), or the session is gone (``GONE``), and
+        with it everything that a nonce protects.
 
         Args:
             decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
@@ -5583,10 +5607,12 @@ class Gateway:
             asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
         """
         who = (_round(session, session.user), session.address, self.random_bytes)
+        # A slot: so many may be sent at once that some threads stay free for other requests.
         with self.sms.slot(), Payments(self.limits, *who) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
             if reserved is None:  # a double click is answered like the first one
+                # The record has a message's network only once that has left.
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
             if self.limits.mode == "record":
@@ -5598,7 +5624,8 @@ class Gateway:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
             text = code if ask.long else self._short_text(session, code, ask.region)
             try:
-                sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
+                message = sender, ask.msisdn, text
+                sent = self.sms.send(*message, before.tried, payments, ask.region)
             except (SmsFailed, GatewayError) as error:
                 refused = isinstance(error, SmsRefused)
                 payments.undo(refused, later=isinstance(error, Unavailable))
@@ -5643,14 +5670,17 @@ class Gateway:
             blocked = self.secrets.key_for("blocked", decided[0].ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
+            # Else SmsSender counts when it comes to a provider that costs money.
             if self.sms.paid and self.sms.is_first_paid(reserved.tried):
                 try:
                     self._ask(session, payments.count)
                 except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
                     refused.append(error)
                     first = session.user, error
+        # A slow store may have taken seconds, and the reservation begins now: then decide anew.
+        late = reserved and reserved.asked_s != int(self.clock())
         try:
-            return self.step(session, decide, first)
+            return self.step(session, decide, None if late else first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
@@ -5670,11 +5700,7 @@ class Gateway:
         armed = partial(
             arm, ask=reservation.ask, digest=digest, sent=sent, settings=self.settings, now_s=now_s
         )
-        settle = partial(self._settle, session, reserved, armed)
-        try:
-            user = settle()
-        except Unavailable:
-            user = persist(settle)
+        user = persist(partial(self._settle, session, reserved, armed))
         if user is None:
             raise UnknownSession("this session has just been unregistered")
         # Another message took the reservation after RESERVATION_S, or a fail-over of the store
@@ -5687,6 +5713,9 @@ class Gateway:
         self, session: Session, reserved: User, settled: Callable[[User], User]
     ) -> User | None:
         """Write what became of a reservation, if it is still there; harmless when repeated.
+
+        It is tried more often than other steps: if it failed, a message that has left would have no
+        code, while codes of before that come in change the record.
 
         Returns:
             The user as it is then; ``None`` if they have unregistered.
@@ -5720,7 +5749,10 @@ class Gateway:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
         form = params.get("format")
         check_body(params, JwtBody if form == "jwt" else ProofBody)
-        audience, nonce = _audience(params) if form else ("", "")
+        audience = origin_of(params["audience"]) if form else ""
+        if form and not audience:
+            raise InvalidParameter("audience must be an origin, like https://shop.example")
+        nonce = params.get("nonce", "") if form else ""
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
             key = client_key(params["publicKey"], thorough)
@@ -5752,13 +5784,6 @@ class Gateway:
         return {"cert": issue_proof(self.keys.signer(now_s), claims)}
 
 
-def _audience(params: Json) -> tuple[str, str]:
-    """The origin of the site that a JWT is for, and its nonce."""
-    if audience := origin_of(params["audience"]):
-        return audience, params.get("nonce", "")
-    raise InvalidParameter("audience must be an origin, like https://shop.example")
-
-
 def _duration_s(params: Json) -> int | None:
     value = params.get("duration")
     if isinstance(value, str):
@@ -5767,7 +5792,7 @@ def _duration_s(params: Json) -> int | None:
 
 
 def _round(session: Session, user: User) -> str:
-    """The name of what a session asks for between two right codes, for the limits."""
+    """Names a session's round for the limits: the messages between two right codes."""
     return f"{session.storage_id.hex()} {user.verified_s}"
 
 
