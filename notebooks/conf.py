@@ -2,9 +2,8 @@
 
 The sources are the notebooks, as they were executed and kept, and the Markdown files beside
 them. A line ``<!-- made: endpoints -->`` in one of these stands for what ``endpoints()`` below
-gives; ``<!-- README: Run -->`` for that chapter of the README. So no page can say anything else
-than the code does. The pages open from disk and ask no server for anything: the browser is told
-so by their Content-Security-Policy.
+gives, so no page can say anything else than the code does. The pages open from disk and ask no
+server for anything: the browser is told so by their Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import diagrams
+import lab
 
 import gateway
 
@@ -63,14 +63,20 @@ html_use_index = False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_theme_options = {
     # Grey text of furo's that is paler than WCAG 2 (AA) asks for.
-    "light_css_variables": {"color-foreground-muted": "#5f636a", "code-font-size": "85%"},
-    "dark_css_variables": {"color-foreground-muted": "#9ca3ab"},
+    "light_css_variables": {
+        "color-foreground-muted": "#5f636a",
+        "color-code-background": "#f5f6f8",
+        "code-font-size": "85%",
+    },
+    "dark_css_variables": {"color-foreground-muted": "#9ca3ab", "color-code-background": "#1f2124"},
 }
 
 POLICY = (
     "default-src 'none'; script-src 'self' file: 'unsafe-inline'; "
     "style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:"
 )
+SERVED_POLICY = POLICY.replace(" file:", "") + "; base-uri 'none'; form-action 'self'"
+"""For a server that sends the pages: the only form is the search, and furo's scripts are inline."""
 
 # -- What there is in gateway.py ------------------------------------------------
 
@@ -349,6 +355,11 @@ def flow() -> str:
     return diagrams.svg(textwrap.dedent(found[0])) if found else ""
 
 
+def policy() -> str:
+    """What a server of these pages may send as Content-Security-Policy."""
+    return f"```text\nContent-Security-Policy: {SERVED_POLICY}\n```"
+
+
 def listing(code: str, first_line: int) -> str:
     """Python source with an anchor at every line, ``#L12``."""
     formatter = HtmlFormatter(
@@ -389,12 +400,12 @@ def names() -> str:
     def row(name: str) -> tuple[str, ...]:
         found = (f"[{file[:2]}](../{file})" for file, words in spoken_of.items() if name in words)
         section = starts[max(line for line in starts if line <= lines[name])]
-        where = f"[{section}](gateway.md#section-{section})"
-        return code(name), kinds[name], summary(described[name]), where, " ".join(found)
+        kind = f"{kinds[name]}, [§{section}](gateway.md#section-{section})"
+        return code(name), kind, summary(described[name]), " ".join(found)
 
     listed = sorted((n for n in lines if described.get(n)), key=str.lower)
     letters = {letter: [*found] for letter, found in groupby(listed, lambda name: name[0].upper())}
-    heads = "name", "kind", "what it is", "section", "lessons"
+    heads = "name", "kind, section", "what it is", "lessons"
     parts = [" ".join(f"[{letter}](#names-{letter})" for letter in letters)]
     for letter, found in letters.items():
         rows = table(*heads, rows=map(row, found))
@@ -436,24 +447,6 @@ def descriptions() -> dict[str, str]:
     return found
 
 
-def readme(chapter: str) -> str:
-    """A chapter of the README without its title, its links those of the pages."""
-    text = f"\n{source('README.md')}\n## ".partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
-    assert text, f"README has no chapter {chapter}"
-    for there, here in README_LINKS.items():
-        text = text.replace(f"]({there}", f"]({here}")
-    return re.sub(r"^#(#+ )", r"\1", text, flags=re.M)
-
-
-README_LINKS = {
-    "notebooks/": "../",
-    "keys/README.md": "keys.md",
-    "gateway.py": "../read/gateway.md",
-    "#sizing-and-operating-the-store": "store.md",
-    "#what-a-request-costs": "costs.md",
-}
-
-
 def vector(group: str, n: int, *names: str) -> str:
     """Parts of a vector, each below its name, in a listing."""
     told = json.loads(source("notebooks/vectors.json"))[group]
@@ -478,8 +471,8 @@ def keys_readme() -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
-    "lessons": lesson_list, "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source,
-    "names": names, "keys/README.md": keys_readme,
+    "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source,
+    "lab.py": lab_source, "names": names, "keys/README.md": keys_readme,
     **{name: partial(to_copy, name) for name in TO_COPY},
     "hkdf vector": partial(vector, "hkdf", 0, "token", "id", "key"),
     "empty hash": partial(vector, "payload", 1, "hash"),
@@ -496,7 +489,6 @@ def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
     if (path := HERE / f"{page}.ipynb").exists():
         text[0] = json.dumps(as_page(path.name, json.loads(text[0])), ensure_ascii=False)
     text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
-    text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
     text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
     text[0] = re.sub(r"\]\(relying_party\.m?[pj]\w+\)", "](integrate/proofs.md)", text[0])
 
@@ -514,6 +506,7 @@ def as_page(name: str, notebook: Any) -> Any:
             if svg := "".join(data.pop("image/svg+xml", "")):
                 data["text/html"] = picture(svg, pictures := pictures + 1)
             elif table := "".join(data.get("text/html", "")):
+                table = re.sub(r"<td (?=[^>]*>[^<]{30})", '<td class="long" ', table)
                 data["text/html"] = table.replace("<table>", OPEN_TABLE) + "</div>"
     title, _, rest = cells[0]["source"].partition("\n")
     minutes = round(sum(len("".join(c["source"]).split()) for c in cells) / 150)
@@ -535,10 +528,19 @@ def drawn(found: re.Match[str], first: bool) -> str:
 
 
 def picture(svg: str, n: int) -> str:
-    """The n-th picture of a page, its ids made different from those of the others."""
+    """The n-th picture of a page: ids that no other one has, colours that fit light and dark."""
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", svg)
+
+    def tag(found: re.Match[str]) -> str:
+        own = re.sub(
+            r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", found[0]
+        )
+        own = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", own)
+        for name in ("BLUE", "ORANGE", "GREEN", "GREY"):
+            own = own.replace(getattr(lab, name), f"var(--picture-{name.lower()})")
+        return own
+
+    svg = re.sub(r"<[^<>]+>", tag, svg)
     return f'<figure class="picture">{svg}</figure>'
 
 
@@ -592,7 +594,7 @@ def terms(app: Sphinx) -> dict[re.Pattern[str], tuple[str, str]]:
     says = {}
     listed = r"^(\S.*)\n((?:  .+\n?)+)"
     for names, text in re.findall(listed, source("notebooks/learn/glossary.md"), re.M):
-        first = re.split(r"(?<=[a-z)])[.:] ", " ".join(text.split()), maxsplit=1)[0]
+        first = re.split(r"(?<=[a-z)0-9])[.] ", " ".join(text.split()), maxsplit=1)[0]
         says[names] = re.sub(r"\[(.+?)\]\(.+?\)|`", r"\1", first).rstrip(".") + "."
     found = {}
     for (kind, name), (_, anchor) in app.env.domains["std"].objects.items():
