@@ -404,14 +404,7 @@ def test_the_hawk_page_tells_the_steps_that_the_vectors_follow() -> None:
     assert vectors["payload"]["vectors"][1]["hash"] == client_py.payload_hash("", b"")
 
 
-def test_the_tables_by_hand_are_complete() -> None:
-    """What is said of each errno, of ``next``, and of the fields of an error."""
-    folder = ROOT / "notebooks" / "integrate"
-    errors, fields = ((folder / f"{name}.md").read_text("utf-8") for name in ("errors", "fields"))
+def test_the_table_by_hand_has_each_errno() -> None:
+    errors = (ROOT / "notebooks" / "integrate" / "errors.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d{3}) \|", errors, re.M)
     assert rows == [str(int(number)) for number in gateway.Errno]
-    told = re.findall(r"^\| `(\w+)` \| (?:integer|string|object) \|", errors, re.M)
-    schemas = gateway.openapi_document(ISSUER)["components"]["schemas"]
-    assert {*told} == schemas["Problem"]["properties"].keys()
-    told = re.findall(r"^\| `(\w+)` \| (?:integer|boolean) \|", fields, re.M)
-    assert {*told} == schemas["NextStep"]["properties"].keys()
