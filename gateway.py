@@ -5676,11 +5676,10 @@ class Gateway:
                     self._ask(session, payments.count)
                 except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
                     refused.append(error)
-                    first = session.user, error
         # A slow store may have taken seconds, and the reservation begins now: then decide anew.
         late = reserved and reserved.asked_s != int(self.clock())
         try:
-            return self.step(session, decide, None if late else first)
+            return self.step(session, decide, None if refused or late else first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
