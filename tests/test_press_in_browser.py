@@ -120,7 +120,7 @@ class Visit:
         """Press the phone's Send; what it says then."""
         self.page.evaluate("document.querySelector('#compose-outcome').textContent = ''")
         self.page.click("#compose button")
-        self.page.wait_for_function("document.querySelector('#compose-outcome').textContent")
+        self.page.wait_for_selector("#compose-outcome:not(:empty)")
         return str(self.page.inner_text("#compose-outcome"))
 
     def check(self, refused: dict[int, int]) -> None:
@@ -417,17 +417,21 @@ def test_a_gateway_that_has_stopped_is_told_in_words(chromium: Any, tmp_path: Pa
 # -- By keyboard, on each screen ----------------------------------------------
 
 
+FOCUSED = """(() => {
+  const one = document.activeElement
+  return one === document.body ? '' : one.textContent.trim() || one.name || one.id
+})()"""
+
+
 def test_all_of_it_can_be_done_by_keyboard(visit: Visit) -> None:
     page, seen = visit.page, []
 
     def go_to(words: str) -> None:
         for _ in range(80):
             page.keyboard.press("Tab")
-            name = page.evaluate(
-                "(document.activeElement.textContent || document.activeElement.name).trim()"
-            )
+            name = page.evaluate(FOCUSED)
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-            assert outline == "solid" or name == "", name  # one sees where one is
+            assert outline == "solid" or not name, name  # one sees where one is
             seen.append(name)
             if name.startswith(words):
                 return
@@ -451,7 +455,7 @@ def test_all_of_it_can_be_done_by_keyboard(visit: Visit) -> None:
     assert page.input_value("#step-code [name=code]")
     go_to("code")
     page.keyboard.press("Enter")  # in the field: it sends the form
-    page.wait_for_function("document.querySelector('#step-code .outcome.good')")
+    page.wait_for_selector("#step-code .outcome.good")
     assert visit.outcome("#step-code").startswith("Verified: ")
     visit.check({})
 
