@@ -189,7 +189,8 @@ def fields() -> str:
     for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
         route = next(routes)
         method = route.methods.split()[-1]
-        says = document["paths"][route.path][method.lower()]
+        path = re.sub("<(.+?)>", r"{\1}", route.path)
+        says = document["paths"][path][method.lower()]
         title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
         about = says["summary"][:1].upper() + says["summary"][1:]
         signed = " Signed with Hawk." * route.hawk
