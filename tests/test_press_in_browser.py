@@ -380,7 +380,7 @@ def test_a_site_sees_each_trick_by_the_check_that_is_for_it(visit: Visit, kind: 
     name = "binding" if kind == "ES256" else "assertion"
     for trick, wrong in {
         "audience": [f"aud of the {name} is my origin"],
-        "nonce": ["nonce is the one I gave", "the binding is of now"]
+        "nonce": ["nonce is the one I gave", "the binding is fresh: at most five minutes old"]
         if kind == "ES256"
         else ["the assertion has not expired"],
         "number": [

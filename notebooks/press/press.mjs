@@ -293,7 +293,7 @@ function presentation(shown, checks, nonce) {
   ])
   return card('What the site was shown', [
     ['What the client signed for this occasion', verbatim(JSON.stringify(header)), verbatim(JSON.stringify(claims, null, 1))],
-    ['What it showed', h('p', {}, 'The proof, a ~, and the binding.'), verbatim(`${proof}~\n${binding}`)],
+    ['What it showed', h('p', {}, 'The proof, a ~, and the binding. The line break after the ~ is ours.'), verbatim(`${proof}~\n${binding}`)],
     ['What the site checked', h('p', {}, 'Its nonce: ', h('code', {}, nonce)), meanings('', rows, ['check', 'found'])],
   ])
 }
