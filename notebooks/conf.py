@@ -31,7 +31,9 @@ from sphinx.application import Sphinx
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import diagrams
 
 import gateway
 
@@ -50,13 +52,15 @@ html_theme = "furo"
 html_title = "MSISDN Gateway"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_js_files = ["pages.js"]
+html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_show_search_summary = False  # it would fetch the pages found, which no browser does on disk
 html_show_copyright = False
 html_use_index = False
-pygments_dark_style = "github-dark"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_theme_options = {
     # Grey text of furo's that is paler than WCAG 2 (AA) asks for.
     "light_css_variables": {"color-foreground-muted": "#5f636a", "code-font-size": "85%"},
@@ -189,8 +193,7 @@ def fields() -> str:
     for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
         route = next(routes)
         method = route.methods.split()[-1]
-        path = re.sub("<(.+?)>", r"{\1}", route.path)
-        says = document["paths"][path][method.lower()]
+        says = document["paths"][re.sub("<(.+?)>", r"{\1}", route.path)][method.lower()]
         title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
         about = says["summary"][:1].upper() + says["summary"][1:]
         signed = " Signed with Hawk." * route.hawk
@@ -203,8 +206,7 @@ def fields() -> str:
             other = "**Body**" if body is route.body[0] else "**Or**"
             parts += [f"{other} {code(body.__name__)}: {plain(schema['description'])}"]
             parts.append(table(*FIELD_COLUMNS, rows=body_rows(schema)))
-        name = getattr(route.answer, "__name__", "")
-        if name in schemas:
+        if (name := str(route.answer)) in gateway.ANSWERS:
             parts += [f"**Answer** {code(name)}: {plain(schemas[name]['description'])}"]
             parts.append(table("field", "type", "always", "what", rows=answer_rows(schemas[name])))
         else:
@@ -307,7 +309,7 @@ def lesson_list() -> str:
 def flow() -> str:
     """The picture at the top of gateway.py."""
     found = re.search(r"^    client   .*?(?=\n\n)", gateway.__doc__ or "", re.M | re.S)
-    return f"```\n{textwrap.dedent(found[0])}\n```" if found else ""
+    return diagrams.svg(textwrap.dedent(found[0])) if found else ""
 
 
 def listing(code: str, first_line: int) -> str:
@@ -342,22 +344,39 @@ def lab_source() -> str:
 
 
 def names() -> str:
-    """Every public name, section by section: what it is, and which lessons speak of it."""
-    described, spoken_of = descriptions(), {file: words(file) for file, _, _ in lessons()}
-    starts = [*sections().items()]
-    ends = [*(start for _, (start, _) in starts[1:]), sys.maxsize]
-    parts = []
+    """Every public name by its letter: kind, what it is, and which lessons speak of it."""
+    described, kinds, lines = descriptions(), kinds_of_names(), definitions()
+    spoken_of = {file: words(file) for file, _, _ in lessons()}
+    starts = {line: title.partition(".")[0] for title, (line, _) in sections().items()}
 
     def row(name: str) -> tuple[str, ...]:
         found = (f"[{file[:2]}](../{file})" for file, words in spoken_of.items() if name in words)
-        return code(name), summary(described.get(name)), " ".join(found)
+        section = starts[max(line for line in starts if line <= lines[name])]
+        where = f"[{section}](gateway.md#section-{section})"
+        return code(name), kinds[name], summary(described[name]), where, " ".join(found)
 
-    for (title, (start, _)), end in zip(starts, ends, strict=True):
-        there = (n for n, line in definitions().items() if start <= line < end and "." not in n)
-        parts.append(
-            f"## {title}\n\n{table('name', 'what it is', 'lessons', rows=map(row, there))}"
-        )
+    listed = sorted((n for n in lines if described.get(n)), key=str.lower)
+    letters = {letter: [*found] for letter, found in groupby(listed, lambda name: name[0].upper())}
+    heads = "name", "kind", "what it is", "section", "lessons"
+    parts = [" ".join(f"[{letter}](#names-{letter})" for letter in letters)]
+    for letter, found in letters.items():
+        rows = table(*heads, rows=map(row, found))
+        parts.append(f"(names-{letter})=\n## {letter}\n\n{rows}")
     return "\n\n".join(parts)
+
+
+def kinds_of_names() -> dict[str, str]:
+    """Of each public name of gateway.py what it is: function, class, error, setting or constant."""
+    found = {}
+    for name in definitions():
+        thing = getattr(gateway, name, None)
+        if isinstance(thing, type):
+            found[name] = "error" if issubclass(thing, Exception) else "class"
+        else:
+            found[name] = "function" if inspect.isfunction(thing) else "constant"
+        if name[:1].isupper() and not name.isupper() and found[name] == "constant":
+            found[name] = "type"
+    return found
 
 
 def words(notebook: str) -> set[str]:
@@ -421,21 +440,53 @@ MADE: dict[str, Callable[[], str]] = {
 
 def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
     """Put in what is made; let notebooks lead to the page of lab.py instead of the file."""
+    if (path := HERE / f"{page}.ipynb").exists():
+        text[0] = json.dumps(as_page(path.name, json.loads(text[0])), ensure_ascii=False)
     text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
     text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
     text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
     text[0] = re.sub(r"\]\(relying_party\.m?[pj]\w+\)", "](integrate/proofs.md)", text[0])
 
 
-def name_pictures(app: Sphinx, doctree: nodes.document) -> None:
-    """Give each picture of a lesson its title as the text for who cannot see it."""
-    title = ""
-    for node in doctree.findall():
-        if isinstance(node, nodes.literal_block):
-            found = re.search(r'figure\(\s*"([^"]+)"', node.astext())
-            title = found[1] if found else ""
-        elif isinstance(node, nodes.image):
-            node["alt"] = f"{title or 'A picture'}. Its numbers are printed beside it."
+def as_page(name: str, notebook: Any) -> Any:
+    """A notebook as its page shows it: diagrams and pictures as SVG, its first cell folded up."""
+    pictures = 0
+    cells = notebook["cells"]
+    for n, cell in enumerate(cells):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = FENCED.sub(partial(drawn, first=n == 0), text)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if svg := "".join(data.pop("image/svg+xml", "")):
+                data["text/html"] = picture(svg, pictures := pictures + 1)
+            elif table := "".join(data.get("text/html", "")):
+                data["text/html"] = table.replace("<table>", OPEN_TABLE) + "</div>"
+    title, _, rest = cells[0]["source"].partition("\n")
+    minutes = round(sum(len("".join(c["source"]).split()) for c in cells) / 150)
+    file = f"[Download this notebook](path:{name})"
+    cells[0]["source"] = f"{title}\n\n{{.lesson-facts}}\n{minutes} minutes to read. {file}\n{rest}"
+    setup = next(cell for cell in cells if cell["cell_type"] == "code")
+    setup["metadata"] |= {"tags": ["hide-input"], "mystnb": {"code_prompt_show": SETUP_PROMPT}}
+    return notebook
+
+
+FENCED = re.compile(r"^```\n(.*?)\n```$", re.M | re.S)
+OPEN_TABLE = '<div class="table-wrapper"><table class="docutils">'
+SETUP_PROMPT = "What this lesson needs: imports, and a gateway of its own"
+
+
+def drawn(found: re.Match[str], first: bool) -> str:
+    """A diagram as SVG; a listing stays as it is."""
+    return diagrams.svg(found[1]) if first or diagrams.is_diagram(found[1]) else found[0]
+
+
+def picture(svg: str, n: int) -> str:
+    """The n-th picture of a page, its ids made different from those of the others."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", svg)
+    return f'<figure class="picture">{svg}</figure>'
 
 
 def link_words(app: Sphinx, doctree: nodes.document, page: str) -> None:
@@ -452,6 +503,90 @@ def link_words(app: Sphinx, doctree: nodes.document, page: str) -> None:
             word.replace_self(nodes.reference("", "", word.deepcopy(), refuri=uri, internal=True))
 
 
+def link_terms(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """In a lesson, let the first use of each word of the glossary lead there."""
+    if not (HERE / f"{page}.ipynb").exists():
+        return
+    waiting = dict(terms(app))
+    for text in list(doctree.findall(nodes.Text)):
+        above, inside = text.parent, set[type[Any]]()
+        while above is not None:
+            inside.add(type(above))
+            above = above.parent
+        if inside & {nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.raw}:
+            continue
+        if nodes.paragraph not in inside and nodes.entry not in inside:
+            continue
+        made, rest = list[nodes.Node](), text.astext()
+        while found := min(
+            (m for word in waiting if (m := word.search(rest))),
+            key=lambda m: (m.start(), -m.end()),
+            default=None,
+        ):
+            anchor, says = waiting.pop(found.re)
+            waiting = {word: there for word, there in waiting.items() if there[0] != anchor}
+            uri = app.builder.get_relative_uri(page, "learn/glossary") + f"#{anchor}"
+            link = nodes.reference("", found[0], refuri=uri, internal=True, classes=["term-link"])
+            link["reftitle"] = says
+            made += [nodes.Text(rest[: found.start()]), link]
+            rest = rest[found.end() :]
+        if made:
+            text.parent.replace(text, [*made, nodes.Text(rest)])
+
+
+def terms(app: Sphinx) -> dict[re.Pattern[str], tuple[str, str]]:
+    """How each word of the glossary is written, with its anchor and its first sentence."""
+    says = {}
+    listed = r"^(\S.*)\n((?:  .+\n?)+)"
+    for names, text in re.findall(listed, source("notebooks/learn/glossary.md"), re.M):
+        first = re.split(r"(?<=[a-z)])[.:] ", " ".join(text.split()), maxsplit=1)[0]
+        says[names] = re.sub(r"\[(.+?)\]\(.+?\)|`", r"\1", first).rstrip(".") + "."
+    found = {}
+    for (kind, name), (_, anchor) in app.env.domains["std"].objects.items():
+        if kind == "term" and name in says:
+            for word in name.split(", "):
+                either = word if word[1:] != word[1:].lower() else f"(?i:{word})"
+                found[re.compile(rf"(?<![\w/-]){either}s?(?![\w-])")] = anchor, says[name]
+    return found
+
+
+def note_names(app: Sphinx, env: Any) -> None:
+    """Tell the search what each setting, endpoint, error and name of gateway.py is."""
+    found = {("setting", name): ("operate/settings", name) for name in settings()}
+    for route in gateway.ROUTES:
+        found["endpoint", route.path] = "integrate/fields", route.handler
+    for error in gateway.error_classes():
+        name = f"{error.status}/{error.errno} {error.__name__}"
+        found["error", name] = "integrate/errors", error.__name__
+    for name, line in definitions().items():
+        found["name", name] = "read/gateway", f"L{line}"
+    env.domains["std"].objects.update(found)
+    for kind, priority in SEARCH_PRIORITY.items():
+        env.domains["std"].object_types[kind].attrs["searchprio"] = priority
+
+
+SEARCH_PRIORITY = {"term": 0, "setting": 0, "endpoint": 0, "error": 0, "name": 1}
+"""Of what the search finds by name: 0 comes before titles and text, 1 before text."""
+
+
+def describe(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Say in the head what the page is about, for search engines and for who shares it."""
+    about = {file.removesuffix(".ipynb"): question for file, _, question in lessons()}.get(page)
+    first = next(doctree.findall(nodes.paragraph), None) if doctree else None
+    text = about or (" ".join(first.astext().split()) if first else ABOUT)
+    title = re.sub("<[^>]+>", "", context.get("title") or project)
+    tags = {"description": text, "og:title": title, "og:description": text, "og:type": "article"}
+    tags |= {"og:site_name": project, "twitter:card": "summary"}
+    for name, content in tags.items():
+        which = "property" if name[:3] == "og:" else "name"
+        context["metatags"] += f'<meta {which}="{name}" content="{html.escape(content)}">\n'
+
+
+ABOUT = "A server that proves that somebody controls a phone number."
+
+
 def forbid_network(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
@@ -464,7 +599,11 @@ def forbid_network(
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    for kind in ("setting", "endpoint", "error", "name"):
+        app.add_object_type(kind, f"our-{kind}", objname=kind)
     app.connect("source-read", fill_in)
-    app.connect("doctree-read", name_pictures)
+    app.connect("env-updated", note_names)
     app.connect("doctree-resolved", link_words)
+    app.connect("doctree-resolved", link_terms)
+    app.connect("html-page-context", describe)
     app.connect("html-page-context", forbid_network)

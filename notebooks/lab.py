@@ -15,13 +15,16 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from html import escape
 from http import HTTPStatus
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -86,7 +89,7 @@ class Client:
         self.clock, self.nonce, self.observe = clock, nonce, observe
         self.operator_token = operator_token
         self.credentials: gateway.Credentials | None = None
-        self.http = urllib3.PoolManager(retries=False, timeout=30)
+        self.http: Any = urllib3.PoolManager(retries=False, timeout=30)
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         """Send one request, signed once there is a session; check what comes back.
@@ -217,7 +220,8 @@ class _Quiet(WSGIRequestHandler):
 def serving(app: Callable[..., Any]) -> Iterator[str]:
     """Serve a WSGI application on a free loopback port; gives its address."""
     server = make_server("127.0.0.1", 0, app, _Server, _Quiet)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    # A daemon, so that a notebook's kernel can end while its gateway is open.
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -225,6 +229,42 @@ def serving(app: Callable[..., Any]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A folder that a store can lie in; it is removed at the end, also if we are killed.
+
+    The path of a unix socket is short. So where ``TMPDIR`` lies too deep for the store's, the
+    folder is made in ``/tmp``.
+    """
+    room = gateway.UNIX_PATH_MAX_BYTES - len("/12345678/data/store.sock") - len(prefix)
+    usual = tempfile.gettempdir()
+    above = usual if len(os.fsencode(usual)) <= room else "/tmp"
+    folder = tempfile.mkdtemp(prefix=prefix, dir=above)
+    # It reads until we close the pipe or die. A store that dies with us may write a last time.
+    script = 'cat; until rm -rf "$1"; do sleep 0.1; done'
+    guard = subprocess.Popen(
+        ["/bin/sh", "-c", script, "sh", folder],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield folder
+    finally:
+        guard.communicate()
+
+
+class Closed:
+    """Stands in for the connections of a client whose lesson is over."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do, where "connection refused" would not."""
+        raise RuntimeError(
+            "This lesson's gateway is closed. In JupyterLab choose Kernel, Restart Kernel and "
+            "Run up to Selected Cell: that opens a new one."
+        )
 
 
 class PaidProvider:
@@ -267,12 +307,14 @@ class Lab:
     """A real gateway in this process, with a real store, whose every output repeats.
 
     The clock stands still, and random bytes come from a seeded generator. That is right
-    for a lesson and for nothing else: whoever knows the seed knows every code.
+    for a lesson and for nothing else: whoever knows the seed knows every code. A lesson leaves
+    it open, for the exercises: it ends with the kernel.
     """
 
     def __init__(self, seed: int = 0, **settings: Any) -> None:
         self._open = contextlib.ExitStack()
-        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="lab"))
+        self._clients: list[Client] = []
+        folder = self._open.enter_context(temporary_folder("lab"))
         given: gateway.Json = {"data_dir": f"{folder}/data", "keys_dir": f"{folder}/keys"}
         given |= {"public_url": "http://localhost:5000"} | settings
         self.settings = gateway.Settings(**given)
@@ -302,14 +344,18 @@ class Lab:
         """A client of this gateway, with nonces that repeat like everything else."""
         options.setdefault("nonce", lambda: self.random.randbytes(6).hex())
         options.setdefault("operator_token", self.app.token)
-        return Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
+        made = Client(self.address, self.settings.public_url, lambda: self.now_s, **options)
+        self._clients.append(made)
+        return made
 
     def redis(self) -> Any:
         """A connection of our own to the store, to look at what the gateway keeps there."""
         return self._open.enter_context(redis.Redis.from_url(self.store.url))
 
     def close(self) -> None:
-        """Stop everything and leave nothing behind."""
+        """Stop everything and leave nothing behind; its clients say so from then on."""
+        for client in self._clients:
+            client.http = Closed()
         self._open.close()
 
 
@@ -369,30 +415,96 @@ def show(thing: Any, *headers: str) -> None:
         print(json.dumps(short(thing), indent=2, ensure_ascii=False))
 
 
+class Table:
+    """Rows below a head: columns of text, and an HTML table where that can be shown."""
+
+    def __init__(self, head: list[str], rows: list[list[str]]) -> None:
+        self.head, self.rows = head, rows
+        columns = list(zip(head, *rows, strict=True))
+        self.widths = [max(map(len, column)) for column in columns]
+        self.numeric = [all(map(_is_number, column[1:])) for column in columns]
+
+    def __repr__(self) -> str:
+        lines = [self.head, ["-" * width for width in self.widths], *self.rows]
+        padded = (map(str.ljust, line, self.widths) for line in lines)
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+    def _repr_html_(self) -> str:
+        sides = ["right" if number else "left" for number in self.numeric]
+
+        def line(tag: str, cells: list[str]) -> str:
+            pairs = zip(sides, cells, strict=True)
+            whole = (f'<{tag} style="text-align: {s}">{escape(c)}</{tag}>' for s, c in pairs)
+            return f"<tr>{''.join(whole)}</tr>"
+
+        body = "\n".join(line("td", row) for row in self.rows)
+        return (
+            f"<table>\n<thead>{line('th', self.head)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        )
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?[\d.,]*\d( (%|s|ms|µs|bytes))?|-|", cell))
+
+
 def table(head: str, *rows: Any) -> None:
-    """Print rows below the words of ``head`` (``_`` in them is a space), in columns."""
-    texts = [[str(cell) for cell in row] for row in (head.split(), *rows)]
-    texts[0] = [word.replace("_", " ") for word in texts[0]]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    texts.insert(1, ["-" * width for width in widths])
-    for line in texts:
-        pairs = zip(line, widths, strict=True)
-        print("  ".join(text.ljust(width) for text, width in pairs).rstrip())
+    """Show rows below the words of ``head`` (``_`` in them is a space), in columns."""
+    words = [word.replace("_", " ") for word in head.split()]
+    shown = Table(words, [[str(cell) for cell in row] for row in rows])
+    if "IPython" in sys.modules:
+        from IPython.display import display
+
+        display(shown)
+    else:
+        print(shown)
 
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#777777"
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 """Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito)."""
+INK = "#010203"
+"""Stands for the colour of text while a picture is drawn; no picture uses it otherwise."""
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lab",
+}
 
 
 def figure(finding: str, x: str, y: str) -> Any:
-    """Axes of a picture, 7 by 3 inches; its title is what it shows. End with ``plt.show()``."""
-    from matplotlib import pyplot as plt
+    """Axes of a picture; its title is what it shows. End with ``draw``.
 
-    axes = plt.subplots(figsize=(7, 3), layout="constrained")[1]
-    axes.set_title(finding, loc="left", fontsize=11)
+    Whatever style or backend the reader has set for matplotlib plays no part.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(STYLE)
+    axes = Figure(figsize=(5.8, 2.8), layout="constrained").subplots()
+    axes.set_title(finding, loc="left", fontsize=10)
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
+
+
+def draw(axes: Any) -> None:
+    """Show a picture as SVG: transparent, and its ink is the colour of the text around it."""
+    from IPython.display import display
+
+    svg, metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    axes.figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
+    text = svg.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
+    text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
+    units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+    says = f"{axes.get_title(loc='left')}. {units}".rstrip(". ")
+    # Grey is legible on white and on black, where nobody says which colour the text has.
+    start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
+    text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
+    display({"image/svg+xml": text, "text/plain": f"[{says}]"}, raw=True)
 
 
 def source(thing: Any) -> None:
@@ -537,7 +649,7 @@ def memory(settings: gateway.Settings, users: int) -> int:
 
     with contextlib.ExitStack() as stack:
         if not (url := settings.storage_url):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memory"))
+            folder = stack.enter_context(temporary_folder("memory"))
             store = gateway.EmbeddedStore(folder)
             stack.callback(store.stop)
             url = store.url
@@ -691,7 +803,7 @@ def _is_gateway(client: Client) -> bool:
 @contextlib.contextmanager
 def _own_gateway() -> Iterator[gateway.Settings]:
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="demo"))
+        folder = stack.enter_context(temporary_folder("demo"))
         port = stack.enter_context(contextlib.closing(free_port()))
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
         port.close()

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -153,6 +155,65 @@ class Server:
         """Make sure that it is gone."""
         if self.process.poll() is None:
             self.kill()
+
+
+class Relay:
+    """Stands between a gateway and its store; a subclass says what it passes on.
+
+    ``close`` closes every socket of it, also those of clients that connect right then, and waits
+    for its threads.
+    """
+
+    def __init__(self, listener: socket.socket, target: Any) -> None:
+        self.listener, self.target = listener, target
+        self.clients: list[tuple[socket.socket, threading.Thread]] = []
+        self.accepting = threading.Thread(target=self._accept)
+        self.accepting.start()
+
+    def passes(self, data: bytes, to_store: bool, silent_s: float) -> bool:
+        """Whether this is passed on; it may wait. What follows something lost is lost as well."""
+        raise NotImplementedError
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                client, _ = self.listener.accept()
+                thread = threading.Thread(target=self._serve, args=(client,))
+                self.clients.append((client, thread))
+                thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.socket(client.family) as store, contextlib.suppress(OSError):
+            store.connect(self.target)
+            back = threading.Thread(target=self._copy, args=(store, client, False))
+            back.start()
+            self._copy(client, store, True)
+            back.join()
+
+    def _copy(self, source: socket.socket, target: socket.socket, to_store: bool) -> None:
+        passing, since = True, time.monotonic()
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                passing = passing and self.passes(data, to_store, time.monotonic() - since)
+                if passing:
+                    target.sendall(data)
+                since = time.monotonic()
+        self._hang_up(source)
+        self._hang_up(target)
+
+    @staticmethod
+    def _hang_up(one: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Take no more connections, and end those that there are."""
+        self._hang_up(self.listener)  # to close it would not wake who waits in accept
+        self.accepting.join()
+        self.listener.close()
+        for client, thread in self.clients:
+            self._hang_up(client)
+            thread.join()
 
 
 class Cluster:

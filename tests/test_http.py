@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import lab
 import pytest
 from support import NUMBER, Answer, WsgiClient
 
@@ -695,12 +696,14 @@ def test_deep_nesting_that_ends_is_no_crash(client: WsgiClient) -> None:
     assert client.raw("POST", "/discover", body).status in (200, 400)
 
 
-def test_of_duplicate_keys_the_last_counts_as_in_javascript(session: WsgiClient) -> None:
+@pytest.mark.parametrize("where", ["%s", '{"a": [%s], "msisdn": "+447700900123"}'])
+def test_a_name_twice_is_106(session: WsgiClient, where: str) -> None:
     """A proxy that looks at bodies and we must not see two different numbers."""
-    body = f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}'.encode()
+    body = (where % f'{{"msisdn": "+447700900001", "msisdn": "{NUMBER}"}}').encode()
     environ = {"HTTP_AUTHORIZATION": hawk(session, "/sms/verify", body)}
-    assert session.raw("POST", "/sms/verify", body, environ).status == 200
-    assert (len(session.outbox(NUMBER)), session.outbox("+447700900001")) == (1, [])
+    answer = session.raw("POST", "/sms/verify", body, environ)
+    assert (answer.status, answer.errno) == (400, 106)
+    assert (session.outbox(NUMBER), session.outbox("+447700900001")) == ([], [])
 
 
 SURROGATE = "\ud800"
@@ -719,6 +722,10 @@ SURROGATE = "\ud800"
         ("/certificate/sign", {"publicKey": SURROGATE}, 400),
         ("/certificate/sign", {"publicKey": {"algorithm": SURROGATE}}, 400),
         ("/certificate/sign", {"publicKey": RSA_JSON, "duration": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": SURROGATE}, 400),
+        ("/certificate/sign", {"format": "jwt", "audience": "https://a.b", "nonce": "\udfff"}, 400),
+        ("/unregister", {"everywhere": SURROGATE}, 400),
+        ("/unregister", {"everywhere": [{SURROGATE: 1}]}, 400),
         ("/sms/momt/", {"provider": SURROGATE}, 400),
         ("/sms/momt/?provider=nexmo", {"msisdn": SURROGATE, "text": SURROGATE}, 200),
     ],
@@ -1641,3 +1648,39 @@ def test_https_of_the_server_itself_means_port_443(session: WsgiClient) -> None:
     sent = hawk(session, "/unregister", kind="", host="id.example", port=443)
     environ = {"HTTP_AUTHORIZATION": sent, "HTTP_HOST": "id.example", "wsgi.url_scheme": "https"}
     assert session.raw("POST", "/unregister", b"", environ).status == 204
+
+
+# -- What conformance.py found ---------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ['{"mcc": "234", "mcc": "234"}', '{"msisdn": {"a": 1, "a": 2}}'])
+def test_a_name_twice_is_no_json(client: WsgiClient, text: str) -> None:
+    """Of two readers one takes the first value and one the last."""
+    answer = client.raw("POST", "/discover", text.encode())
+    assert (answer.status, answer.errno) == (400, 106)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "method", "path", "status"),
+    [
+        ("/sms/resend%5Fcode", "POST", "/sms/resend_code", 410),
+        ("/v1/msisdn/sms/resend%5fcode", "POST", "/v1/msisdn/sms/resend_code", 410),
+        ("/session?", "GET", "/session", 200),
+        ("/sms/resend%5Fcode?a=%2F", "POST", "/sms/resend_code?a=%2F", 410),
+        ("/session", "GET", "/session?a", 401),
+        ("/session?a", "GET", "/session", 401),
+        ("/sms/verify", "POST", "/sms/resend_code", 401),
+    ],
+)
+def test_a_path_is_signed_in_any_spelling_that_leads_here(
+    session: WsgiClient, spelled: str, method: str, path: str, status: int
+) -> None:
+    """WSGI shows neither which characters were escaped nor a ? without a query."""
+    assert session.credentials
+    target = gateway.hawk_target(method, f"http://{session.host}/")._replace(path=spelled)
+    sent = gateway.build_authorization(session.credentials, target, int(time.time()), "n")
+    answer = session.raw(method, path, environ={"HTTP_AUTHORIZATION": sent})
+    assert answer.status == status
+    if status != 401:
+        seal, key = answer.headers["server-authorization"], session.credentials.hawk_key
+        assert lab.check_answer(key, sent, seal, target, "application/json", answer.data)

@@ -126,43 +126,24 @@ def test_an_hour_that_is_used_up_gives_no_guess(start_gateway: Start, vonage: Pr
     assert_owner_is_verified(gate, vonage)
 
 
-class Stalls:
-    """Stands between a gateway and its store: passes all on, but now and then late, or never.
+class Stalls(servers.Relay):
+    """Passes all on, but some answers late.
 
     A command that the store has done may so seem undone: the gateway gives up after half a second.
     """
 
     def __init__(self, folder: Path, store: Path) -> None:
-        self.path, self.store, self.random = folder / "stalls.sock", store, random.Random(2)
-        self.rate, self.open = 0.0, True
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(self.path))
-        self.listener.listen(256)
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.path, self.random, self.rate = folder / "stalls.sock", random.Random(2), 0.0
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.path))
+        listener.listen(256)
+        super().__init__(listener, str(store))
 
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while self.open:
-                near = self.listener.accept()[0]
-                far = socket.socket(socket.AF_UNIX)
-                far.connect(str(self.store))
-                for pair in ((near, far, False), (far, near, True)):
-                    threading.Thread(target=self.copy, args=pair, daemon=True).start()
-
-    def copy(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if answers and self.random.random() < self.rate:
-                    time.sleep(0.7)  # done, but nobody waits for the answer any more
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def close(self) -> None:
-        self.open = False
-        self.listener.close()
+    def passes(self, data: bytes, to_store: bool, silent_s: float) -> bool:
+        """Answers that are late are done, but nobody waits for them any more."""
+        if not to_store and self.random.random() < self.rate:
+            time.sleep(0.7)
+        return True
 
 
 def test_time_outs_of_the_store_give_no_guess(
@@ -366,7 +347,7 @@ class Life:
 
     def call(self, what: str) -> None:
         client, codes = self.client.another(), self.codes()
-        client.credentials = self.client.credentials
+        client.credentials, client.store_fails = self.client.credentials, True
         path, body = {
             "verify": ("/sms/verify", {"msisdn": NUMBER}),
             "verify long": ("/sms/mt/verify", {"msisdn": NUMBER}),

@@ -802,6 +802,8 @@ def test_every_changed_character_is_noticed(world: World, form: str) -> None:
             shown += gateway.make_assertion(short, AUDIENCE, now_s * 1000 + 60_000)
         elif form.startswith("jwt"):
             claims |= {"aud": AUDIENCE, "nonce": NONCE, "jti": f"{seed:032x}", "sub": "a"}
+            if form == "jwt with cnf":
+                claims["cnf"] = {"jwk": gateway.client_key(public("EC"))}
             shown = gateway.issue_proof(key.signer(now_s), claims)
         else:
             claims["cnf"] = {"jwk": gateway.client_key(public(form))}

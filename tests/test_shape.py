@@ -7,8 +7,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tomllib
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
@@ -170,10 +168,10 @@ def test_functions_are_short() -> None:
     sizes = {function.name: code_lines(function) for function in functions()}
     assert statistics.median(sizes.values()) <= 7
     assert statistics.quantiles(sizes.values(), n=20)[-1] <= 25
-    assert {name: size for name, size in sizes.items() if size > 40} == {}
+    assert {name: size for name, size in sizes.items() if size > 34} == {}
 
 
-CODE_LINES_MAX, FLOW_LINES_MAX = 4444, 2082
+CODE_LINES_MAX, FLOW_LINES_MAX = 4435, 2082
 """What the module has (November 2026). It may shrink; DESIGN's budgets are 2,950 and 1,250.
 
 They do not hold: limits, proofs, what people type, providers, metrics and declared requests
@@ -218,56 +216,3 @@ assert threading.active_count() == 1, threading.enumerate()
 assert not bad, bad
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-
-
-def test_inline_metadata_is_the_first_part_of_the_requirements() -> None:
-    block = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.M | re.S)
-    assert block
-    metadata = tomllib.loads(re.sub("^# ?", "", block[1], flags=re.M))
-    to_run, to_learn = (ROOT / "requirements.txt").read_text("utf-8").split("\n\n", 1)
-    pinned = [line.split(" ")[0] for line in to_run.splitlines() if not line.startswith("#")]
-    assert metadata["dependencies"] == pinned
-    assert metadata["requires-python"] == ">=3.11"
-    explained = [line for line in (to_run + "\n" + to_learn).splitlines() if line[:1] not in "# "]
-    assert all(re.fullmatch(r"\S+==\S+  # \S.*", line) for line in explained), explained
-
-
-def test_what_a_dependency_is_pinned_to_is_installed() -> None:
-    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
-        if "==" in line:
-            name, _, pinned = line.split(" ")[0].partition("==")
-            assert version(name) == pinned
-
-
-def test_who_only_runs_the_server_installs_only_the_first_part() -> None:
-    """``make runserver`` on a fresh clone; the commands of the server need no more either."""
-    told = subprocess.run(
-        ["make", "-nB", "runserver"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    (line,) = (line for line in told.splitlines() if "pip install" in line)
-    shown, _, install = line.partition(" | ")
-    assert install.endswith("-r /dev/stdin")
-    first = subprocess.run(shown, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    everything = (ROOT / "requirements.txt").read_text("utf-8")
-    assert first.stdout.strip() == everything.split("\n\n")[0]
-    all_told = subprocess.run(
-        ["make", "-nB", "install"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert all_told.startswith(told.rpartition("touch")[0])
-    assert "-r requirements.txt" in all_told
-
-
-@pytest.mark.slow
-def test_the_first_part_has_what_the_server_and_its_demo_import() -> None:
-    """``gateway.py demo`` and ``memory`` use ``lab.py``, so that imports nothing else on top."""
-    to_run = (ROOT / "requirements.txt").read_text("utf-8").split("\n\n")[0]
-    pinned = {name.lower() for name in re.findall(r"^(\S+)==", to_run, re.M)}
-    givers = packages_distributions()
-    for name in ("gateway.py", "notebooks/lab.py"):
-        for node in ast.parse((ROOT / name).read_text("utf-8")).body:
-            modules = [alias.name for alias in getattr(node, "names", [])]
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else modules
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                tops = {module.partition(".")[0] for module in modules}
-                for top in tops - sys.stdlib_module_names - {"gateway"}:
-                    assert {giver.lower() for giver in givers[top]} & pinned, f"{name}: {top}"

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 import urllib3
-from servers import Server, free_port, wait_for
+from servers import Relay, Server, free_port, wait_for
 from support import ROOT, GatewayProcess
 
 import gateway
@@ -122,49 +123,41 @@ def test_the_start_compares_connections(told: dict[str, str], workers: int, warn
 # -- What forgets connections ---------------------------------------------------
 
 
-class Forgetful:
-    """A TCP proxy that swallows what comes on a connection that was silent, as NAT does.
+class Forgetful(Relay):
+    """Swallows what comes on a connection that was silent, and gives no answer, as NAT does.
 
     Attributes:
         swallowed: How many connections that has happened to.
     """
 
     def __init__(self, port: int, silence_s: float) -> None:
-        self.port, self.silence_s, self.swallowed = port, silence_s, 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.silence_s, self.swallowed = silence_s, 0
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        super().__init__(listener, ("127.0.0.1", port))
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.port))
-                threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._back, args=(server, client), daemon=True).start()
+    def passes(self, data: bytes, to_store: bool, silent_s: float) -> bool:
+        """Not if it was silent for too long."""
+        forgotten = to_store and silent_s > self.silence_s
+        self.swallowed += forgotten
+        return not forgotten
 
-    def _forward(self, client: socket.socket, server: socket.socket) -> None:
-        with client, server, contextlib.suppress(OSError):
-            while True:
-                since = time.monotonic()
-                if not (data := client.recv(65536)):
-                    return
-                if time.monotonic() - since > self.silence_s:
-                    self.swallowed += 1
-                    while client.recv(65536):  # no answer, and no end either
-                        pass
-                    return
-                server.sendall(data)
 
-    @staticmethod
-    def _back(server: socket.socket, client: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := server.recv(65536):
-                client.sendall(data)
-
-    def close(self) -> None:
-        """Take no more connections."""
-        self._listener.close()
+def test_a_relay_leaves_nothing_open(tmp_path: Path) -> None:
+    """Not even what connects while it closes, when the store behind it has gone already."""
+    server = Server(tmp_path / "s", tcp=True)
+    threads, files = threading.active_count(), psutil.Process().num_fds()
+    proxy = Forgetful(server.port, 60)
+    port = int(proxy.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"PING\r\n")
+        assert client.recv(100) == b"+PONG\r\n"
+        server.close()
+        with socket.create_connection(("127.0.0.1", port), 10) as late:
+            assert late.recv(100) == b""
+        assert client.recv(100) == b""
+        proxy.close()
+    assert (threading.active_count(), psutil.Process().num_fds()) == (threads, files)
 
 
 def test_what_a_proxy_forgot_is_replaced_before_it_is_used(
@@ -230,7 +223,8 @@ def stranger() -> Iterator[list[bytes]]:
                 with contextlib.suppress(OSError):
                     while True:
                         peer, _ = listener.accept()
-                        heard.append(peer.recv(1000))
+                        with peer:
+                            heard.append(peer.recv(1000))
 
             threading.Thread(target=listen, daemon=True).start()
         yield heard

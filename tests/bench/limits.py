@@ -1,0 +1,120 @@
+"""What the limits cost a send: ``python tests/bench/limits.py`` (a minute and a half).
+
+Issue 16: all limits of a send together cost one round trip more, and at most 80 µs of CPU.
+
+Three pairs of gateways, each with ``limits`` on ``enforce`` and on ``off``, are all alive at once
+and asked in turn, in an order that rotates, so that both of a pair meet the same machine. Clients
+come from addresses that are limited (behind a named proxy), so that every row of the table counts.
+
+    outbox     /sms/mt/verify, shown by the outbox: it may cost no money, so no counter is asked
+    provider   /sms/mt/verify, by a stand-in provider over HTTP: eight counters and the list of the
+               session's round, taken in one script
+    register   /register: one counter
+
+For each: CPU µs per request of the gateway's own processes and of its store, with limits, without,
+and the median over the rounds of the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import WORKLOADS, Bare, Bench, Row, Workload, World
+
+PROXY = "X-Forwarded-For: 192.0.2.9\r\n"
+
+
+class Proxied(World):
+    """A gateway behind a proxy, so that its clients have an address that is limited."""
+
+    def cpu_s(self) -> tuple[float, float]:
+        """As ``World.cpu_s``, but in the scheduler's nanoseconds: a send is less than a tick."""
+        used = {True: 0.0, False: 0.0}
+        for process in self.process.family():
+            for task in Path(f"/proc/{process.pid}/task").iterdir():
+                ran_ns = int((task / "schedstat").read_text().split()[0])
+                used[process.name().startswith("valkey")] += ran_ns / 1e9
+        return used[False], used[True]
+
+    def request(self, path: str, body: str = "", authorization: str = "") -> bytes:
+        """One HTTP request, as the proxy passes it on."""
+        start, end, rest = super().request(path, body, authorization).partition(b"\r\n")
+        return start + end + PROXY.encode() + rest
+
+
+def start(bench: Bench, name: str, *options: str) -> Proxied:
+    """Start one gateway and warm it up."""
+    many = ("--registers-per-address", "9999999/second", "--trusted-proxies", '["127.0.0.1"]')
+    world = Proxied(bench.folder / name, "--workers", "1", *many, *options)
+    bench.stack.callback(world.close)
+    bench.warm_up(world)
+    return world
+
+
+def pairs(bench: Bench) -> dict[str, tuple[Workload, dict[str, Proxied]]]:
+    """Each workload with its two gateways."""
+    provider = Bare(bench.folder, 64)
+    bench.stack.callback(provider.close)
+    url = f"http://127.0.0.1:{provider.port}/sms/json"
+    entry = {"kind": "nexmo", "endpoint": url, "api_key": "key", "api_secret": "secret"}
+    paying = ("--sms-providers", json.dumps([entry]))
+    named = {one.name: one for one in WORKLOADS}
+    send = named["/sms/mt/verify, outbox"]
+    found = {}
+    for name, what, options in (
+        ("outbox", send, ()), ("provider", send, paying), ("register", named["/register"], ()),
+    ):  # fmt: skip
+        found[name] = (what, {
+            mode: start(bench, f"{name}-{mode}", "--limits", mode, *options)
+            for mode in ("enforce", "off")
+        })  # fmt: skip
+    return found
+
+
+def main() -> int:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=600)
+    parser.add_argument("--connections", type=int, default=1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="limits") as folder:
+        bench = Bench(Path(folder), "python", given.requests, given.rounds)
+        rows: dict[tuple[str, str], Row] = {}
+        with bench.stack:
+            asked = pairs(bench)
+            bench.steps = given.rounds * 2 * len(asked)
+            turns = [(name, mode) for name in asked for mode in ("enforce", "off")]
+            for number in range(given.rounds):
+                for name, mode in turns[number % 2 :] + turns[: number % 2]:
+                    what, worlds = asked[name]
+                    bench.say(f"round {number + 1}: {name}, {mode}")
+                    worlds[mode].reset()
+                    row = rows.setdefault((name, mode), Row(name))
+                    bench.measure(what, worlds[mode], row, connections=given.connections)
+    print(f"{given.connections} at a time; CPU µs per request: gateway, store, both")
+    for name in asked:
+        on, off = rows[name, "enforce"], rows[name, "off"]
+        each = [
+            [a - b for a, b in zip(on.server_us, off.server_us, strict=True)],
+            [a - b for a, b in zip(on.store_us, off.store_us, strict=True)],
+        ]
+        each.append([a + b for a, b in zip(*each, strict=True)])
+        shown = ", ".join(f"{statistics.median(values):+.0f}" for values in each)
+        spread = f"{min(each[2]):+.0f} to {max(each[2]):+.0f}"
+        with_us, without_us = (
+            f"{statistics.median(row.server_us):.0f} and {statistics.median(row.store_us):.0f}"
+            for row in (on, off)
+        )
+        levels = f"with {with_us}, without {without_us}, errors {on.errors + off.errors}"
+        print(f"{name:10} limits cost {shown} ({spread}); {levels}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
