@@ -6667,8 +6667,8 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         query: Json = {}
         with contextlib.suppress(InvalidParameter):
             query = _query_fields(bottle.request.query_string)
-        outbox = self._outbox_for(query.get("token", ""))
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        digits = query.get("to", "").lstrip("+ ")
+        messages = self._outbox_for(query.get("token", "")).messages(digits)
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
     def _outbox_for(self, token: str) -> OutboxSms:
@@ -7348,10 +7348,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
         if "index.html" in PRESS_FILES:
-            lines += [
-                "       A page on which you press your way through both flows, message by message:",
-                f"       {settings.base_url}/press/{token}/index.html",
-            ]
+            lines.append(f"       Try both flows: {settings.base_url}/press/{token}/index.html")
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):
