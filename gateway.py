@@ -126,7 +126,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import responses
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
@@ -369,8 +369,9 @@ class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS
 class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
     """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
 
-    Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
-    fails it is a bug in the client.
+    Client: set the clock by the ts in WWW-Authenticate, sign anew with a fresh nonce, try once
+    more. If that fails it is a bug in the client; the usual one is a MAC that is not keyed with
+    the 64 hex digits of the key as text, but with the 32 bytes behind them.
     """
 
 
@@ -6030,10 +6031,25 @@ def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {
     return Answer(status, json.dumps(value).encode(), "application/json", headers)
 
 
+_STYLE: Final = """
+:root { color-scheme: light dark; font: 1rem/1.6 -apple-system, "Segoe UI", Helvetica, sans-serif }
+body { background: light-dark(#fff, #131416); color: light-dark(#000, #cfd0d0);
+  margin: 1rem auto 70vh; max-width: 46rem; padding: 0 1rem; overflow-wrap: anywhere }
+section { border-top: 1px solid light-dark(#eeebee, #303335); padding: .1rem 1rem }
+section:target { background: light-dark(#ffc, #330) }
+a { color: light-dark(#2757dd, #5ca5ff) }
+"""
+_STYLE_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+
+
 def html_answer(title: str, body: str) -> Answer:
-    """A small page for people."""
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{body}"
-    return Answer(200, page.encode(), "text/html; charset=utf-8")
+    """A small page for people, in the colours of our other pages; it loads and runs nothing."""
+    policy = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}"
+    page = f"<!doctype html><html lang=en>{head}</title><style>{_STYLE}</style>"
+    page += f"<main><h1>{title}</h1>{body}</main>"
+    headers = {"Content-Security-Policy": policy}
+    return Answer(200, page.encode(), "text/html; charset=utf-8", headers)
 
 
 def error_answer(error: GatewayError, base_url: str, next_step: Json | None = None) -> Answer:
@@ -6635,19 +6651,23 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
-        rows = ""
-        for e in error_classes():
-            anchor = "" if f"id={e.errno}>" in rows else f" id={e.errno}"
-            rows += f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
-        return html_answer("Errors", f"<dl>{rows}</dl>")
+        body = "<p>The body of every error has its <b>errno</b>, behind the status here."
+        for number, errors in groupby(error_classes(), lambda error: error.errno):
+            body += f"\n<section id={number}>"
+            for error in errors:
+                says, _, todo = (error.__doc__ or "").partition("Client: ")
+                body += f"<h2><a href=#{number}>{error.status}/{number}</a></h2><p>{says}"
+                body += f"<p><b>What a client does:</b> {todo}"
+            body += "</section>"
+        return html_answer("Errors of the MSISDN Gateway", body)
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
         query: Json = {}
         with contextlib.suppress(InvalidParameter):
             query = _query_fields(bottle.request.query_string)
-        outbox = self._outbox_for(query.get("token", ""))
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        digits = query.get("to", "").lstrip("+ ")
+        messages = self._outbox_for(query.get("token", "")).messages(digits)
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
     def _outbox_for(self, token: str) -> OutboxSms:
@@ -7327,10 +7347,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
         if "index.html" in PRESS_FILES:
-            lines += [
-                "       A page on which you press your way through both flows, message by message:",
-                f"       {settings.base_url}/press/{token}/index.html",
-            ]
+            lines.append(f"       Try both flows: {settings.base_url}/press/{token}/index.html")
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):
