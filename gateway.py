@@ -968,7 +968,7 @@ def _read_settings(path: str) -> Json:
     try:
         # utf-8-sig: Windows' editors begin a file with a BOM.
         return tomllib.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"cannot read the settings file {path}: {error}") from None
 
 
