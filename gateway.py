@@ -2386,7 +2386,8 @@ def verify_presentation(
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "ended " 32 hex digits         when somebody ended the     verified_ttl_s
-#                                proofs of this number
+#                                proofs of this number, and
+#                                the id of their session
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
 # "part " 32 hex digits          the parts of an SMS by      ten minutes
@@ -5556,11 +5557,12 @@ class Gateway:
 
     def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
         key = self.secrets.key_for("ended", number)
-        ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
-        if session.user.verified_s <= ended_s:
-            ended = NotVerified("somebody ended all proofs of this number: verify it again")
-            facts = (ended_s, self.settings, int(self.clock()))
-            self.step(session, lambda user: (end_proofs(user, *facts), ended))
+        ended = self._ask(session, partial(self.storage.get, key)) or b"0"
+        ended_s, _, by = ended.partition(b" ")
+        if session.user.verified_s <= int(ended_s) and by != session.storage_id:
+            refusal = NotVerified("somebody ended all proofs of this number: verify it again")
+            facts = (int(ended_s), self.settings, int(self.clock()))
+            self.step(session, lambda user: (end_proofs(user, *facts), refusal))
 
     def _end_all(self, session: Session, number: Msisdn) -> None:
         """End the proofs of a number, for a session that has verified it just now."""
@@ -5570,7 +5572,9 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session, number)
         key = self.secrets.key_for("ended", number)
-        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        # With who ended them: if the answer is lost, this session may ask again.
+        value = b"%d %b" % (now_s, session.storage_id)
+        ended = partial(self.storage.create, key, value, self.settings.verified_ttl_s)
         self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
