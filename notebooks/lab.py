@@ -164,7 +164,7 @@ def check_answer(
         return False
     request = gateway.parse_hawk_header(sent)
     expected = gateway.server_authorization(key, request, target, content_type, body)
-    return secrets.compare_digest(seal, expected)
+    return secrets.compare_digest(seal.encode("utf-8", "replace"), expected.encode())
 
 
 # -- A phone ------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_every_page_is_whole_and_silent(
             page.goto(file.as_uri())
             for scheme in ("light", "dark"):  # it follows the system at any time
                 page.emulate_media(media=media, color_scheme=scheme)
-                seen = browser.look(page, width, media)
+                seen = browser.look(page, width, media, colors=scheme == "dark")
                 amiss += [f"{file.name}, {scheme}: {what}" for what in seen]
     assert amiss == []
     assert {url for url in requests if not is_in(site_folder, url)} == set()
