@@ -21,6 +21,8 @@ import gateway
 
 browser.require()
 
+pytestmark = pytest.mark.slow  # gateways, and a browser
+
 AXE = lab.ROOT / ".parts" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 MISSING_AXE = "npm's axe-core is not installed: npm install --prefix .parts/axe axe-core@4.14.1"
 needs_axe = pytest.mark.skipif(not AXE.exists(), reason=MISSING_AXE)
