@@ -164,7 +164,7 @@ def check_answer(
         return False
     request = gateway.parse_hawk_header(sent)
     expected = gateway.server_authorization(key, request, target, content_type, body)
-    return secrets.compare_digest(seal, expected)
+    return secrets.compare_digest(seal.encode("utf-8", "replace"), expected.encode())
 
 
 # -- A phone ------------------------------------------------------------------
@@ -502,7 +502,7 @@ def draw(axes: Any) -> None:
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
     says = f"{axes.get_title(loc='left')}. {units}".rstrip(". ")
     # Grey is legible on white and on black, where nobody says which colour the text has.
-    start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
+    start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" style="white-space: pre" '
     text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
     display({"image/svg+xml": text, "text/plain": f"[{says}]"}, raw=True)
 

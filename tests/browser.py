@@ -70,7 +70,7 @@ def tab(browser: Any, width: int, **options: Any) -> Iterator[tuple[Any, list[st
 
 
 LOOK = """
-([width, print]) => {
+([width, print, colors]) => {
   const found = new Set()
   const says = (what, element, more = '') =>
     found.add(`${what}: ${element.localName}.${element.className} ${more}`.trim())
@@ -98,10 +98,10 @@ LOOK = """
   const root = document.scrollingElement, main = document.querySelector('main, [role=main]')
   if (root.scrollWidth > width) says('scrolls sideways', root, `${root.scrollWidth} > ${width}`)
   const column = main.getBoundingClientRect()
-  for (const element of document.body.querySelectorAll('*')) {
+  for (const element of colors ? [] : document.body.querySelectorAll('*')) {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element)
     if (!box.width || style.visibility === 'hidden') continue
-    if (away(element)) continue
+    if (away(element) || element.parentElement.closest('svg')) continue
     if ((box.right > width + 1 || box.left < -1) && !held(element.parentElement))
       says('beyond the window', element)
     if (element.clientWidth && element.scrollWidth > element.clientWidth + 1 && !scrolls(element)
@@ -127,6 +127,9 @@ LOOK = """
 """What is wrong with a page as it is laid out; 4.5 is the contrast that WCAG 2 (AA) asks for."""
 
 
-def look(page: Any, width: int, media: str = "screen") -> list[str]:
-    """What a person would see amiss on the page that is open; nothing scrolls on paper."""
-    return list(page.evaluate(LOOK, [width, media == "print"]))
+def look(page: Any, width: int, media: str = "screen", *, colors: bool = False) -> list[str]:
+    """What a person would see amiss on the page that is open; nothing scrolls on paper.
+
+    With ``colors`` only what another colour scheme can change: whether texts can be read.
+    """
+    return list(page.evaluate(LOOK, [width, media == "print", colors]))

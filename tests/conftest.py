@@ -50,6 +50,12 @@ SLOW = {
 UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
 """Files that share what a worker should not make twice."""
 
+LONGEST = {
+    f"tests/test_{name}.py"
+    for name in ("docs", "jupyterlab", "keys", "limit_table", "pages_in_browser", "planted_faults")
+}
+"""Units that take long as one: they and the notebooks run first, so that nobody waits for them."""
+
 
 class Units(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
     """Gives out whole files; of those in ``SPREAD``, single tests with all their parameters."""
@@ -85,7 +91,18 @@ class Room:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many workers: none for single files, which one may want to debug."""
     files = [Path(argument.partition("::")[0]).is_file() for argument in config.args]
-    return 0 if all(files) else WORKERS
+    return 0 if all(files) else WORKERS // 2 if is_quick(config) else WORKERS
+
+
+def is_quick(config: pytest.Config) -> bool:
+    """Whether this is ``make check``: its tests hardly wait, so one worker for a core does."""
+    return str(config.option.markexpr) == "not slow"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """To read all files costs each worker 14 s, a third of it those of which no test would run."""
+    slow = collection_path.stem.removeprefix("test_") in SLOW
+    return True if slow and is_quick(config) else None
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Units:
@@ -113,11 +130,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First those that run alone: later each would wait until every worker has done its test."""
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("alone"):
+            return 0
+        long = item.path.suffix == ".ipynb" or item.nodeid.partition("::")[0] in LONGEST
+        return 1 if long else 2
+
     for item in items:
         starts = "start_gateway" in getattr(item, "fixturenames", ())
         if starts or item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+    items.sort(key=place)
 
 
 # -- Fixtures -----------------------------------------------------------------

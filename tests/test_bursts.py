@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import secrets
 import threading
 import time
@@ -15,7 +14,7 @@ import burst
 import provider as sms
 import pytest
 from provider import Provider
-from support import NUMBER, GatewayProcess
+from support import NUMBER, GatewayProcess, shared
 
 import gateway
 
@@ -99,8 +98,7 @@ def test_500_sends_at_once_to_a_slow_provider(start_gateway: Start, vonage: Prov
     assert {a.status for a in rest_} == {200}
     texts = vonage.texts()
     assert [len(texts[number(n)]) for n in range(500)] == [1] * 500
-    shared = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # with whatever else runs here
-    assert max(a.took_s for a in rest_) < 3 * shared  # 0.9 to 1.2 s where it was measured
+    assert max(a.took_s for a in rest_) < 3 * shared()  # 0.9 to 1.2 s where it was measured
 
 
 def test_sends_leave_files_for_each_other(start_gateway: Start, vonage: Provider) -> None:
@@ -166,9 +164,9 @@ def test_a_provider_that_takes_30_a_second(start_gateway: Start, vonage: Provide
     )
     print(f" longest {longest_s:.1f} s")
     assert by_status.keys() <= {200, 503}
-    assert by_status[200] == len(window.taken) > 0.8 * 30 * 16
+    assert by_status[200] == len(window.taken) > 0.8 * 30 * 16 / shared()
     assert window.tries < 2 * len(window.taken)  # it is asked a little more often than it takes
-    assert longest_s < gateway.SEND_BUDGET_S + 1
+    assert longest_s < gateway.SEND_BUDGET_S + shared()
     late = [n for n, a in enumerate(answers) if a.status == 503]
     assert {answers[n].json["errno"] for n in late} <= {201}
     # Each of the rest comes back when it was told to, and passes.

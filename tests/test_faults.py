@@ -18,7 +18,7 @@ import pytest
 import servers
 from redis.crc import key_slot
 from servers import Server, wait_for
-from support import HOUR, OPEN, ROOT, WsgiClient, give_back, names_taken, take
+from support import HOUR, OPEN, ROOT, WsgiClient, give_back, names_taken, shared, take
 
 import gateway
 
@@ -144,13 +144,13 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
     for what, call in calls.items():
         started = time.monotonic()
         answer = call()
-        assert time.monotonic() - started < 1, what
+        assert time.monotonic() - started < 1 * shared(), what
         worked[what] = answer.status < 300
         if not worked[what]:
             assert (answer.status, answer.errno) == (503, 201), what
     started = time.monotonic()
     beat = client.get("/__heartbeat__")
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 * shared()
     if fault == "out of memory":  # whoever is there already is served on
         assert [what for what in worked if not worked[what]] == ["open a session"]
         assert beat.status == 503
@@ -163,7 +163,7 @@ def test_fault(fault: str, store_of: Callable[[str], Store], keys_dir: str, tmp_
     started = time.monotonic()
     wait_for(lambda: client.get("/__heartbeat__").status == 200, "its recovery", 10)
     if fault != "restarting":  # which takes as long as its data
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 5 * shared()
     # The code and its nonce were used up together, or neither was.
     used = storage._run("EXISTS", gateway.nonce_key(key, "n"), key=key) == 1
     assert used == (storage.get(key) != before)
@@ -236,7 +236,7 @@ def test_where_the_replica_does_not_confirm_nobody_is_told_yes(tmp_path: Path) -
         started = time.monotonic()
         with pytest.raises(gateway.Unavailable, match="second copy"):
             storage.commit(key, b"\x01b", b"\x01c", 1000)
-        assert 0.1 <= time.monotonic() - started < 1
+        assert 0.1 <= time.monotonic() - started < 1 * shared()
         assert storage.commit(key, b"\x01c", b"\x01d") is gateway.Commit.DONE  # nothing to wait for
         replica.process.send_signal(signal.SIGCONT)
         replica.kill()
@@ -423,10 +423,10 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 ACL = (
     "user gateway on >pass-word ~* -@all +get +mget +set +del +exists +incr +expire +hget +hset "
-    "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +time +eval +info "
+    "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +zrange +time +eval +info "
     "+dbsize +role +wait"
 )
-"""README.md names the same commands."""
+"""notebooks/operate/store.md names the same commands."""
 
 
 def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
@@ -452,11 +452,14 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         assert storage.keep_part(key, 2, b"b") == {2: b"b"}
         assert storage.keep_part(key, 1, b"a") == {1: b"a", 2: b"b"}
         storage.ping(1)
+        assert storage.tally_by_prefix("verified") == {"+44770090": 1}
         with pytest.raises(gateway.StartError, match="refuses our login") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
         assert "wrong-word" not in str(caught.value)
     named = {word for word in ACL.split() if word.startswith("+")}
-    assert named <= set((ROOT / "README.md").read_text("utf-8").replace("`", " ").split())
+    assert named <= set(
+        (ROOT / "notebooks/operate/store.md").read_text("utf-8").replace("`", " ").split()
+    )
 
 
 @pytest.mark.parametrize(

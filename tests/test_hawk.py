@@ -13,6 +13,7 @@ import mohawk.util
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import shared
 
 import gateway
 from gateway import BadSignature, GatewayError, HawkHeader, HawkKey, HawkRequest, UnknownSession
@@ -151,7 +152,7 @@ def test_hostile_header_is_cheap(inside: str) -> None:
     before = time.thread_time()
     with pytest.raises(BadSignature):
         gateway.parse_hawk_header("Hawk " + inside)
-    assert time.thread_time() - before < 0.02
+    assert time.thread_time() - before < 0.02 * shared()
 
 
 pieces = st.sampled_from(

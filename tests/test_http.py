@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 import lab
 import pytest
-from support import NUMBER, Answer, WsgiClient
+from support import NUMBER, Answer, WsgiClient, shared
 
 import gateway
 
@@ -441,7 +441,7 @@ def test_a_store_that_hangs_is_given_up_within_a_second(
         began = time.monotonic()
         answer = client.call("/register")
     assert (answer.status, answer.errno) == (503, 201)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1 * shared()
 
 
 # -- CORS ---------------------------------------------------------------------
@@ -1088,7 +1088,7 @@ def test_many_parameters_of_the_outbox_are_cheap(make_client: MakeClient) -> Non
             before_s = time.thread_time()
             assert client.get("/outbox?" + "&".join(["a=1"] * 15_000)).status == 404
             spent_s.append(time.thread_time() - before_s)
-        assert min(spent_s) < 0.006
+        assert min(spent_s) < 0.006 * shared()
 
 
 @pytest.mark.parametrize(
@@ -1458,7 +1458,7 @@ def test_refused_requests_with_far_timestamps_leave_nothing(
     run = fixed.gateway.storage._run
     before, kept = run("DBSIZE"), record(fixed)
     sent = []
-    for n in range(8000):
+    for n in range(400):
         ts = (99_999_999_999, NOW + 61 + n, NOW - 61 - n, 1 + n)[n % 4]
         sent.append(hawk(fixed, "/unregister", kind="", ts=ts, nonce=f"n{n}"))
     errnos = set()

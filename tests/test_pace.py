@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from provider import Provider, nexmo, reply, slower, taken
+from support import shared
 
 import gateway
 
@@ -73,7 +74,7 @@ def test_its_retry_after_is_kept(two: list[Provider]) -> None:
         time.sleep(0.1)
         second = pool.submit(sender.send, "Gateway", OTHER, "second")
         assert [first.result().kind, second.result().kind] == ["nexmo", "nexmo"]
-    assert 1 <= time.monotonic() - begun_s < 4
+    assert 1 <= time.monotonic() - begun_s < 4 * shared()
     texts = [request.form["text"] for request in one.received]
     assert (texts[0], sorted(texts[1:])) == ("first", ["first", "second"])
 
@@ -85,7 +86,7 @@ def test_one_that_wants_to_be_left_alone_for_long_is_not_waited_for(two: list[Pr
     for to in (TO, OTHER, TO):
         assert sender.send("Gateway", to, "text").kind == "nexmo"
     assert [len(p.received) for p in two] == [2, 3]
-    assert time.monotonic() - begun_s < 3
+    assert time.monotonic() - begun_s < 3 * shared()
 
 
 def test_nobody_takes_it(two: list[Provider]) -> None:
@@ -153,7 +154,7 @@ def test_without_a_word_there_is_no_pace() -> None:
         begun_s = time.monotonic()
         with ThreadPoolExecutor(100) as pool:
             list(pool.map(lambda _: pace.send(done.append, time.monotonic() + 5, TO), range(500)))
-        assert time.monotonic() - begun_s < 4
+        assert time.monotonic() - begun_s < 4 * shared()
     assert len(done) == 1000
     assert pace._line == []
 
@@ -173,4 +174,4 @@ def test_slower_for_one_number_holds_up_nobody_else(two: list[Provider]) -> None
         assert caught.value.retry_after_s == 60
         begun_s = time.monotonic()
         assert sender.send("Gateway", OTHER, "text").kind == "nexmo"
-        assert time.monotonic() - begun_s < 1
+        assert time.monotonic() - begun_s < 1 * shared()

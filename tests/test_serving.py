@@ -31,7 +31,7 @@ import pytest
 import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
-from support import NUMBER, ROOT, GatewayProcess, free_port
+from support import NUMBER, ROOT, GatewayProcess, free_port, shared
 from test_sms import SmsApi, after
 
 import gateway
@@ -245,7 +245,7 @@ def test_stopping_finishes_what_is_in_flight(how: str, start_gateway: Start) -> 
                 process.process.send_signal(getattr(signal, how))
             assert asked.result().body["mtSender"] == "Gateway"
         assert process.process.wait(10) == 0
-        assert 0.3 < time.monotonic() - started < 8
+        assert 0.3 < time.monotonic() - started < 8 * shared()
         assert nothing_lives(process.folder, 0.5)
         assert psutil.wait_procs(family[1:], 2)[1] == []
         assert "Traceback" not in process.output
@@ -273,7 +273,7 @@ def test_two_signals_stop_every_worker_at_once(start_gateway: Start) -> None:
         started = time.monotonic()
         press_ctrl_c(process, signal.SIGTERM)
         assert process.process.wait(20) == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 5 * shared()
         assert nothing_lives(process.folder, 0.5)
 
 
@@ -313,7 +313,7 @@ def test_idle_connections_do_not_delay_the_stop(start_gateway: Start) -> None:
             stack.enter_context(contextlib.closing(idle))
         started = time.monotonic()
         assert process.stop() == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 5 * shared()
     assert nothing_lives(process.folder, 0.5)
 
 
@@ -339,7 +339,7 @@ def test_a_stop_during_the_start_leaves_nothing(start_gateway: Start) -> None:
         time.sleep(0.05 + 0.09 * n)  # from the first imports to the first answers
         begun = time.monotonic()
         status = process.stop()
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 5 * shared()
         # before our first line runs, Python has the system's own handler
         assert status in ((0,) if process.output else (0, -signal.SIGTERM)), process.output
         assert "Traceback" not in process.output
@@ -357,7 +357,7 @@ def test_a_stop_while_a_worker_starts_is_heard_by_it(late_s: float, start_gatewa
     time.sleep(late_s)
     begun = time.monotonic()
     assert process.stop() == 0
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 5 * shared()
     assert nothing_lives(process.folder, 1)
     assert "Traceback" not in process.output
 
@@ -633,7 +633,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody(
     started = time.monotonic()
     for n in range(1000):
         handler.handle(log_line("line %s of a thousand, none of which is read", n))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 * shared()
     lines = read_until(reader, b"nobody read stderr\n").decode().splitlines()
     assert lines[:100] == [f"line {n} of a thousand, none of which is read" for n in range(100)]
     assert lines[-1] == f"{1001 - len(lines)} lines of the log were dropped: nobody read stderr"
@@ -682,7 +682,7 @@ def test_the_end_does_not_wait_for_a_log_that_nobody_reads(narrow_pipe: tuple[in
     handler.handle(log_line("x" * 9000))
     started = time.monotonic()
     handler.flush()
-    assert gateway.LOG_FLUSH_S <= time.monotonic() - started < gateway.LOG_FLUSH_S + 1
+    assert gateway.LOG_FLUSH_S <= time.monotonic() - started < (gateway.LOG_FLUSH_S + 1) * shared()
 
 
 FORKED_LOG = """
@@ -737,7 +737,7 @@ def test_requests_and_the_stop_wait_for_no_stderr(
             store.stop()
         started = time.monotonic()
         assert {client.register().status for _ in range(200)} == {503}
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 10 * shared()
         process.terminate()
         assert process.wait(8) == 0
     finally:
@@ -1049,7 +1049,7 @@ def test_a_store_that_hangs_costs_a_503_within_a_second(start_gateway: Start) ->
             reply = call()
             assert outcome(reply) == (503, 201)
             assert reply.headers["Retry-After"] == str(reply.body["retryAfter"])
-            assert time.monotonic() - started < 1.5  # a second, and a busy machine
+            assert time.monotonic() - started < 1.5 * shared()  # a second, and a busy machine
         assert process.client().call("GET", "/__lbheartbeat__").status == 200
         heartbeat = process.client().call("GET", "/__heartbeat__")
         assert (heartbeat.status, heartbeat.body["storage"]) == (503, False)
@@ -1420,7 +1420,7 @@ def test_a_start_that_waits_for_its_store_can_be_stopped(
     assert eventually((tmp_path / "keys" / "browserid.pem").exists)
     started = time.monotonic()
     assert process.stop() == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 2 * shared()
     assert "Traceback" not in process.output
 
 
@@ -1560,7 +1560,7 @@ def test_application_under_another_server(
         started = time.monotonic()
         chunked = client.http.request("POST", client.address + "/register", body=iter([b"{}"]))
         assert (chunked.status, chunked.json()["errno"]) == (411, 112)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 2 * shared()
         assert client.unregister().status == 204
         client.http.clear()
     finally:
@@ -1653,7 +1653,7 @@ def test_bodies_that_are_refused_at_once(
 ) -> None:
     started = time.monotonic()
     answer = talk(running.port, request_bytes)
-    assert time.monotonic() - started < 5  # and not the 10 s that this client would wait
+    assert time.monotonic() - started < 5 * shared()  # and not the 10 s that this client would wait
     if status:
         got, body = parsed(answer)
         assert (got, body["errno"]) == (status, errno)
@@ -1691,7 +1691,7 @@ def test_clients_that_stall_keep_nobody_waiting(running: GatewayProcess) -> None
             started = time.monotonic()
             client = running.client()
             assert client.register().status == 200
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 5 * shared()
             client.http.clear()
 
 
@@ -1716,7 +1716,7 @@ def test_clients_that_stall_close_nothing_to_who_does_not(start_gateway: Start) 
             client = process.client()
             assert client.register(mcc="234").status == 200
             client.http.clear()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 10 * shared()
     finally:
         done.set()
         for thread in stalling:

@@ -44,6 +44,7 @@ from support import (
     counted,
     give_back,
     names_taken,
+    shared,
     take,
 )
 
@@ -574,7 +575,7 @@ def test_a_late_answer_is_nobodys(ask: Ask) -> None:
     started = time.monotonic()
     with pytest.raises(redis.TimeoutError):
         ask(("BLPOP", "nothing", "3"))
-    assert 0.19 < time.monotonic() - started < 2
+    assert 0.19 < time.monotonic() - started < 2 * shared()
     assert ask(("ECHO", "another")) == [b"another"]
 
 
@@ -990,7 +991,7 @@ def is_unavailable_soon(call: Callable[[], Any]) -> bool:
     except gateway.Unavailable as error:
         assert (error.status, error.errno) == (503, 201)
         assert error.retry_after_s
-        return time.monotonic() - started < 1
+        return time.monotonic() - started < 1 * shared()
     return False
 
 
@@ -1301,7 +1302,7 @@ def test_stall_between_reading_and_writing(
     assert executions(storage, "exists") <= 1  # which a commit with a nonce asks once
     if not stall_s:  # what the first may have reserved or counted is given back
         until(lambda: user_of(client) == before and counted(client.gateway) == 0)
-    assert took_s < 1
+    assert took_s < 1 * shared()
     again = client.call(path, {"code": "000000"})
     assert again.status == 200 or again.errno == 105
 
@@ -1326,7 +1327,7 @@ def test_hung_server_over_http(
         assert [(a.result().status, a.result().errno) for a in answers] == [(503, 201)] * 3
     assert (health.status, health.json["storage"]) == (503, False)
     assert int(health.headers["retry-after"]) >= 1
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 1 * shared()
     assert client.get("/__lbheartbeat__").status == 200
     os.kill(pid_of(own_store), signal.SIGCONT)
     until(lambda: client.get("/__heartbeat__").status == 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import urllib3
 from packaging.markers import Marker
 from packaging.requirements import Requirement
-from support import GatewayProcess
+from support import GatewayProcess, free_port
 
 import gateway
 
@@ -173,9 +174,11 @@ def test_a_gateway_runs_on_the_first_part_alone(first_part: list[str], tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["demo", "settings", "messages", "--version"])
 def test_so_do_its_commands(first_part: list[str], tmp_path: Path, command: str) -> None:
+    environ = {**os.environ, "GATEWAY_PORT": str(free_port())}  # one may run on the default port
     told = subprocess.run(
         [*first_part, str(ROOT / "gateway.py"), command],
         cwd=tmp_path,
+        env=environ,
         capture_output=True,
         text=True,
     )

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 import pytest
 from provider import Provider, reply
-from support import NUMBER, WsgiClient, receipts
+from support import NUMBER, WsgiClient, receipts, shared
 
 import gateway
 
@@ -183,7 +183,7 @@ def test_many_parameters_are_cheap(client: WsgiClient, path: str, provider: str)
         answer = client.get(f"{path}?{query}")
         spent_s.append(time.thread_time() - before_s)
         assert (answer.status, answer.errno) == (400, 107)
-    assert min(spent_s) < 0.006  # 24 ms when they were read
+    assert min(spent_s) < 0.006 * shared()  # 24 ms when they were read
 
 
 # -- Once ------------------------------------------------------------------------
