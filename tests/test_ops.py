@@ -18,7 +18,7 @@ import lab
 import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
-from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port, shared
+from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port
 from test_sms import SmsApi, reply, taken
 
 import gateway
