@@ -200,6 +200,7 @@ def whole_flow(client: WsgiClient, prefix: str, more: dict[str, Any]) -> Iterato
             where = path.replace("{token}", client.app.token).replace("{name}", "index.html")
             where += "?provider=nexmo" * path.startswith("/sms/")
             where += f"?token={client.app.token}" * (path == "/outbox")
+            where = where.replace("{token}", client.app.token).replace("{name}", "index.html")
             token = f"Bearer {client.app.token}" if path == "/metrics" else None
             yield "GET", path, client.get(prefix + where, HTTP_AUTHORIZATION=token)
 
