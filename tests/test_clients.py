@@ -32,7 +32,13 @@ ISSUER = "http://127.0.0.1:5000"
 SITE = {"audience": "https://shop.example", "nonce": "n-0S6_WzA2Mj"}
 SPANIARD = "+34612345678"
 TAMPERED = ("body", "kind", "seal", "no seal", "no hawk", "replay", "mac of another", "200")
-needs_node = pytest.mark.skipif(not shutil.which("node"), reason="not installed: Node 18 or newer")
+NO_NODE = pytest.mark.skipif(not shutil.which("node"), reason="not installed: Node 18 or newer")
+
+
+def needs_node(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts Node: it is skipped without one, and slow."""
+    marked: Callable[..., None] = pytest.mark.slow(NO_NODE(test))
+    return marked
 
 
 def load(name: str) -> Any:
