@@ -219,6 +219,11 @@ def test_plain_http_leads_to_tls(site: Site) -> None:
     url = f"http://127.0.0.1:{site.proxy.plain_port}/sms/verify?x=1"
     answer = site.proxy.http().request("POST", url, redirect=False)
     assert (answer.status, answer.headers["Location"]) == (308, "https://127.0.0.1/sms/verify?x=1")
+    challenge = site.proxy.folder / ".well-known/acme-challenge/name"  # by which certbot renews
+    challenge.parent.mkdir(parents=True)
+    challenge.write_text("proof")
+    url = f"http://127.0.0.1:{site.proxy.plain_port}/.well-known/acme-challenge/name"
+    assert site.proxy.http().request("GET", url).data == b"proof"
 
 
 # -- Two gateways -----------------------------------------------------------------

@@ -75,7 +75,8 @@ def install(one: Machine, folder: Path, code: bytes, settings: str = "") -> None
     one.write("/etc/gateway/gateway.toml", own + endpoint)
     one.run(modes)
     one.write("/etc/systemd/system/gateway.service", blocks("ini")[0])
-    one.run(check if not settings else "true")  # an old version has no such command
+    if not settings:  # an old version has no such command
+        assert one.run(check) == blocks("text")[0]
     one.run(start)
     write_certificate(folder, "id.example")
     one.run(f"mkdir -p /etc/letsencrypt/live/id.example; cd {folder}; "
