@@ -196,8 +196,9 @@ def test_prometheus_is_set_up_as_the_page_says(installed: Machine) -> None:
     assert "12 rules found" in installed.run(check)
     verify(installed, "+447700900132")
     scrape = 'curl -sH "Authorization: Bearer $(cat /etc/prometheus/gateway.token)"'
-    installed.run(f"sleep 1.5; {scrape} http://127.0.0.1:5000/metrics > /var/tmp/scrape")
-    assert "gateway_sends_total{" in installed.run("cat /var/tmp/scrape")
+    again = f"{scrape} http://127.0.0.1:5000/metrics > /var/tmp/scrape"
+    counted = "grep -q gateway_sends_total{ /var/tmp/scrape"  # a worker counts once a second
+    installed.run(f"for n in $(seq 100); do {again}; {counted} && exit; sleep 0.1; done; exit 1")
     assert installed.run("promtool check metrics < /var/tmp/scrape") == ""
     status = installed.run(f"{scrape} -ko /dev/null -w '%{{http_code}}' {URL}/metrics")
     assert status == "404"
