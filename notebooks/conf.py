@@ -45,6 +45,7 @@ exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
 highlight_language = "none"
 nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
 myst_enable_extensions = ["attrs_block", "deflist"]
+myst_heading_anchors = 3  # links to headings, as GitHub names them
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
