@@ -654,6 +654,18 @@ def forbid_network(
     context["metatags"] = meta + context.get("metatags", "")
 
 
+def name_rightly(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Mend what WCAG finds wrong in the HTML of furo (a heading without level) and MyST-NB."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading">', 'role="heading" aria-level="2">'
+    )
+    summary = '<summary aria-label="Toggle hidden content">'  # another name than it shows
+    context["body"] = context.get("body", "").replace(summary, "<summary>")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     for kind in ("setting", "endpoint", "error", "name"):
@@ -664,3 +676,4 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-resolved", link_terms)
     app.connect("html-page-context", describe)
     app.connect("html-page-context", forbid_network)
+    app.connect("html-page-context", name_rightly, priority=900)  # after furo has made its parts
