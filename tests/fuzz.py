@@ -51,6 +51,8 @@ NUMBER: Final = "+447700900123"
 NOW_S: Final = 1_800_000_000
 ORIGIN: Final = "https://shop.example"
 KINDS: Final = list(gateway.SMS_LISTS["sms_inbound"])
+ERRNOS: Final = {104, 105, 107, 108, 109, 110, 111, 114, 115, 116, 117, 201}
+"""What the lives meet: all that a session can."""
 HTTP_EACH: Final = 8
 """One input of so many is also sent over the application, which takes forty times as long."""
 
@@ -876,7 +878,7 @@ def quiet_site() -> Iterator[Site]:
             store.stop()
 
 
-def fuzz_parsers(seconds: float, seed: int, inputs: int) -> str:
+def fuzz_parsers(seconds: float, seed: int, inputs: int) -> None:
     """One process's part: all parsers."""
     with quiet_site() as site:
         run = Run(site, seed)
@@ -886,14 +888,16 @@ def fuzz_parsers(seconds: float, seed: int, inputs: int) -> str:
         run.go(seconds, inputs)
         total, took_s = sum(run.inputs.values()), time.monotonic() - begun_s
     least = min(run.inputs, key=lambda name: run.inputs[name])
-    assert not run.failed, "\n".join(run.failed)
-    return (
+    print(
         f"{total:,} inputs for {len(run.inputs)} parsers in {took_s:.0f} s, {run.http:,} of them "
-        f"over the application too; fewest: {run.inputs[least]:,} ({least})"
+        f"over the application too; fewest: {run.inputs[least]:,} ({least})",
+        flush=True,
     )
+    assert not run.failed, "\n".join(run.failed)
+    assert total >= inputs
 
 
-def fuzz_lives(seconds: float, seed: int, steps: int, shrinks: bool) -> str:
+def fuzz_lives(seconds: float, seed: int, steps: int, shrinks: bool) -> None:
     """The other process's part: the state machine."""
     life = test_life.Life
     with tempfile.TemporaryDirectory(prefix="fz") as folder:
@@ -906,9 +910,12 @@ def fuzz_lives(seconds: float, seed: int, steps: int, shrinks: bool) -> str:
                 hypothesis_seed(seed * 100_003 + rounds)(life)
                 test_life.run(store, 20, 50, shrinks)
         finally:
+            took_s = time.monotonic() - begun_s
+            met = ", ".join(f"{errno}: {n}" for errno, n in sorted(life.met.items()))
+            print(f"{life.steps:,} steps in {took_s:.0f} s; errnos met: {met}", flush=True)
             store.stop()
-    met = ", ".join(f"{errno}: {n}" for errno, n in sorted(life.met.items()))
-    return f"{life.steps:,} steps in {time.monotonic() - begun_s:.0f} s; errnos met: {met}"
+    assert life.steps >= steps
+    assert not steps or life.met.keys() >= ERRNOS
 
 
 def main() -> None:
@@ -926,8 +933,8 @@ def main() -> None:
             pool.submit(fuzz_parsers, told.minutes * 60, told.seed, told.inputs),
             pool.submit(fuzz_lives, told.minutes * 60, told.seed, told.steps, told.shrink),
         ]
-        for part in parts:
-            print(part.result(), flush=True)
+    for part in parts:
+        part.result()
 
 
 if __name__ == "__main__":

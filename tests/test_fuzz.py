@@ -117,3 +117,10 @@ def test_the_client_refuses_an_answer_whose_seal_is_no_ascii() -> None:
 def test_keys_of_an_issuer_that_are_none(jwks: Any) -> None:
     with pytest.raises(gateway.InvalidToken):
         gateway.verify_proof(fuzz.tokens()["jwt"], jwks, fuzz.ISSUER, fuzz.NOW_S, fuzz.ORIGIN)
+
+
+def test_a_settings_file_that_is_nested_deeply(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text("port = " + "[" * 3000)
+    with pytest.raises(gateway.SettingsError, match="cannot read the settings file"):
+        gateway.load_settings({}, {}, str(path))
