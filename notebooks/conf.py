@@ -45,6 +45,7 @@ exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
 highlight_language = "none"
 nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
 myst_enable_extensions = ["attrs_block", "deflist"]
+myst_heading_anchors = 3  # links to headings, as GitHub names them
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
@@ -659,6 +660,18 @@ def forbid_network(
     context["metatags"] = meta + context.get("metatags", "")
 
 
+def name_rightly(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Mend what WCAG finds wrong in the HTML of furo (a heading without level) and MyST-NB."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading">', 'role="heading" aria-level="2">'
+    )
+    summary = '<summary aria-label="Toggle hidden content">'  # another name than it shows
+    context["body"] = context.get("body", "").replace(summary, "<summary>")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     for kind in ("setting", "endpoint", "error", "name"):
@@ -669,3 +682,4 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-resolved", link_terms)
     app.connect("html-page-context", describe)
     app.connect("html-page-context", forbid_network)
+    app.connect("html-page-context", name_rightly, priority=900)  # after furo has made its parts
