@@ -912,9 +912,13 @@ def fuzz_lives(seconds: float, seed: int, steps: int, shrinks: bool) -> None:
         finally:
             took_s = time.monotonic() - begun_s
             met = ", ".join(f"{errno}: {n}" for errno, n in sorted(life.met.items()))
-            print(f"{life.steps:,} steps in {took_s:.0f} s; errnos met: {met}", flush=True)
+            print(
+                f"{life.steps:,} steps in {took_s:.0f} s; errnos met: {met}; lost: {life.lost}",
+                flush=True,
+            )
             store.stop()
     assert life.steps >= steps
+    assert life.lost <= 3 + life.steps // 500, f"the store was too slow in {life.lost} lives"
     assert not steps or life.met.keys() >= ERRNOS
 
 
