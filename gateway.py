@@ -2386,7 +2386,8 @@ def verify_presentation(
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "ended " 32 hex digits         when somebody ended the     verified_ttl_s
-#                                proofs of this number
+#                                proofs of this number, and
+#                                the id of their session
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
 # "part " 32 hex digits          the parts of an SMS by      ten minutes
@@ -5556,11 +5557,12 @@ class Gateway:
 
     def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
         key = self.secrets.key_for("ended", number)
-        ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
-        if session.user.verified_s <= ended_s:
-            ended = NotVerified("somebody ended all proofs of this number: verify it again")
-            facts = (ended_s, self.settings, int(self.clock()))
-            self.step(session, lambda user: (end_proofs(user, *facts), ended))
+        ended = self._ask(session, partial(self.storage.get, key)) or b"0"
+        ended_s, _, by = ended.partition(b" ")
+        if session.user.verified_s <= int(ended_s) and by != session.storage_id:
+            refusal = NotVerified("somebody ended all proofs of this number: verify it again")
+            facts = (int(ended_s), self.settings, int(self.clock()))
+            self.step(session, lambda user: (end_proofs(user, *facts), refusal))
 
     def _end_all(self, session: Session, number: Msisdn) -> None:
         """End the proofs of a number, for a session that has verified it just now."""
@@ -5570,7 +5572,9 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session, number)
         key = self.secrets.key_for("ended", number)
-        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        # With who ended them: if the answer is lost, this session may ask again.
+        value = b"%d %b" % (now_s, session.storage_id)
+        ended = partial(self.storage.create, key, value, self.settings.verified_ttl_s)
         self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
@@ -5677,11 +5681,10 @@ class Gateway:
                     self._ask(session, payments.count)
                 except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
                     refused.append(error)
-                    first = session.user, error
         # A slow store may have taken seconds, and the reservation begins now: then decide anew.
         late = reserved and reserved.asked_s != int(self.clock())
         try:
-            return self.step(session, decide, None if late else first)
+            return self.step(session, decide, None if refused or late else first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
@@ -6809,6 +6812,11 @@ class QueuedLog(logging.Handler):
             self._writer.join(LOG_FLUSH_S)
 
 
+@lru_cache(maxsize=2)
+def _utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 class LogLines(logging.Formatter):
     """Lines of the log, with the time in UTC and the id of the request.
 
@@ -6822,14 +6830,16 @@ class LogLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record. In JSON the values of a line about a request or a send have their names."""
-        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
-            "logger": record.name, "message": super().format(record),
+            "time": f"{_utc(int(record.created))}.{int(record.msecs):03}Z",
+            "level": record.levelname, "logger": record.name, "message": super().format(record),
             "request": getattr(record, "request", ""),
         }  # fmt: skip
         if self._as_json:
-            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
+            fields = line | (record.args if isinstance(record.args, dict) else {})
+            with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair
+                return msgspec.json.encode(fields).decode()
+            return json.dumps(fields)
         text = "{time} {level} {logger}: {message} [{request}]".format(**line)
         return text.removesuffix(" []")
 

@@ -498,11 +498,13 @@ def draw(axes: Any) -> None:
     text = svg.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: ui-monospace, monospace", text)
+    text = text.replace("<text ", '<text xml:space="preserve" ')
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
     says = f"{axes.get_title(loc='left')}. {units}".rstrip(". ")
     # Grey is legible on white and on black, where nobody says which colour the text has.
-    start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" style="white-space: pre" '
+    start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
     text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
     display({"image/svg+xml": text, "text/plain": f"[{says}]"}, raw=True)
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +158,8 @@ class Soak:
         self.provider, self.guesses = Provider(), Counter[str]()
         self.periods = [Period("nothing")]
         self.kept, self.gone = list[Session](), list[Session]()
-        self.proofs, self.documents = list[Proof](), list[tuple[float, Any]]()
+        self.proofs, self.documents = deque[Proof](), deque[tuple[float, Any]]()
+        self.verified = 0
         self.done, self.log, self.lives = Counter[str](), bytearray(), itertools.count()
         self.samples: dict[str, list[tuple[float, int, int, int]]] = defaultdict(list)
         self.keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(4)]
@@ -769,6 +770,7 @@ class Soak:
             reply = await link.ask("GET", "/.well-known/jwks.json")
             if reply.status == 200:
                 self.documents.append((begun_s, reply.body))
+            self.check_proofs()
             await asyncio.sleep(0.5)
 
     def sample(self) -> None:
@@ -804,30 +806,39 @@ class Soak:
                 self.fault(f"files of {name} grow: {files}")
 
     def check_proofs(self) -> None:
-        """Every proof verifies, for a site that keeps the public keys as long as it is told to."""
+        """Every proof verifies, for a site that keeps the public keys as long as it is told to.
+
+        Those that are left wait for a document of public keys that such a site may have had then.
+        """
         keep_s = self.overlap_s // 2  # what Cache-Control says
-        for proof in self.proofs:
-            now_s, url = proof.at_s + proof.ahead_s, self.gate.url
-            old = [d for at_s, d in self.documents if at_s >= proof.at_s - keep_s]
+        while self.proofs and self.documents:
+            proof = self.proofs[0]
+            if self.documents[0][0] < proof.at_s - keep_s:
+                self.documents.popleft()
+                continue
+            self.proofs.popleft()
+            self.verified += 1
             try:
-                if proof.form == "BrowserID":
-                    shown = gateway.make_assertion(proof.key, SITE, int(now_s * 1000) + 60_000)
-                    host = url.partition("//")[2]
-                    about = f"{proof.token}~{shown}", SITE, host, self.browserid, int(now_s * 1000)
-                    number = gateway.verify_backed_assertion(*about)["verifiedMSISDN"]
-                elif proof.form == "SD-JWT":
-                    shown = lab.present(proof.token, proof.key, SITE, "n", now_s)
-                    told = gateway.verify_presentation(shown, old[0], url, SITE, "n", now_s)
-                    number = told["phone_number"]
-                else:
-                    number = gateway.verify_proof(proof.token, old[0], url, now_s, SITE)[
-                        "phone_number"
-                    ]
-                if number != proof.number:
+                if self.number_of(proof, self.documents[0][1]) != proof.number:
                     self.fault(f"a {proof.form} is about another number")
             except gateway.InvalidToken as error:
                 at_s = proof.at_s - self.started_s
                 self.fault(f"a {proof.form} does not verify: {error} (issued at {at_s:.0f} s)")
+
+    def number_of(self, proof: Proof, jwks: gateway.Json) -> str:
+        """The number that a site takes from a proof."""
+        now_s, url = proof.at_s + proof.ahead_s, self.gate.url
+        if proof.form == "BrowserID":
+            now_ms, host = int(now_s * 1000), url.partition("//")[2]
+            backed = f"{proof.token}~{gateway.make_assertion(proof.key, SITE, now_ms + 60_000)}"
+            told = gateway.verify_backed_assertion(backed, SITE, host, self.browserid, now_ms)
+            return str(told["verifiedMSISDN"])
+        if proof.form == "SD-JWT":
+            shown = lab.present(proof.token, proof.key, SITE, "n", now_s)
+            told = gateway.verify_presentation(shown, jwks, url, SITE, "n", now_s)
+        else:
+            told = gateway.verify_proof(proof.token, jwks, url, now_s, SITE)
+        return str(told["phone_number"])
 
     async def check_users(self) -> None:
         """Whoever was verified still is; whoever is gone stays so."""
@@ -871,12 +882,13 @@ class Soak:
             await asyncio.wait_for(asyncio.gather(*crowd), 120)
             self.periods.append(Period("nothing, at the end"))
             await self.check_users()
-            await asyncio.sleep(1)  # until public keys were asked for once more
+            await asyncio.sleep(2)  # until public keys were asked for once more
             looking.cancel()
             self.check_growth()
             self.read_log()
         self.check_log()
-        self.check_proofs()
+        if self.proofs:
+            self.fault(f"{len(self.proofs)} proofs were never verified")
 
     def table(self) -> str:
         """Breakage → requests, answers by status, longest answer, time until well."""
@@ -904,7 +916,7 @@ class Soak:
         return "\n".join([
             *rows,
             f"{self.done.total()} flows {dict(self.done)}; {numbers} messages, "
-            f"{sum(self.guesses.values())} wrong guesses; {len(self.proofs)} proofs verified; "
+            f"{sum(self.guesses.values())} wrong guesses; {self.verified} proofs verified; "
             f"{len(self.kept)} users kept; {'; '.join(sizes)}; "
             f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
         ])  # fmt: skip

@@ -220,7 +220,9 @@ def test_a_word_of_the_glossary_is_linked_at_its_first_use(site: dict[str, Page]
         for _, _, word in found:
             texts = re.sub(r"(?s)<(h\d|code|pre|svg|summary|head|nav)\b.*?</\1>|<a (?!class=\"term)"
                            r".*?</a>", "", page.text)  # fmt: skip
-            paragraphs = " ".join(re.findall(r"(?s)<(?:p|td)(?![^>]* style)\b.*?</(?:p|td)>", texts))
+            paragraphs = " ".join(
+                re.findall(r"(?s)<(?:p|td)(?![^>]* style)\b.*?</(?:p|td)>", texts)
+            )
             place = re.search(rf"(?<![\w/-]){re.escape(word)}(?![\w-])", paragraphs)
             assert place, (name, word)
             assert paragraphs[: place.start()].rpartition("<")[2].startswith('a class="term-link')

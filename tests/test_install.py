@@ -29,6 +29,7 @@ from support import NUMBER, ROOT, GatewayProcess
 import gateway
 
 ANALYZE = shutil.which("systemd-analyze")
+pytestmark = pytest.mark.slow
 needs_nginx = pytest.mark.skipif(not NGINX, reason="no nginx here: apt-get install nginx")
 
 
@@ -224,7 +225,6 @@ def test_plain_http_leads_to_tls(site: Site) -> None:
 
 
 @needs_nginx
-@pytest.mark.slow
 def test_two_gateways_are_restarted_one_after_the_other_without_a_gap(tmp_path: Path) -> None:
     """As the page Several machines says, while numbers are verified all the time."""
     upstream, retry = blocks("nginx", ROOT / "notebooks/operate/machines.md")

@@ -152,6 +152,7 @@ TROUBLE: dict[str, dict[str, str]] = {
 
 
 @needs_promtool
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", [*TROUBLE, ""])
 def test_each_alert_fires_for_its_trouble_alone(tmp_path: Path, trouble: str) -> None:
     rules, tests = tmp_path / "rules.yml", tmp_path / "tests.yml"

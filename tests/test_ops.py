@@ -18,7 +18,7 @@ import lab
 import pytest
 import urllib3
 from prometheus_client.parser import text_string_to_metric_families
-from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port, shared
+from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port
 from test_sms import SmsApi, reply, taken
 
 import gateway
@@ -254,11 +254,24 @@ def test_all_workers_count_together_and_a_kill_loses_a_second(start_gateway: Sta
     assert client.call("GET", "/session").body["next"]["verified"] is True
 
 
+def pace_us() -> float:
+    """How long a piece of Python takes here."""
+    line = dict.fromkeys("abcdefghijk", "2026-11-26T20:10:41.302Z")
+    started = time.process_time()
+    for _ in range(400):
+        json.loads(json.dumps(line))
+    return (time.process_time() - started) / 400 * 1e6
+
+
 @pytest.mark.alone
 def test_metrics_and_log_cost_little(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most 40 µs of CPU a request: the median of 20 interleaved rounds, on against off."""
+    """At most 40 µs of CPU a request: the median of 20 interleaved rounds, on against off.
+
+    A machine that is slower or busier than where 40 was set is known by a piece of work that took
+    7 µs there; it is timed between the rounds.
+    """
     client, sink = make_client(), os.open(os.devnull, os.O_WRONLY)
     handler = gateway.QueuedLog(sink)
     handler.setFormatter(gateway.LogLines("json"))
@@ -277,14 +290,18 @@ def test_metrics_and_log_cost_little(
     gateway.LOG._cache.clear()  # type: ignore[attr-defined]
     gateway.LOG.addHandler(handler)
     try:
-        rounds = [round_of(app) - round_of(app.wsgi) for _ in range(20)]
+        rounds, paces = [], []
+        for _ in range(20):
+            rounds.append(round_of(app) - round_of(app.wsgi))
+            paces.append(pace_us())
     finally:
         gateway.LOG.removeHandler(handler)
         handler.flush()
         os.close(sink)
     cost_us = statistics.median(rounds)
-    print(f"metrics and log: {cost_us:.1f} µs of CPU a request")
-    assert 0 < cost_us <= 80 * shared()  # 36 to 46 where measured; machines differ
+    slowness = max(1, statistics.median(paces) / 7)
+    print(f"metrics and log: {cost_us:.1f} µs of CPU a request; slowness {slowness:.2f}")
+    assert 0 < cost_us <= 40 * slowness
 
 
 # -- Request ids and lines ---------------------------------------------------------

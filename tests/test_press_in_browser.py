@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from support import GatewayProcess
 import gateway
 
 browser.require()
+
+pytestmark = pytest.mark.slow  # gateways, and a browser
 
 AXE = lab.ROOT / ".parts" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
 MISSING_AXE = "npm's axe-core is not installed: npm install --prefix .parts/axe axe-core@4.14.1"
@@ -171,6 +174,10 @@ def test_the_registration_flow_to_a_proof_that_a_site_believes(visit: Visit) -> 
         assert visit.press("#step-proof", kind=kind).startswith("The gateway signed it.")
         claims = visit.page.text_content("#step-proof .exchange[open]")
         assert visit.number in claims
+        issued = re.search(r"issued at: (\S{19})Z", claims)
+        assert issued
+        age = datetime.now(UTC) - datetime.fromisoformat(issued[1] + "+00:00")
+        assert timedelta(0) <= age < timedelta(minutes=2)
         assert visit.press("#step-show", trick="") == f"The site believes it: {visit.number}."
     assert visit.press("#step-end").startswith("The session is gone.")
     assert visit.messages(0) == []  # /unregister of a verified number empties its outbox

@@ -66,7 +66,7 @@ def living(folder: Path) -> dict[int, str]:
 
 def nothing_lives(folder: Path, timeout_s: float = 5) -> bool:
     """Tell whether all that worked in a folder is gone in time."""
-    return eventually(lambda: not living(folder), timeout_s)
+    return eventually(lambda: not living(folder), timeout_s * shared())
 
 
 def store_of(process: GatewayProcess) -> psutil.Process:

@@ -18,11 +18,7 @@ pytestmark = pytest.mark.slow
     [
         ([], ""),
         (["--code-tries", "4"], "a wrong code: 400/105"),
-        (["--code-tries", "2"], "a wrong code: 410/111"),
         (["--verified-ttl-s", "2"], "/certificate/sign: 401/110"),
-        (["--session-ttl-s", "1"], "401/110"),
-        (["--hawk-skew-s", "1", "--request-max-bytes", "1024"], ""),
-        (["--limits", "record", "--sends-per-session", "1"], ""),
         (["--sends-per-session", "1"], "429/114"),
     ],
 )
@@ -31,7 +27,7 @@ def test_the_soak_finds_what_contradicts_its_model(
 ) -> None:
     done = soak.run(tmp_path, seconds=8, every_s=8, clients=20, options=options)
     assert done.done.total() > 5
-    assert done.proofs or fault
+    assert done.verified or fault
     if fault:
         assert [text for text in done.faults if fault in text], done.faults
     else:

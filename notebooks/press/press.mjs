@@ -268,13 +268,13 @@ const CLAIMS = {
   phone_number_verified: 'and not only claimed', auth_time: 'when the code came back: a site bounds its age',
   method: 'which way', 'public-key': "the holder's public key", verifiedMSISDN: 'the number',
   principal: 'a pseudonym of the number at this gateway', lastAuthAt: 'when the code came back, in milliseconds',
-  lastVerifiedAt: 'the same', alg: 'algorithm', typ: 'type', kid: 'which of the published keys signed',
+  lastVerifiedAt: 'the same, in milliseconds', alg: 'algorithm', typ: 'type', kid: 'which of the published keys signed',
 }
 
 function anatomy(cert) {
   const { header, claims, signature } = decode(cert.split('~')[0])
   const rows = (part) => Object.entries(part).map(([name, value]) => [
-    `${name}: ${JSON.stringify(value)}`, CLAIMS[name] ?? '',
+    `${name}: ${JSON.stringify(value)}`, `${CLAIMS[name] ?? ''}${timeOf(value)}`,
   ])
   const heads = ['what it says', 'what that is']
   return card('The proof, decoded', [
@@ -283,6 +283,12 @@ function anatomy(cert) {
     ['Claims', meanings('', rows(claims), heads)],
     ['Signature', h('p', {}, `${signature.length} bytes by the gateway, over the first two pieces as they stand there.`)],
   ])
+}
+
+// A time in a proof, to read: SD-JWT counts seconds, BrowserID milliseconds.
+function timeOf(value) {
+  if (typeof value !== 'number') return ''
+  return `: ${new Date(value > 1e11 ? value : 1000 * value).toISOString().slice(0, 19)}Z`
 }
 
 function presentation(shown, checks, nonce) {
