@@ -422,12 +422,44 @@ class Life(RuleBasedStateMachine):
             self.guesses[n] += expected.costs_try
         self.check_state(n)
 
+    # Several steps of a life at once, which in any order would seldom come one after another.
+
+    @some
+    @rule(n=sessions, times=st.integers(1, 4), short=kinds, outcome=outcomes)
+    def guess_and_resend(self, n: int, times: int, short: Any, outcome: str) -> None:
+        """Wrong codes; then another message, as soon as one may be asked for."""
+        n = self.pick(n, self.world.waiting)
+        for _ in range(times):
+            self.verified(n, *self.code(n, "wrong"), "", 1)
+        self.wait(n)
+        self.message(n, outcome, *self.resending(n, short))
+        self.verified(n, *self.code(n, "before"), "", 1)
+
+    @some
+    @rule(n=sessions, long=st.booleans(), proof=st.sampled_from(list(PROOFS)))
+    def go_the_whole_way(self, n: int, long: bool, proof: str) -> None:
+        """A message, its code, a proof; then the code again."""
+        n = self.pick(n)
+        self.wait(n)
+        number = self.world.sessions[n].number or NUMBERS[n % 2]
+        self.message(n, "taken", *self.asking(n, number, long, None))
+        self.verified(n, *self.code(n, "right"), "", 1)
+        self.sign_one(n, proof, 7200)
+        self.verified(n, *self.code(n, "right"), "", 1)
+
+    def wait(self, n: int) -> None:
+        """Until the session may ask for another message."""
+        if not self.flight and (wait_s := self.world.resend_in_s(self.world.sessions[n])):
+            self.tick(wait_s)
+
     @some
     @rule(n=sessions, proof=st.sampled_from(list(PROOFS)), duration=st.sampled_from([
         *DURATIONS, None, 0, "x", 1.5, True])
     )  # fmt: skip
     def sign(self, n: int, proof: str, duration: Any) -> None:
-        n = self.pick(n, self.world.is_verified)
+        self.sign_one(self.pick(n, self.world.is_verified), proof, duration)
+
+    def sign_one(self, n: int, proof: str, duration: Any) -> None:
         bad = duration is not None and (duration not in DURATIONS or duration is True)
         kind = "bad" if bad and proof != "missing" else proof
         expected = self.world.sign(self.world.sessions[n], kind)
