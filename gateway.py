@@ -5825,12 +5825,8 @@ def check_body(params: Json, declaration: type[Struct]) -> None:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
     fields = declared(declaration)
-    # JSON can name a lone surrogate, which msgspec would fail to encode: in names, so it is given
-    # only the fields that are declared, and in texts, where no rule allows the "?" in its place.
-    known = {name: params[name] for name in params.keys() & fields}
-    texts = {n: v.encode("utf-8", "replace").decode() for n, v in known.items() if type(v) is str}
     try:
-        msgspec.convert(known | texts, declaration)
+        msgspec.convert(params, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
         raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
