@@ -159,7 +159,7 @@ class Soak:
         self.periods = [Period("nothing")]
         self.kept, self.gone = list[Session](), list[Session]()
         self.proofs, self.documents = deque[Proof](), deque[tuple[float, Any]]()
-        self.verified = 0
+        self.verified, self.links = 0, set[Link]()
         self.done, self.log, self.lives = Counter[str](), bytearray(), itertools.count()
         self.samples: dict[str, list[tuple[float, int, int, int]]] = defaultdict(list)
         self.keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(4)]
@@ -243,7 +243,7 @@ class Soak:
 
     async def register(self, number: str, **body: Any) -> Session | None:
         """A new session, if there is one to be had."""
-        link = Link(self.place, self.observe)
+        link = self.link()
         reply = await link.register(**body)
         if reply.status != 200:
             if not reply.unknown:
@@ -251,6 +251,12 @@ class Soak:
             link.close()
             return None
         return Session(link, number)
+
+    def link(self, observed: bool = True) -> Link:
+        """A connection, which is closed at the end at the latest."""
+        link = Link(self.place, self.observe) if observed else Link(self.place)
+        self.links.add(link)
+        return link
 
     def expect(self, session: Session, what: str, reply: Reply, *allowed: str) -> None:
         """Check an answer by the model."""
@@ -494,7 +500,7 @@ class Soak:
             "msisdn": number.lstrip("+"), "to": "447700900999", "messageId": secrets.token_hex(8),
             "text": f"/sms/momt/verify {session.link.credentials.hawk_id}",
         })  # fmt: skip
-        phone, link = self.provider.phones[number], Link(self.place, self.observe)
+        phone, link = self.provider.phones[number], self.link()
         for _ in range(20):
             reply = await link.ask("GET", f"/sms/momt/{PATH_SECRET}?provider=nexmo&{query}")
             if reply.status == 200:
@@ -518,7 +524,7 @@ class Soak:
             await self.send(session, "/sms/verify", {"msisdn": number})
             sure, links = session.sure == self.epoch, []
             for _ in range(6):
-                links.append(Link(self.place, self.observe))
+                links.append(self.link())
                 links[-1].credentials, links[-1].ahead_s = session.link.credentials, self.ahead_s
             wrong = [f"{secrets.randbelow(10**6):06}" for _ in links]
             asked = (
@@ -755,10 +761,11 @@ class Soak:
             loop.add_reader(self.reader, self.read_log)
 
     async def break_things(self, end_s: float) -> None:
-        """One thing after the other, each for a third of its period."""
+        """One thing after the other, each for a third of its period; each once at least."""
         await asyncio.sleep(self.every_s)
-        for breakage in itertools.cycle(self.breakages()):
-            if time.monotonic() + self.every_s > end_s:
+        breakages = self.breakages()
+        for n, breakage in enumerate(itertools.cycle(breakages)):
+            if n >= len(breakages) and time.monotonic() + self.every_s > end_s:
                 return
             period = Period(breakage.__name__.replace("_", " "), time.monotonic())
             self.periods.append(period)
@@ -772,7 +779,7 @@ class Soak:
 
     async def look(self) -> None:
         """Take samples of processes, and the keys that are public now."""
-        link = Link(self.place)
+        link = self.link(observed=False)
         for n in itertools.count():
             if n % 2 == 0:
                 self.sample()
@@ -883,7 +890,7 @@ class Soak:
         """The whole run."""
         async with self.running():
             self.started_s, begun_s = time.time(), time.monotonic()
-            browserid = await Link(self.place).ask("GET", "/.well-known/browserid")
+            browserid = await self.link(observed=False).ask("GET", "/.well-known/browserid")
             self.browserid = gateway.parse_public_key(browserid.body["public-key"])
             looking = asyncio.create_task(self.look())
             crowd = [asyncio.create_task(self.live(n)) for n in range(self.clients)]
@@ -896,6 +903,8 @@ class Soak:
             looking.cancel()
             self.check_growth()
             self.read_log()
+            for link in self.links:
+                link.close()
         self.check_log()
         if self.proofs:
             self.fault(f"{len(self.proofs)} proofs were never verified")
