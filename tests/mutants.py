@@ -23,22 +23,28 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
+from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import coverage
 import pytest
-from test_shape import LINES, ROOT, SOURCE, TREE, section_of
+from test_shape import LINES, ROOT, SOURCE, TREE, banners
 
 MAP: Final = ROOT / ".venv/mutants.json"
 SECTIONS: Final = (5, 6, 7, 8, 9, 11)
-FIRST_TESTS: Final = 60
+FIRST_TESTS: Final = 30
 """So many of the tests that touch a line run before the others: those that touch fewest lines."""
 QUICK: Final = ("-q", "-o", "addopts=", "-m", "not slow and not alone", "-p", "no:cacheprovider")
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 SURVIVORS: Final[dict[str, str]] = {}
 """Why a change cannot be noticed, by the line before and after it."""
+
+BYTES: Final = SOURCE.encode()
+STARTS: Final = [0, *accumulate(len(line) + 1 for line in BYTES.split(b"\n"))]
+"""Where each line starts; the places of ``ast`` count bytes."""
 
 COMPARED: Final[dict[type[ast.cmpop], type[ast.cmpop]]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -69,23 +75,22 @@ class Mutant(NamedTuple):
     last: int
 
     @property
+    def place(self) -> slice:
+        """Where it stands in the bytes of the module."""
+        begin = STARTS[self.node.lineno - 1] + self.node.col_offset
+        return slice(begin, STARTS[self.node.end_lineno - 1] + self.node.end_col_offset)
+
+    @property
     def text(self) -> str:
         """The module with this change."""
-        lines = SOURCE.encode().split(b"\n")
-        starts = [0]
-        for line in lines:
-            starts.append(starts[-1] + len(line) + 1)
-        begin = starts[self.node.lineno - 1] + self.node.col_offset
-        end = starts[self.node.end_lineno - 1] + self.node.end_col_offset
-        whole = SOURCE.encode()
-        return (whole[:begin] + self.after.encode() + whole[end:]).decode()
+        place = self.place
+        return (BYTES[: place.start] + self.after.encode() + BYTES[place.stop :]).decode()
 
     @property
     def name(self) -> str:
         """The line before and after, without its number, so that it bears moves."""
-        before = ast.get_source_segment(SOURCE, self.node) or ""
-        line = " ".join(LINES[self.first - 1].split())
-        return f"{line} | {' '.join(before.split())} -> {self.after}"
+        line, before = LINES[self.first - 1], BYTES[self.place].decode()
+        return f"{' '.join(line.split())} | {' '.join(before.split())} -> {self.after}"
 
 
 def changed(node: ast.AST) -> Iterator[ast.AST | str]:
@@ -127,7 +132,7 @@ def mutants() -> list[Mutant]:
             return
         if isinstance(node, ast.stmt):
             statement = node
-        if hasattr(node, "lineno") and _chosen(node.lineno):
+        if hasattr(node, "lineno") and node.lineno in _chosen_lines():
             for after in changed(node):
                 text = after if isinstance(after, str) else f"({ast.unparse(after)})"
                 last = statement.end_lineno or statement.lineno
@@ -149,10 +154,17 @@ def _is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _chosen(line: int) -> bool:
+@cache
+def _chosen_lines() -> set[int]:
     rules_end = next(n for n, text in enumerate(LINES, 1) if text.startswith("class Gateway:"))
-    section = section_of(line)
-    return section in SECTIONS or (section == 13 and line < rules_end)
+    starts = sorted((start, number) for number, (start, _) in banners().items())
+    found: set[int] = set()
+    for (start, number), (after, _) in pairwise([*starts, (len(LINES), 0)]):
+        if number in SECTIONS:
+            found |= set(range(start, after))
+        if number == 13:
+            found |= set(range(start, rules_end))
+    return found
 
 
 # -- Which tests touch a line -------------------------------------------------
