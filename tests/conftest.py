@@ -42,7 +42,8 @@ SPREAD = {
 }
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
 SLOW = {
-    *("bench", "demo", "docs", "failover", "faults", "interop", "jupyterlab", "kannel"),
+    *("abuse", "attack", "bench", "bursts", "demo", "docs", "failover", "faults", "flows"),
+    *("install", "interop", "jupyterlab", "kannel", "life", "limit_table", "pace"),
     *("pages_in_browser", "planted_faults", "prices", "providers", "serving", "signatures"),
     *("smpp", "split", "store_pool", "stores", "tls"),
 }
