@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install amazon lock runserver test check lint notebooks docs bench attack mutants trace update-l10n
+.PHONY: help install amazon lock runserver lab test check lint notebooks docs bench attack fuzz soak slow mutants trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,8 +21,10 @@ LOCKED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashe
 	awk -v RS= 'NR == 1' requirements-lock.txt | $(LOCKED) -r /dev/stdin
 	@touch $@
 
-.venv/done: .venv/server
+.venv/done: .venv/server notebooks/lessons.pth
 	$(LOCKED) -r requirements-lock.txt
+	@# So that a kernel finds lab.py, whatever folder its program starts it in.
+	@sed 's|@ROOT@|$(CURDIR)|' notebooks/lessons.pth > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lessons.pth
 	@touch $@
 
 amazon: .venv/server  ## install also what DynamoDB and Amazon SNS need
@@ -36,6 +38,13 @@ lock: .venv/server  ## write requirements-lock.txt anew from requirements.txt (A
 
 runserver: .venv/server  ## start the gateway on http://127.0.0.1:5000
 	@exec $(BIN)/python gateway.py $(ARGS)
+
+MINE := gateway.py locale notebooks tests Makefile pyproject.toml requirements.txt requirements-lock.txt
+
+lab: .venv/done  ## open the lessons in JupyterLab, in my/: a copy of all, yours to change
+	@test -d my || { mkdir my && cp -Rp $(MINE) my/ && ln -s "$(abspath .venv)" "$(abspath .parts)" my/; }
+	@test ! gateway.py -nt my/gateway.py || echo "my/ is older than this gateway.py: to begin anew, move your work out of it and delete it"
+	cd my && exec "$(abspath $(BIN))/jupyter" lab --LabApp.default_url=/lab/tree/notebooks/00_the_whole_flow.ipynb $(ARGS)
 
 test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
 	$(BIN)/python -m pytest $(ARGS)
@@ -63,6 +72,15 @@ bench: .venv/done  ## measure what each request costs (seven minutes; ARGS="--he
 
 attack: .venv/done  ## attack a gateway in four ways, with limits enforced, recorded and off (16 minutes)
 	PYTHONPATH=.:notebooks $(BIN)/python tests/attack.py $(ARGS)
+
+fuzz: .venv/done  ## hostile inputs and odd orders of calls, for an hour (ARGS="--minutes 5 --seed 7")
+	$(BIN)/python tests/fuzz.py $(ARGS)
+
+soak: .venv/done  ## fifty clients while one thing after another breaks (ten minutes; a full disk needs root)
+	PYTHONPATH=.:notebooks $(BIN)/python tests/soak.py $(ARGS)
+
+slow: .venv/done  ## 200 slow clients beside 20 honest flows a second, through nginx (a minute; nginx is needed)
+	PYTHONPATH=.:notebooks $(BIN)/python tests/slow.py $(ARGS)
 
 mutants: .venv/done  ## break 300 lines of the protocol, one by one, to see tests notice (ARGS="--count 60")
 	PYTHONPATH=tests:notebooks:. $(BIN)/python tests/mutants.py $(ARGS)

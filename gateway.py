@@ -41,7 +41,9 @@ public key. The whole server is this module:
       |<-----------------------------|  client's public key         |
 
 ``python gateway.py`` runs it, ``python gateway.py demo`` shows it working, and
-``import gateway`` only defines things.
+``import gateway`` only defines things. To follow a signed request, read ``GatewayApp.respond``
+(section 14), then ``Gateway`` (13) from ``authenticate`` on; ``make trace ARGS=-v`` prints each
+call that a request makes.
 
 Contents (a section uses only those above it):
 
@@ -124,7 +126,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import responses
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, NewType, TextIO, TypeVar, cast
@@ -155,7 +157,7 @@ from redis.retry import Retry
 # 1. Vocabulary
 # =============================================================================
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 SessionToken = NewType("SessionToken", bytes)
 """32 random bytes, secret; sent once, by /register, as 64 hex characters."""
@@ -200,16 +202,16 @@ DAY_S: Final = 86400
 SEND_BUDGET_S: Final = 12.0
 """How long one message may take, over all the providers that are tried for it."""
 _SEND_LAST_S: Final = 0.5
-"""A provider is not asked any more if less of that is left: it could hardly answer in time."""
+"""With less of SEND_BUDGET_S left no further provider is asked: it could hardly answer in time."""
 STORAGE_TIMEOUT_S: Final = 0.5
 """How long the store may take for one answer before the request is given up."""
 STORAGE_CONNECTIONS: Final = 16
 """Connections of each worker to each server of the store. If all are in use, a thread waits."""
 STORAGE_WAIT_S: Final = 0.35
-"""How long it waits, since the server answered anybody. With STORAGE_PROBE_S and STORAGE_TIMEOUT_S
-that is less than a second, so that a server that hangs is noticed within a second."""
+"""How long it waits, counted from the server's last answer to anybody. With STORAGE_PROBE_S and
+STORAGE_TIMEOUT_S that is less than a second, so that a server that hangs is noticed in a second."""
 STORAGE_QUEUE_S: Final = 5.0
-"""How long it waits while the server answers others: more wait than can be served in that time."""
+"""The most that it waits, also while the server answers others: then the store is overloaded."""
 STORAGE_IDLE_S: Final = 1.0
 """A connection idle for longer is checked by a PING before use: a proxy may have dropped it."""
 STORAGE_PROBE_S: Final = 0.1
@@ -227,9 +229,9 @@ HEARTBEAT_S: Final = 1.0
 PARTS_S: Final = 600
 """How long we wait for the other parts of a longer SMS."""
 PARTS_MAX: Final = 10
-"""Of how many parts at most we put an SMS together; a Hawk id fits in one."""
+"""The most parts that a longer SMS may have; a Hawk id fits in one."""
 PART_MAX_CHARS: Final = 320
-"""How much of each is kept: a part has 160 characters at most."""
+"""How many characters of each part are kept; it has 160 at most."""
 WEBHOOK_FIELDS_MAX: Final = 100
 """Most parameters in the URL or form of a webhook; providers send about 30."""
 REPLICATION_MS: Final = 100
@@ -367,8 +369,9 @@ class MissingParameters(GatewayError, status=400, errno=Errno.MISSING_PARAMETERS
 class BadSignature(GatewayError, status=401, errno=Errno.BAD_SIGNATURE):
     """The Hawk signature is wrong: MAC, payload hash, stale time or replayed nonce.
 
-    Client: set the clock by Timestamp, sign anew with a fresh nonce, try once more. If that
-    fails it is a bug in the client.
+    Client: set the clock by the ts in WWW-Authenticate, sign anew with a fresh nonce, try once
+    more. If that fails it is a bug in the client; the usual one is a MAC that is not keyed with
+    the 64 hex digits of the key as text, but with the 32 bytes behind them.
     """
 
 
@@ -708,7 +711,7 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
     try:
         msgspec.convert(entry, declaration)
-    except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
+    except ValueError as error:  # its text ends with the path, if it has one, and quotes no value
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:
             raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
@@ -781,7 +784,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         for field in _fields(Settings):
             try:
                 msgspec.convert(getattr(self, field.name), field.type)
-            except msgspec.ValidationError:
+            except ValueError:  # also of what is no text: the environment may hold other bytes
                 raise self._bad(field.name, allowed(declared(Settings)[field.name])) from None
         for name in SMS_LISTS:
             for n, entry in enumerate(getattr(self, name) or ()):
@@ -965,7 +968,7 @@ def _read_settings(path: str) -> Json:
     try:
         # utf-8-sig: Windows' editors begin a file with a BOM.
         return tomllib.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"cannot read the settings file {path}: {error}") from None
 
 
@@ -1064,8 +1067,8 @@ def _living(number: phonenumbers.PhoneNumber) -> str:
 
 
 def _living_form(msisdn: Msisdn) -> Msisdn:
-    """A number as ``parse_msisdn`` reads it now; older versions sealed forms of before, too."""
-    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so most numbers cost nothing here
+    """A stored number as ``parse_msisdn`` reads it now: older versions kept forms of old plans."""
+    changed = msisdn.startswith(_CHANGED_PLANS)  # few, so that most numbers are not parsed here
     return Msisdn(_living(phonenumbers.parse(msisdn))) if changed else msisdn
 
 
@@ -2015,9 +2018,9 @@ def _opened(token: str, key: Any, algorithms: Sequence[str]) -> tuple[Json, Json
     if not re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A):  # PyJWT would accept padding
         raise InvalidToken("not three pieces of base64url")
     try:
-        told = _JWS.decode_complete(token, key, algorithms)
+        decoded = _JWS.decode_complete(token, key, algorithms)
         header = jwt.utils.base64url_decode(token.partition(".")[0])
-        parts = [json.loads(part, object_pairs_hook=_once) for part in (header, told["payload"])]
+        parts = [json.loads(part, object_pairs_hook=_once) for part in (header, decoded["payload"])]
     except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as error:
         raise InvalidToken(f"not signed by this key, or damaged: {error}") from None
     if not isinstance(parts[1], dict):
@@ -2031,9 +2034,9 @@ def _once(pairs: list[tuple[str, Any]]) -> Json:
     return found
 
 
-def _same_origin(told: object, ours: str) -> bool:
-    """Whether ``told`` is the origin ``ours``, however it is spelled: browsers add no slash."""
-    return isinstance(told, str) and origin_of(told) == origin_of(ours) != ""
+def _same_origin(named: object, ours: str) -> bool:
+    """Whether ``named`` is the origin ``ours``, however it is spelled: browsers add no slash."""
+    return isinstance(named, str) and origin_of(named) == origin_of(ours) != ""
 
 
 def principal_for(secret: bytes, msisdn: Msisdn, issuer: str) -> str:
@@ -2325,7 +2328,7 @@ def verify_proof(token: str, jwks: Json, issuer: str, now_s: float, audience: st
     try:
         kid = jwt.get_unverified_header(token)["kid"]
         key = jwt.PyJWKSet.from_dict(jwks)[kid].key
-    except (jwt.PyJWTError, KeyError, TypeError, ValueError, RecursionError):
+    except (jwt.PyJWTError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         raise InvalidToken(f"it names no key of {issuer}") from None
     header, claims = _opened(token, key, ("ES256",))
     # So nothing in the header can choose another key, and one form is not taken for another.
@@ -2383,7 +2386,8 @@ def verify_presentation(
 # "{" storage id "}" 12 bytes    empty: the key is a used    as long as it could be replayed
 #                                nonce, or SMS, hashed
 # "ended " 32 hex digits         when somebody ended the     verified_ttl_s
-#                                proofs of this number
+#                                proofs of this number, and
+#                                the id of their session
 # "blocked " 32 hex digits       empty: this number wants    until unblocked
 #                                no messages
 # "part " 32 hex digits          the parts of an SMS by      ten minutes
@@ -2970,6 +2974,12 @@ class Storage:
         answers = self._run_all(_METRICS, *(("HGETALL", key) for key in (_METRICS, *more)))
         return [{n.decode(): int(v) for n, v in zip(a[::2], a[1::2], strict=True)} for a in answers]
 
+    def tally_by_prefix(self, outcome: str) -> dict[str, int]:
+        """How many messages of an outcome the scripts of the limits count today, by prefix."""
+        key = b"{limits}%b by prefix" % outcome.encode()
+        flat = self._run("ZRANGE", key, 0, -1, "WITHSCORES", key=key)
+        return {p.decode(): int(n) for p, n in zip(flat[::2], flat[1::2], strict=True) if p}
+
     def keep_part(self, key: StorageId, part: int, sealed: bytes) -> dict[int, bytes]:
         """Keep a part of an SMS; return those that have come in the last ``PARTS_S`` seconds."""
         keep = ("HSET", key, part, sealed), ("EXPIRE", key, PARTS_S, "NX"), ("HGETALL", key)
@@ -3018,7 +3028,8 @@ class Storage:
                 if refused := isinstance(cause, refusals):
                     why = (
                         f"refuses our login, or a command that we need ({cause}): "
-                        "see user and password in storage_url; README.md lists the commands"
+                        "see user and password in storage_url; the page “The store” "
+                        "(notebooks/operate/store.md) lists the commands"
                     )
                 if refused or time.monotonic() > deadline_s:
                     raise StartError(f"the store {where} {why}") from None
@@ -3196,7 +3207,7 @@ class DynamoTable:
             StartError: It cannot be used: there is none, or it is another kind of table.
         """
         what = f"the DynamoDB table {self.name}"
-        remedy = "README.md has the commands that make it, and lists permissions"
+        remedy = "notebooks/operate/store.md has the commands that make it, and permissions"
         try:
             self._client.put_item(TableName=self.name, Item=_HEARTBEAT)
         except self.errors as error:
@@ -3204,7 +3215,10 @@ class DynamoTable:
         with contextlib.suppress(Unavailable):  # it does not tell, and the log says why
             ttl = self._call("describe_time_to_live")["TimeToLiveDescription"]
             if ttl["TimeToLiveStatus"] not in ("ENABLED", "ENABLING"):
-                return [f"{what} keeps what has expired: README.md has the command for its TTL"]
+                return [
+                    f"{what} keeps what has expired: notebooks/operate/store.md has the "
+                    "command for its TTL"
+                ]
         return []
 
 
@@ -3515,7 +3529,7 @@ class Limits:
     def __init__(self, storage: Storage, settings: Settings, secret: bytes, clock: Clock) -> None:
         self.mode, self.settings = settings.limits, settings
         self._storage, self._secret, self._clock = storage, secret, clock
-        self._budget, self._shared_key = lru_cache(partial(budget, settings)), lru_cache(self.key)
+        self._costs, self._shared_key = lru_cache(self._costs_in), lru_cache(self.key)
 
     def key(self, row: str, what: str) -> bytes:
         """The key of a counter: a tag that keeps all in one slot, the row, 11 bytes.
@@ -3530,23 +3544,27 @@ class Limits:
         """The counters of some rows.
 
         Args:
-            who: What keys each row; rows that are not there are left out.
+            who: By the letter of a row, what it counts by; rows without an entry are left out.
             price: What ``spend_per_day`` is charged with; the others count 1.
         """
         found = []
-        for limit in LIMITS:
+        for limit, period_us, cost_us in self._costs(region):
             if limit.row in who:
-                count, period_s = self._budget(limit, region)
-                cost = (price if limit.row == "m" else 1) * period_s * 1e6 / count
                 shared = limit.kind in ("fair", "shared")  # a few hundred keys, of no person
                 key = (self._shared_key if shared else self.key)(limit.row, who[limit.row])
-                found.append(Counter(limit, key, period_s * 10**6, round(cost)))
+                cost_us *= price if limit.row == "m" else 1
+                found.append(Counter(limit, key, period_us, round(cost_us)))
         return found
+
+    def _costs_in(self, region: str) -> list[tuple[Limit, int, float]]:
+        """Each row with its period and what it charges for 1, both in µs."""
+        budgets = [(limit, *budget(self.settings, limit, region)) for limit in LIMITS]
+        return [(limit, s * 10**6, s * 1e6 / count) for limit, count, s in budgets]
 
     def run(
         self, script: str, keys: list[bytes], place: tuple[str, str], ask: Json, *more: bytes
     ) -> Any:
-        """Run a script; ``place`` is the region and the prefix of the number, for reports."""
+        """Run a script of the limits; ``place`` is a number's region and prefix, for reports."""
         now_us = 0 if self._clock is time.time else round(self._clock() * 1e6)
         ask |= {"now": now_us, "region": place[0], "prefix": place[1]}
         return self._storage.limit(script, keys, ask, *more)
@@ -3617,14 +3635,15 @@ class Limits:
 
 
 class Payments:
-    """The messages of one request that may cost money, each counted before it may leave.
+    """The message of one request that may cost money, counted before it may leave.
 
-    The message is taken from its limits with its first attempt, in one round trip; if providers
-    fail over, each further attempt takes from the gateway's hour and money. What is unused at the
-    end of the ``with`` block is given back. ``SmsSender`` gives back each attempt that surely
-    failed, and ``undo`` the message, if no attempt was left. Each has a random name in the list of
-    the session's round, and so can be given back even if a time-out left it unknown whether it was
-    taken, and once only.
+    An attempt is one provider asked once. ``count`` counts one in advance; ``SmsSender`` calls
+    ``use`` just before each. The first attempt takes the message from all its limits, in one round
+    trip; if providers fail over, each further one takes from the gateway's hour and money. What is
+    unused at the end of the ``with`` block is given back. ``SmsSender`` gives back each attempt
+    that surely failed, and ``undo`` the message, if no attempt was left. Each has a random name in
+    the list of the session's round, and so can be given back even if a time-out left it unknown
+    whether it was taken, and once only.
 
     Args:
         session: Names the session's round: what was asked for since its number was last verified.
@@ -3848,7 +3867,7 @@ class OutboxSms(SmsProvider):
         now_s = int(time.time())
         message = json.dumps({"to": to, "from": sender, "text": text, "at": now_s})
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.folder / self._name(now_s)
+        path = self.folder / f"{now_s // 60}.jsonl"  # 8 digits, so that names sort by time
         if not path.exists():
             self.prune()
         with open(path, "ab", opener=partial(os.open, mode=0o600)) as file:
@@ -3874,8 +3893,9 @@ class OutboxSms(SmsProvider):
 
     def prune(self) -> None:
         """Remove the files of minutes that ended more than an hour ago."""
+        oldest = str(int(time.time() - HOUR_S) // 60)
         for path in self._files():
-            if path.name < self._name(time.time() - HOUR_S):
+            if path.stem < oldest:
                 path.unlink(missing_ok=True)
 
     def forget(self, to: Msisdn) -> None:
@@ -3888,9 +3908,6 @@ class OutboxSms(SmsProvider):
     def _files(self) -> list[Path]:
         """Oldest first; none, if there is no folder yet."""
         return sorted(self.folder.glob("*.jsonl"))
-
-    def _name(self, at_s: float) -> str:
-        return f"{int(at_s) // 60}.jsonl"  # always 8 digits, so that names sort by time
 
     def _lines_to(self, to: str, content: bytes) -> Iterator[re.Match[bytes]]:
         """The lines that begin as json.dumps writes a message to this number."""
@@ -4222,7 +4239,7 @@ Meaning = tuple[type[SmsFailed] | None, str]
 """What a provider's own code stands for (``None``: the message was taken), and in words."""
 
 
-def _shape(told: Json) -> Shape:
+def _shape(described: Json) -> Shape:
     """A kind of provider, as ``locale/providers.toml`` describes it."""
     faults = {
         "taken": None, "refused": SmsRefused, "failed": SmsFailed,
@@ -4231,13 +4248,13 @@ def _shape(told: Json) -> Shape:
     meanings = {
         code: (fault, words)
         for name, fault in faults.items()
-        for codes, words in told.pop(name, {}).items()
+        for codes, words in described.pop(name, {}).items()
         for code in codes.split()
     }
-    return Shape(**told, meanings=meanings)
+    return Shape(**described, meanings=meanings)
 
 
-SHAPES: Final = {kind: _shape(told) for kind, told in _PROVIDERS["shapes"].items()}
+SHAPES: Final = {kind: _shape(described) for kind, described in _PROVIDERS["shapes"].items()}
 """The kinds that are reached over HTTP with templates and meanings of their own, with their sources
 in ``locale/providers.toml``."""
 
@@ -4370,8 +4387,11 @@ class Pace:
         with self._lock:
             now_s, place = time.monotonic(), bisect.bisect_left(self._line, came_s)
             free_s = max(0.0, now_s - self._from_s)
+            # The longer nobody was told "slower", the shorter the gap between two messages.
             gap_s = 1 / (self._rate + _PACE_GROWTH * (free_s + free_s**2))
-            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))  # made up for
+            # Turns that were missed since, because threads woke up late, are made up for: those of
+            # the last pause, or of the time between two looks.
+            next_s = max(self._next_s, now_s - max(self._pause_s, _PACE_LOOK_S))
             at_s = max(self._from_s, next_s + place * gap_s)
             if max(now_s, self._from_s) > end_s:
                 del self._line[place]
@@ -4461,13 +4481,15 @@ class SmsSender:
         return self.providers[self._order(tried)[0]].paid
 
     def send(
-        self, sender: str, to: Msisdn, text: str, tried: int = 0, payments: Payments | None = None
-    ) -> Sent:
+        self, sender: str, to: Msisdn, text: str, tried: int = 0, payments: Payments | None = None,
+        region: str = "",
+    ) -> Sent:  # fmt: skip
         """Send by the first provider that takes the message, in ``SEND_BUDGET_S`` at most.
 
         Args:
             tried: The providers that had a message of this session before, one bit each.
             payments: Each attempt that may cost money is counted there first.
+            region: The number's, for the log and the counts, if it is known already.
 
         Raises:
             SmsRefused: Every provider that was asked refused this one message for good.
@@ -4478,6 +4500,7 @@ class SmsSender:
         """
         refused, unknown, throttled = True, False, None
         end_s, once_round = time.monotonic() + SEND_BUDGET_S, 2 ** len(self.providers) - 1
+        about = to, region or country_of(to)
         order = self._order(tried)[: self.settings.sms_send_tries]
         for others, n in enumerate(order):
             if (left_s := end_s - time.monotonic()) < _SEND_LAST_S:
@@ -4487,10 +4510,10 @@ class SmsSender:
             turn_s = end_s - left_s + (left_s - _SEND_LAST_S) / (len(order) - others)
             try:
                 ids = self._attempt(n, (sender, to, text), (turn_s, end_s), payments)
-                self._note(n, to, None, "".join(ids[:1]))
+                self._note(n, about, None, "".join(ids[:1]))
                 return Sent(self.providers[n].kind, tried % once_round)
             except SmsFailed as error:
-                self._note(n, to, error)
+                self._note(n, about, error)
                 unknown |= isinstance(error, SmsUnknown)
                 refused &= isinstance(error, SmsRefused)
                 throttled = error if isinstance(error, SmsThrottled) else throttled
@@ -4502,9 +4525,11 @@ class SmsSender:
             return Sent("", tried % once_round)
         raise throttled or (SmsRefused if refused else SmsFailed)("no provider took the message")
 
-    def _note(self, n: int, to: Msisdn, error: SmsFailed | None, message_id: str = "") -> None:
+    def _note(
+        self, n: int, about: tuple[Msisdn, str], error: SmsFailed | None, message_id: str = ""
+    ) -> None:
         """Count an attempt, and write it to the log: as an error, if a person must mend it."""
-        kind, region = self.providers[n].kind, country_of(to)
+        kind, (to, region) = self.providers[n].kind, about
         outcome = type(error).__name__[3:].lower() if error else "taken"
         levels = {"taken": logging.INFO, "denied": logging.ERROR}
         text = "sms: %(provider)s %(country)s %(outcome)s %(id)s %(reason)s"
@@ -4967,7 +4992,10 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
 
 
 def is_reserved(user: User, reserved: User) -> bool:
-    """Whether a user still has this very reservation."""
+    """Whether a user still has this very reservation.
+
+    The ticket tells two apart that begin in the same second: the first was given back at once.
+    """
     return user.sending and (user.asked_s, user.ticket) == (reserved.asked_s, reserved.ticket)
 
 
@@ -5098,6 +5126,10 @@ class ProofAsked(NamedTuple):
 
 class Gateway:
     """The protocol, step by step: plain values in, plain values or a GatewayError out.
+
+    HTTP hands a signed request over in two calls: ``authenticate`` finds the session that signed
+    it, and ``perform`` checks the rest of what was signed and calls the step. The step decides by
+    the rules above, as pure functions of the user, and ``step`` writes what they decided.
 
     No right is written before its price is paid. The states that give somebody a right:
 
@@ -5232,6 +5264,10 @@ class Gateway:
         decided: tuple[User | None, T | GatewayError] | None = None,
     ) -> T:  # fmt: skip
         """Change a user by compare-and-set, and use up the request's nonce with it.
+
+        The store writes both, or neither: the record has changed meanwhile (``CHANGED``: decide
+        again), the nonce was used before (``REPLAYED``), or the session is gone (``GONE``), and
+        with it everything that a nonce protects.
 
         Args:
             decide: Takes the user as it is; returns the user as it becomes (``None``: deleted)
@@ -5521,11 +5557,12 @@ class Gateway:
 
     def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
         key = self.secrets.key_for("ended", number)
-        ended_s = int(self._ask(session, partial(self.storage.get, key)) or 0)
-        if session.user.verified_s <= ended_s:
-            ended = NotVerified("somebody ended all proofs of this number: verify it again")
-            facts = (ended_s, self.settings, int(self.clock()))
-            self.step(session, lambda user: (end_proofs(user, *facts), ended))
+        ended = self._ask(session, partial(self.storage.get, key)) or b"0"
+        ended_s, _, by = ended.partition(b" ")
+        if session.user.verified_s <= int(ended_s) and by != session.storage_id:
+            refusal = NotVerified("somebody ended all proofs of this number: verify it again")
+            facts = (int(ended_s), self.settings, int(self.clock()))
+            self.step(session, lambda user: (end_proofs(user, *facts), refusal))
 
     def _end_all(self, session: Session, number: Msisdn) -> None:
         """End the proofs of a number, for a session that has verified it just now."""
@@ -5535,7 +5572,9 @@ class Gateway:
             raise NotVerified("everywhere needs a session that was verified just now: verify again")
         self._expect_not_ended(session, number)
         key = self.secrets.key_for("ended", number)
-        ended = partial(self.storage.create, key, b"%d" % now_s, self.settings.verified_ttl_s)
+        # With who ended them: if the answer is lost, this session may ask again.
+        value = b"%d %b" % (now_s, session.storage_id)
+        ended = partial(self.storage.create, key, value, self.settings.verified_ttl_s)
         self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
@@ -5573,10 +5612,12 @@ class Gateway:
             asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
         """
         who = (_round(session, session.user), session.address, self.random_bytes)
+        # A slot: so many may be sent at once that some threads stay free for other requests.
         with self.sms.slot(), Payments(self.limits, *who) as payments:
             reservation = self._reserve(session, asks, payments)
             ask, before, reserved = reservation
             if reserved is None:  # a double click is answered like the first one
+                # The record has a message's network only once that has left.
                 network = ask.network if before.sending else before.network
                 return self._sender(network, ask.msisdn)
             if self.limits.mode == "record":
@@ -5588,7 +5629,8 @@ class Gateway:
                 code = short_code(self.settings.short_code_digits, self.random_bytes)
             text = code if ask.long else self._short_text(session, code, ask.region)
             try:
-                sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments)
+                message = sender, ask.msisdn, text
+                sent = self.sms.send(*message, before.tried, payments, ask.region)
             except (SmsFailed, GatewayError) as error:
                 refused = isinstance(error, SmsRefused)
                 payments.undo(refused, later=isinstance(error, Unavailable))
@@ -5608,28 +5650,41 @@ class Gateway:
     def _reserve(
         self, session: Session, asks: Callable[[User], Ask], payments: Payments
     ) -> Reservation:
-        """The session's own rules; then the limits; then one commit, with the nonce."""
+        """The session's own rules; then the limits; then one commit, with the nonce.
+
+        A refusal by the limits is raised after the commit, which finds out whether the same was
+        asked for meanwhile: of a double click the first may have taken the last message.
+        """
         decided: list[Reservation] = []
+        refused: list[GatewayError] = []
         ticket = int.from_bytes(self.random_bytes(2), "big")
 
-        def decide(user: User) -> tuple[User, Reservation]:
+        def decide(user: User) -> tuple[User, Reservation | GatewayError]:
             ask = asks(user)
             if self.sms.paid:
                 payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
+            if reserved and refused:
+                return user, refused[0]
             decided.append(Reservation(ask, user, reserved))
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
         first = decide(session.user)
-        if reserved := first[1].user:
-            blocked = self.secrets.key_for("blocked", first[1].ask.msisdn)
+        if reserved := decided[0].user:
+            blocked = self.secrets.key_for("blocked", decided[0].ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
+            # Else SmsSender counts when it comes to a provider that costs money.
             if self.sms.paid and self.sms.is_first_paid(reserved.tried):
-                self._ask(session, payments.count)
+                try:
+                    self._ask(session, payments.count)
+                except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
+                    refused.append(error)
+        # A slow store may have taken seconds, and the reservation begins now: then decide anew.
+        late = reserved and reserved.asked_s != int(self.clock())
         try:
-            return self.step(session, decide, first)
+            return self.step(session, decide, None if refused or late else first)
         except Unavailable:
             if session.outcome_unknown:
                 self._give_back(session, decided[-1], refused=False, later=True)
@@ -5649,11 +5704,7 @@ class Gateway:
         armed = partial(
             arm, ask=reservation.ask, digest=digest, sent=sent, settings=self.settings, now_s=now_s
         )
-        settle = partial(self._settle, session, reserved, armed)
-        try:
-            user = settle()
-        except Unavailable:
-            user = persist(settle)
+        user = persist(partial(self._settle, session, reserved, armed))
         if user is None:
             raise UnknownSession("this session has just been unregistered")
         # Another message took the reservation after RESERVATION_S, or a fail-over of the store
@@ -5666,6 +5717,9 @@ class Gateway:
         self, session: Session, reserved: User, settled: Callable[[User], User]
     ) -> User | None:
         """Write what became of a reservation, if it is still there; harmless when repeated.
+
+        It is tried more often than other steps: if it failed, a message that has left would have no
+        code, while codes of before that come in change the record.
 
         Returns:
             The user as it is then; ``None`` if they have unregistered.
@@ -5699,7 +5753,10 @@ class Gateway:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
         form = params.get("format")
         check_body(params, JwtBody if form == "jwt" else ProofBody)
-        audience, nonce = _audience(params) if form else ("", "")
+        audience = origin_of(params["audience"]) if form else ""
+        if form and not audience:
+            raise InvalidParameter("audience must be an origin, like https://shop.example")
+        nonce = params.get("nonce", "") if form else ""
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
             key = client_key(params["publicKey"], thorough)
@@ -5731,13 +5788,6 @@ class Gateway:
         return {"cert": issue_proof(self.keys.signer(now_s), claims)}
 
 
-def _audience(params: Json) -> tuple[str, str]:
-    """The origin of the site that a JWT is for, and its nonce."""
-    if audience := origin_of(params["audience"]):
-        return audience, params.get("nonce", "")
-    raise InvalidParameter("audience must be an origin, like https://shop.example")
-
-
 def _duration_s(params: Json) -> int | None:
     value = params.get("duration")
     if isinstance(value, str):
@@ -5746,7 +5796,7 @@ def _duration_s(params: Json) -> int | None:
 
 
 def _round(session: Session, user: User) -> str:
-    """The name of what a session asks for between two right codes, for the limits."""
+    """Names a session's round for the limits: the messages between two right codes."""
     return f"{session.storage_id.hex()} {user.verified_s}"
 
 
@@ -5775,8 +5825,12 @@ def check_body(params: Json, declaration: type[Struct]) -> None:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
     fields = declared(declaration)
-    try:  # without the others, whose names msgspec would encode: JSON can name a lone surrogate
-        msgspec.convert({n: v for n, v in params.items() if n in fields}, declaration)
+    # JSON can name a lone surrogate, which msgspec would fail to encode: in names, so it is given
+    # only the fields that are declared, and in texts, where no rule allows the "?" in its place.
+    known = {name: params[name] for name in params.keys() & fields}
+    texts = {n: v.encode("utf-8", "replace").decode() for n, v in known.items() if type(v) is str}
+    try:
+        msgspec.convert(known | texts, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
         raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
@@ -5981,10 +6035,25 @@ def json_answer(value: object, status: int = 200, headers: Mapping[str, str] = {
     return Answer(status, json.dumps(value).encode(), "application/json", headers)
 
 
+_STYLE: Final = """
+:root { color-scheme: light dark; font: 1rem/1.6 -apple-system, "Segoe UI", Helvetica, sans-serif }
+body { background: light-dark(#fff, #131416); color: light-dark(#000, #cfd0d0);
+  margin: 1rem auto 70vh; max-width: 46rem; padding: 0 1rem; overflow-wrap: anywhere }
+section { border-top: 1px solid light-dark(#eeebee, #303335); padding: .1rem 1rem }
+section:target { background: light-dark(#ffc, #330) }
+a { color: light-dark(#2757dd, #5ca5ff) }
+"""
+_STYLE_HASH: Final = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+
+
 def html_answer(title: str, body: str) -> Answer:
-    """A small page for people."""
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>{body}"
-    return Answer(200, page.encode(), "text/html; charset=utf-8")
+    """A small page for people, in the colours of our other pages; it loads and runs nothing."""
+    policy = f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}"
+    page = f"<!doctype html><html lang=en>{head}</title><style>{_STYLE}</style>"
+    page += f"<main><h1>{title}</h1>{body}</main>"
+    headers = {"Content-Security-Policy": policy}
+    return Answer(200, page.encode(), "text/html; charset=utf-8", headers)
 
 
 def error_answer(error: GatewayError, base_url: str, next_step: Json | None = None) -> Answer:
@@ -6152,8 +6221,13 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
 """What a client may call its request."""
-_TIMES_S: Final = {"0.005": 0.005, "0.025": 0.025, "0.1": 0.1, "0.5": 0.5, "+Inf": math.inf}
-"""The classes in which the time of requests is counted: the label of each, its upper bound."""
+_TIMES_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf
+)  # fmt: skip
+"""The classes in which the time of requests is counted: the upper bound of each."""
+_PREFIXES: Final = 10, 5
+"""/metrics names the prefixes that were sent to and refused most: so many of each, and from so many
+messages a day on. So strangers cannot add series without end."""
 _TALLIES: Final = "sent", "verified", "refused", "would be refused"
 """What the scripts of the limits count, for a day at a time."""
 
@@ -6167,20 +6241,46 @@ def exposition(samples: Mapping[str, float]) -> bytes:
     from prometheus_client import core, generate_latest  # here, because few ask for it
 
     metrics: Json = {}
-    for sample, value in sorted(samples.items()):
+    for sample, value in samples.items():
         name, *labels = sample.split(" ")
-        kind = "counter" if name.endswith("_total") else "gauge"
-        new = core.Metric(f"gateway_{name.removesuffix('_total')}", "see the Operate pages", kind)
+        family, _, part = name.rpartition("_")
+        kind = _KINDS.get(part, "gauge")
+        family = family if kind != "gauge" else name
+        new = core.Metric(f"gateway_{family}", "see the page Monitoring", kind)
         values = dict(label.split("=") for label in labels)
-        metrics.setdefault(name, new).add_sample(f"gateway_{name}", values, value)
+        metrics.setdefault(family, new).add_sample(f"gateway_{name}", values, value)
     return generate_latest(cast(Any, SimpleNamespace(collect=metrics.values)))
+
+
+_KINDS: Final = {
+    "total": "counter", "bucket": "histogram", "sum": "histogram", "count": "histogram"
+}  # fmt: skip
+"""The kind of a metric in Prometheus' format, by the last part of its samples' names."""
+
+
+def _histogram(counted: dict[str, int]) -> dict[str, float]:
+    """Take the times of requests out of the counts; give them as Prometheus' histogram, by route.
+
+    Each class of ``_TIMES_S`` is counted alone, and holds there all that is below its bound.
+    """
+    samples = dict[str, float]()
+    for sum_us in [name for name in counted if name.startswith("request_us ")]:
+        route = sum_us.partition(" ")[2]
+        n = 0
+        for bound_s in _TIMES_S:
+            n += counted.pop(f"request_class {route} le={bound_s}", 0)
+            bound = f"{bound_s:g}".replace("inf", "+Inf")
+            samples[f"request_seconds_bucket {route} le={bound}"] = n
+        samples[f"request_seconds_count {route}"] = n
+        samples[f"request_seconds_sum {route}"] = counted.pop(sum_us) / 1e6
+    return samples
 
 
 def samples_of(gateway: Gateway) -> dict[str, float]:
     """The counts of all gateways that share the store, and how it and its limits stand."""
     begun_s = time.monotonic()
     counted, *tallies = gateway.storage.counts(*(b"{limits}%b" % t.encode() for t in _TALLIES))
-    samples = {**counted, "store_read_seconds": time.monotonic() - begun_s}
+    samples = {"store_read_seconds": time.monotonic() - begun_s, **_histogram(counted), **counted}
     for n, info in enumerate(gateway.storage.info()):
         samples[f"store_memory_bytes node={n}"] = int(info["used_memory"])
     settings = {limit.row: limit.setting for limit in LIMITS}
@@ -6189,7 +6289,24 @@ def samples_of(gateway: Gateway) -> dict[str, float]:
             region, _, row = name.partition(" ")
             labels = f"region={region} outcome={outcome.replace(' ', '_')}"
             samples[f"messages_of_day {labels} limit={settings.get(row, '')}"] = n
-    return samples | gateway.limits.shares(tallies[0])
+    return samples | _by_prefix(gateway.storage) | gateway.limits.shares(tallies[0])
+
+
+def _by_prefix(storage: Storage) -> dict[str, float]:
+    """What became of messages to the prefixes that /metrics names."""
+    tallies = {outcome: storage.tally_by_prefix(outcome) for outcome in _TALLIES[:3]}
+    most, least = _PREFIXES
+    named = {
+        prefix
+        for tally in tallies.values()
+        for prefix in sorted(tally, key=tally.__getitem__)[-most:]
+        if tally[prefix] >= least
+    }
+    return {
+        f"messages_of_day_by_prefix prefix={prefix} outcome={outcome}": tally.get(prefix, 0)
+        for prefix in sorted(named)
+        for outcome, tally in tallies.items()
+    }
 
 
 class GatewayApp(bottle.Bottle):  # type: ignore[misc]
@@ -6226,12 +6343,12 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         if LOG.isEnabledFor(logging.INFO):  # LOG.info would look for the caller: a fifth of it all
             text = "request %(route)s %(status)s %(errno)s %(error)s %(ms)s ms"
             LOG.handle(logging.LogRecord(LOG.name, logging.INFO, "", 0, text, (line,), None))
+        bound_s = _TIMES_S[bisect.bisect_left(_TIMES_S, took_s)]
         self.gateway.counts.add(
             f"requests_total route={route} status={status} errno={errno} error={why}",
-            *(f"request_seconds_bucket route={route} le={le}" for le, most_s in _TIMES_S.items()
-              if took_s <= most_s),
-        )  # fmt: skip
-        self.gateway.counts.add(f"request_microseconds_total route={route}", n=round(took_s * 1e6))
+            f"request_class route={route} le={bound_s}",
+        )
+        self.gateway.counts.add(f"request_us route={route}", n=round(took_s * 1e6))
         return content
 
     # -- The request ----------------------------------------------------------
@@ -6538,19 +6655,23 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
 
     def errors(self) -> Answer:
         """GET /errors : what each errno means; the ``info`` of an error points here."""
-        rows = ""
-        for e in error_classes():
-            anchor = "" if f"id={e.errno}>" in rows else f" id={e.errno}"
-            rows += f"<dt{anchor}>{e.status}/{e.errno}<dd>{e.__doc__}"
-        return html_answer("Errors", f"<dl>{rows}</dl>")
+        body = "<p>The body of every error has its <b>errno</b>, behind the status here."
+        for number, errors in groupby(error_classes(), lambda error: error.errno):
+            body += f"\n<section id={number}>"
+            for error in errors:
+                says, _, todo = (error.__doc__ or "").partition("Client: ")
+                body += f"<h2><a href=#{number}>{error.status}/{number}</a></h2><p>{says}"
+                body += f"<p><b>What a client does:</b> {todo}"
+            body += "</section>"
+        return html_answer("Errors of the MSISDN Gateway", body)
 
     def outbox(self) -> Answer:
         """GET /outbox?to=DIGITS&token=TOKEN : messages of the last hour, for the operator alone."""
         query: Json = {}
         with contextlib.suppress(InvalidParameter):
             query = _query_fields(bottle.request.query_string)
-        outbox = self._outbox_for(query.get("token", ""))
-        messages = outbox.messages(query.get("to", "").lstrip("+ "))
+        digits = query.get("to", "").lstrip("+ ")
+        messages = self._outbox_for(query.get("token", "")).messages(digits)
         return json_answer(messages, headers={"X-Content-Type-Options": "nosniff"})
 
     def _outbox_for(self, token: str) -> OutboxSms:
@@ -6691,6 +6812,11 @@ class QueuedLog(logging.Handler):
             self._writer.join(LOG_FLUSH_S)
 
 
+@lru_cache(maxsize=2)
+def _utc(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
 class LogLines(logging.Formatter):
     """Lines of the log, with the time in UTC and the id of the request.
 
@@ -6704,14 +6830,16 @@ class LogLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record. In JSON the values of a line about a request or a send have their names."""
-        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
-            "logger": record.name, "message": super().format(record),
+            "time": f"{_utc(int(record.created))}.{int(record.msecs):03}Z",
+            "level": record.levelname, "logger": record.name, "message": super().format(record),
             "request": getattr(record, "request", ""),
         }  # fmt: skip
         if self._as_json:
-            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
+            fields = line | (record.args if isinstance(record.args, dict) else {})
+            with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair
+                return msgspec.json.encode(fields).decode()
+            return json.dumps(fields)
         text = "{time} {level} {logger}: {message} [{request}]".format(**line)
         return text.removesuffix(" []")
 
@@ -7230,10 +7358,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             f"       {settings.base_url}/outbox?token={token}&to=DIGITS",
         ]
         if "index.html" in PRESS_FILES:
-            lines += [
-                "       A page on which you press your way through both flows, message by message:",
-                f"       {settings.base_url}/press/{token}/index.html",
-            ]
+            lines.append(f"       Try both flows: {settings.base_url}/press/{token}/index.html")
     # Printed and not logged, because no log may hold the token; left out if the write would block.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):

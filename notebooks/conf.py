@@ -2,9 +2,8 @@
 
 The sources are the notebooks, as they were executed and kept, and the Markdown files beside
 them. A line ``<!-- made: endpoints -->`` in one of these stands for what ``endpoints()`` below
-gives; ``<!-- README: Run -->`` for that chapter of the README. So no page can say anything else
-than the code does. The pages open from disk and ask no server for anything: the browser is told
-so by their Content-Security-Policy.
+gives, so no page can say anything else than the code does. The pages open from disk and ask no
+server for anything: the browser is told so by their Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -34,13 +33,14 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import diagrams
+import lab
 
 import gateway
 
 # -- Sphinx's settings, by its names --------------------------------------------
 
 project = "MSISDN Gateway"
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx_inline_tabs"]
 exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
 highlight_language = "none"
 nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
@@ -63,14 +63,20 @@ html_use_index = False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
 html_theme_options = {
     # Grey text of furo's that is paler than WCAG 2 (AA) asks for.
-    "light_css_variables": {"color-foreground-muted": "#5f636a", "code-font-size": "85%"},
-    "dark_css_variables": {"color-foreground-muted": "#9ca3ab"},
+    "light_css_variables": {
+        "color-foreground-muted": "#5f636a",
+        "color-code-background": "#f5f6f8",
+        "code-font-size": "85%",
+    },
+    "dark_css_variables": {"color-foreground-muted": "#9ca3ab", "color-code-background": "#1f2124"},
 }
 
 POLICY = (
     "default-src 'none'; script-src 'self' file: 'unsafe-inline'; "
     "style-src 'self' file: 'unsafe-inline'; img-src 'self' file: data:"
 )
+SERVED_POLICY = POLICY.replace(" file:", "") + "; base-uri 'none'; form-action 'self'"
+"""For a server that sends the pages: the only form is the search, and furo's scripts are inline."""
 
 # -- What there is in gateway.py ------------------------------------------------
 
@@ -191,9 +197,9 @@ def fields() -> str:
     document = gateway.openapi_document("https://id.example")
     schemas, parts = document["components"]["schemas"], []
     for handler, routes in groupby(gateway.ROUTES, lambda route: route.handler):
-        route = next(routes)
+        route, paths = (spelled := [*routes])[0], {other.path for other in spelled}
         method = route.methods.split()[-1]
-        says = document["paths"][route.path][method.lower()]
+        says = document["paths"][re.sub("<(.+?)>", r"{\1}", route.path)][method.lower()]
         title = f"## {route.methods.replace(' ', ', ')} {plain(route.path)}"
         about = says["summary"][:1].upper() + says["summary"][1:]
         signed = " Signed with Hawk." * route.hawk
@@ -213,6 +219,7 @@ def fields() -> str:
             parts.append(f"**Answer**: {ANSWERS.get(route.answer, 'a JSON object')}.")
         rows = error_rows(gateway.route_errors(route, method))
         parts.append(table("status/errno", "what a client does", rows=rows))
+        parts += [shown(example) for example in examples() if example["route"] in paths]
     return "\n\n".join(parts)
 
 
@@ -268,6 +275,42 @@ def todo(error: type[gateway.GatewayError]) -> str:
     return whole((error.__doc__ or "").rpartition("Client: ")[2])
 
 
+@cache
+def examples() -> list[dict[str, str]]:
+    """Calls that were made, and what came back: tests/make_examples.py wrote them."""
+    found: list[dict[str, str]] = json.loads(source("notebooks/integrate/examples.json"))
+    return found
+
+
+def shown(example: dict[str, str]) -> str:
+    """An example: the call by each client, and what came back."""
+    tabs = {"JavaScript": example["javascript"], "Python": example["python"]}
+    listings = {
+        "HTTP": f"```http\n{example['request']}\n```",
+        "curl": f"```bash\n{in_curl(example)}\n```",
+        **{name: f"```{name.lower()}\n{text}\n```" for name, text in tabs.items() if text},
+    }
+    parts = [f"**Example.** {example['about']}"]
+    parts += [f"````{{tab}} {name}\n{listing}\n````" for name, listing in listings.items()]
+    return "\n\n".join([*parts, f"```http\n{example['answer']}\n```"])
+
+
+def in_curl(example: dict[str, str]) -> str:
+    """An example as commands of a shell; client.py prints the header of what is signed."""
+    head, _, body = example["request"].partition("\n\n")
+    method, path, _ = head.partition("\n")[0].split()
+    url, post = f"http://localhost:5000{path}", "-X POST " * (method == "POST")
+    if example["form"]:
+        return f"curl '{url}' -d '{body}'"
+    if "\nAuthorization: " not in head:
+        return f"curl '{url}' --json '{body}'" if body else f"curl {post}'{url}'"
+    lines, sign = [f"URL='{url}'"], f'python client.py "$TOKEN" {method} "$URL"'
+    if not body:
+        return "\n".join([*lines, f'curl {post}"$URL" -H "$({sign})"'])
+    lines.append(f"BODY='{body}'")
+    return "\n".join([*lines, f'curl "$URL" --json "$BODY" -H "$({sign} "$BODY")"'])
+
+
 def errors() -> str:
     """Every status and errno with its sentence."""
     rows = (
@@ -312,6 +355,11 @@ def flow() -> str:
     return diagrams.svg(textwrap.dedent(found[0])) if found else ""
 
 
+def policy() -> str:
+    """What a server of these pages may send as Content-Security-Policy."""
+    return f"```text\nContent-Security-Policy: {SERVED_POLICY}\n```"
+
+
 def listing(code: str, first_line: int) -> str:
     """Python source with an anchor at every line, ``#L12``."""
     formatter = HtmlFormatter(
@@ -352,12 +400,12 @@ def names() -> str:
     def row(name: str) -> tuple[str, ...]:
         found = (f"[{file[:2]}](../{file})" for file, words in spoken_of.items() if name in words)
         section = starts[max(line for line in starts if line <= lines[name])]
-        where = f"[{section}](gateway.md#section-{section})"
-        return code(name), kinds[name], summary(described[name]), where, " ".join(found)
+        kind = f"{kinds[name]}, [§{section}](gateway.md#section-{section})"
+        return code(name), kind, summary(described[name]), " ".join(found)
 
     listed = sorted((n for n in lines if described.get(n)), key=str.lower)
     letters = {letter: [*found] for letter, found in groupby(listed, lambda name: name[0].upper())}
-    heads = "name", "kind", "what it is", "section", "lessons"
+    heads = "name", "kind, section", "what it is", "lessons"
     parts = [" ".join(f"[{letter}](#names-{letter})" for letter in letters)]
     for letter, found in letters.items():
         rows = table(*heads, rows=map(row, found))
@@ -399,27 +447,21 @@ def descriptions() -> dict[str, str]:
     return found
 
 
-def readme(chapter: str) -> str:
-    """A chapter of the README without its title, its links those of the pages."""
-    text = f"\n{source('README.md')}\n## ".partition(f"\n## {chapter}\n")[2].partition("\n## ")[0]
-    assert text, f"README has no chapter {chapter}"
-    for there, here in README_LINKS.items():
-        text = text.replace(f"]({there}", f"]({here}")
-    return re.sub(r"^#(#+ )", r"\1", text, flags=re.M)
+def vector(group: str, n: int, *names: str) -> str:
+    """Parts of a vector, each below its name, in a listing."""
+    told = json.loads(source("notebooks/vectors.json"))[group]
+    one = told["given"] | told["vectors"][n]
+    return "\n\n".join(f"`{name}`:\n\n```\n{str(one[name]).rstrip()}\n```" for name in names)
 
 
-README_LINKS = {
-    "notebooks/": "../",
-    "keys/README.md": "keys.md",
-    "gateway.py": "../read/gateway.md",
-    "#sizing-and-operating-the-store": "store.md",
-    "#what-a-request-costs": "costs.md",
-}
+def to_copy(name: str) -> str:
+    """A file of notebooks/ that others may copy."""
+    language = {"py": "python", "mjs": "javascript"}[name.rpartition(".")[2]]
+    return f"```{language}\n{source(f'notebooks/{name}')}```"
 
 
-def relying_party(language: str, ending: str) -> str:
-    """The lines that relying parties may copy."""
-    return f"```{language}\n{source(f'notebooks/relying_party.{ending}')}```"
+TO_COPY = ("client.mjs", "client.py", "relying_party.py", "relying_party.mjs",
+           "relying_party_webcrypto.mjs", "walk.mjs", "walk.py")  # fmt: skip
 
 
 def keys_readme() -> str:
@@ -429,10 +471,14 @@ def keys_readme() -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "endpoints": endpoints, "fields": fields, "errors": errors, "settings": all_settings,
-    "lessons": lesson_list, "flow": flow, "gateway.py": gateway_source, "lab.py": lab_source,
-    "names": names, "keys/README.md": keys_readme,
-    "relying_party.py": partial(relying_party, "python", "py"),
-    "relying_party.mjs": partial(relying_party, "javascript", "mjs"),
+    "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source,
+    "lab.py": lab_source, "names": names, "keys/README.md": keys_readme,
+    **{name: partial(to_copy, name) for name in TO_COPY},
+    "hkdf vector": partial(vector, "hkdf", 0, "token", "id", "key"),
+    "empty hash": partial(vector, "payload", 1, "hash"),
+    "request vector": partial(vector, "request", 0, "normalized", "header"),
+    "answer vector": partial(vector, "answer", 0, "body", "normalized", "header"),
+    "time vector": partial(vector, "time", 0, "header"),
 }  # fmt: skip
 
 # -- What Sphinx calls -------------------------------------------------------------
@@ -443,7 +489,6 @@ def fill_in(app: Sphinx, page: str, text: list[str]) -> None:
     if (path := HERE / f"{page}.ipynb").exists():
         text[0] = json.dumps(as_page(path.name, json.loads(text[0])), ensure_ascii=False)
     text[0] = re.sub(r"^<!-- made: (.+) -->$", lambda m: MADE[m[1]](), text[0], flags=re.M)
-    text[0] = re.sub(r"^<!-- README: (.+) -->$", lambda m: readme(m[1]), text[0], flags=re.M)
     text[0] = text[0].replace("](lab.py)", "](read/lab.md)")
     text[0] = re.sub(r"\]\(relying_party\.m?[pj]\w+\)", "](integrate/proofs.md)", text[0])
 
@@ -461,6 +506,7 @@ def as_page(name: str, notebook: Any) -> Any:
             if svg := "".join(data.pop("image/svg+xml", "")):
                 data["text/html"] = picture(svg, pictures := pictures + 1)
             elif table := "".join(data.get("text/html", "")):
+                table = re.sub(r"<td (?=[^>]*>[^<]{30})", '<td class="long" ', table)
                 data["text/html"] = table.replace("<table>", OPEN_TABLE) + "</div>"
     title, _, rest = cells[0]["source"].partition("\n")
     minutes = round(sum(len("".join(c["source"]).split()) for c in cells) / 150)
@@ -482,10 +528,19 @@ def drawn(found: re.Match[str], first: bool) -> str:
 
 
 def picture(svg: str, n: int) -> str:
-    """The n-th picture of a page, its ids made different from those of the others."""
+    """The n-th picture of a page: ids that no other one has, colours that fit light and dark."""
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", svg)
+
+    def tag(found: re.Match[str]) -> str:
+        own = re.sub(
+            r' id="([^"]+)"', lambda m: f' id="p{n}-{m[1]}"' if m[1] in used else "", found[0]
+        )
+        own = re.sub(r'(url\(#|href="#)', rf"\1p{n}-", own)
+        for name in ("BLUE", "ORANGE", "GREEN", "GREY"):
+            own = own.replace(getattr(lab, name), f"var(--picture-{name.lower()})")
+        return own
+
+    svg = re.sub(r"<[^<>]+>", tag, svg)
     return f'<figure class="picture">{svg}</figure>'
 
 
@@ -539,7 +594,7 @@ def terms(app: Sphinx) -> dict[re.Pattern[str], tuple[str, str]]:
     says = {}
     listed = r"^(\S.*)\n((?:  .+\n?)+)"
     for names, text in re.findall(listed, source("notebooks/learn/glossary.md"), re.M):
-        first = re.split(r"(?<=[a-z)])[.:] ", " ".join(text.split()), maxsplit=1)[0]
+        first = re.split(r"(?<=[a-z)0-9])[.] ", " ".join(text.split()), maxsplit=1)[0]
         says[names] = re.sub(r"\[(.+?)\]\(.+?\)|`", r"\1", first).rstrip(".") + "."
     found = {}
     for (kind, name), (_, anchor) in app.env.domains["std"].objects.items():
@@ -579,6 +634,7 @@ def describe(
     title = re.sub("<[^>]+>", "", context.get("title") or project)
     tags = {"description": text, "og:title": title, "og:description": text, "og:type": "article"}
     tags |= {"og:site_name": project, "twitter:card": "summary"}
+    context.setdefault("metatags", "")  # the page of the search has none yet
     for name, content in tags.items():
         which = "property" if name[:3] == "og:" else "name"
         context["metatags"] += f'<meta {which}="{name}" content="{html.escape(content)}">\n'

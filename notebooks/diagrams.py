@@ -170,7 +170,7 @@ def svg(text: str) -> str:
     """A diagram as one line of HTML; on a phone it is no smaller than can be read."""
     drawing = Drawing(text)
     width, height = drawing.width_px + 4, len(drawing.rows) * ROW_PX
-    size = f"max-width: {1.25 * width:.0f}px; min-width: {0.78 * width:.0f}px"
+    size = f"max-width: {1.25 * width:.0f}px; min-width: {0.72 * width:.0f}px"
     return (
         f'<figure class="diagram"><svg role="img" aria-label="{escape(spoken(text))}" '
         f'viewBox="-2 0 {width:.0f} {height}" style="{size}">'

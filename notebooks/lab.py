@@ -164,7 +164,7 @@ def check_answer(
         return False
     request = gateway.parse_hawk_header(sent)
     expected = gateway.server_authorization(key, request, target, content_type, body)
-    return secrets.compare_digest(seal, expected)
+    return secrets.compare_digest(seal.encode("utf-8", "replace"), expected.encode())
 
 
 # -- A phone ------------------------------------------------------------------
@@ -498,6 +498,8 @@ def draw(axes: Any) -> None:
     text = svg.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]+", "font-family: ui-monospace, monospace", text)
+    text = text.replace("<text ", '<text xml:space="preserve" ')
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
     says = f"{axes.get_title(loc='left')}. {units}".rstrip(". ")

@@ -101,7 +101,7 @@ LOOK = """
   for (const element of colors ? [] : document.body.querySelectorAll('*')) {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element)
     if (!box.width || style.visibility === 'hidden') continue
-    if (away(element)) continue
+    if (away(element) || element.parentElement.closest('svg')) continue
     if ((box.right > width + 1 || box.left < -1) && !held(element.parentElement))
       says('beyond the window', element)
     if (element.clientWidth && element.scrollWidth > element.clientWidth + 1 && !scrolls(element)

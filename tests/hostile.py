@@ -164,7 +164,7 @@ def heads() -> Iterator[tuple[str, bytes, set[int]]]:
     lines: dict[str, tuple[str | bytes, set[int]]] = {
         "two hosts": ("Host: evil.example", {200, 400}),
         "an odd host": ("Host: a b/c@d:e:f", {200, 400}),
-        "two authorizations": ('Authorization: Basic YQ==\r\nAuthorization: Hawk id="1"', {200, 400}),
+        "two authorizations": (b'Authorization: Basic YQ==\r\nAuthorization: Hawk', {200, 400}),
         "two content types": ("Content-Type: text/plain\r\nContent-Type: a/b", {200}),
         "two origins": ("Origin: https://a.example\r\nOrigin: null", {200}),
         "two ids": ("X-Request-Id: other", {200}),
@@ -188,7 +188,7 @@ def heads() -> Iterator[tuple[str, bytes, set[int]]]:
         "80 headers": ("X: 1\r\n" * 79 + "X: 2", {200}),
         "2,000 headers": ("X: 1\r\n" * 1999 + "X: 2", {400, 431}),
         "an expectation of nothing": ("Expect: nothing", {200, 417}),
-        "an upgrade": ("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA", {200}),
+        "an upgrade": ("Connection: Upgrade\r\nUpgrade: h2c\r\nHTTP2-Settings: AA", {200}),
         "a web socket": ("Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
                          "\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", {200, 400, 426}),
         "an address of a proxy": ("Forwarded: for=\"[::1\"; host=evil; proto=\\", {200}),

@@ -212,7 +212,9 @@ class Provider:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        # The last is the end of the loop: Python 3.11 complains of a handler that lets it through.
+        ends = OSError, asyncio.IncompleteReadError, asyncio.CancelledError
+        with contextlib.suppress(*ends):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
                 length = re.search(r"content-length: *(\d+)", head)

@@ -73,6 +73,7 @@ class Session:
     sends: int = 0
     asked_s: int = 0
     verified_s: int | None = None
+    end_s: int = 0  # once it is verified
     method: str = ""
     asked: str = ""  # how the last message was asked for: "ask", "resend" or "text"
     round: list[Cost] = field(default_factory=list)
@@ -150,8 +151,7 @@ class Limits:
 
     def __init__(self, rules: Rules) -> None:
         self.rules, self.buckets = rules, dict[tuple[str, ...], Bucket]()
-        self.given_back: dict[str, Bucket] = {}
-        self.more: dict[str, int] = {}
+        self.given_back: dict[str, tuple[int, int]] = {}
 
     def bucket(self, row: str, *who: str) -> Bucket:
         """The budget of a row for somebody."""
@@ -161,23 +161,29 @@ class Limits:
             n /= 2  # Chosen: so one address closes no prefix to others (rule 2 below the table)
         return self.buckets.setdefault((row, *who), Bucket(n, periods_s.get(row, DAY_S)))
 
+    def of(self, cost: Cost) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The rows that a message takes from, and who each is of; all but the hour's and money."""
+        prefix = cost.number[:-4]
+        yield "sends_per_number", (cost.number,)
+        yield "unverified_per_prefix", (prefix,)
+        yield "unverified_per_destination", ()
+        if cost.address:
+            yield "sends_per_number_from_address", (cost.number, cost.address)
+            yield "unverified_per_prefix", (prefix, cost.address)
+            yield "unverified_per_address", (cost.address,)
+
     def unverified(self, cost: Cost) -> Iterator[Bucket]:
         """The unverified budgets that pay for a message."""
-        yield self.bucket("unverified_per_prefix", cost.number[:-4])
-        yield self.bucket("unverified_per_destination")
-        if cost.address:
-            yield self.bucket("unverified_per_prefix", cost.number[:-4], cost.address)
-            yield self.bucket("unverified_per_address", cost.address)
+        for row, who in self.of(cost):
+            if row.startswith("unverified"):
+                yield self.bucket(row, *who)
 
     def rows(self, cost: Cost) -> Iterator[tuple[int, Bucket]]:
         """The budgets that a message takes from, each with its errno."""
-        yield 115, self.bucket("sends_per_number", cost.number)
-        if cost.address:
-            row = "sends_per_number_from_address"
-            yield 115, self.bucket(row, cost.number, cost.address)
-        for bucket in self.unverified(cost):
-            own = bucket is self.buckets.get(("unverified_per_address", cost.address))
-            yield 117 if own else 116, bucket
+        errnos = {"unverified_per_address": 117}
+        for row, who in self.of(cost):
+            number = row.startswith("sends_per_number")
+            yield 115 if number else errnos.get(row, 116), self.bucket(row, *who)
         yield 116, self.bucket("sends_per_hour")
 
     def refuse(self, cost: Cost, now_s: int) -> Expected | None:
@@ -202,24 +208,22 @@ class Limits:
 
     def undo(self, cost: Cost, refused: bool) -> None:
         """Give a message back that no provider took; after a final refusal, not the address's."""
-        kept = {"unverified_per_address", "sends_per_number_from_address"} if refused else set()
-        for name, bucket in self.buckets.items():
-            if name[0] not in kept and any(bucket is b for _, b in self.rows(cost)):
-                bucket.give_back()
+        for row, who in self.of(cost):
+            if not (refused and cost.address in who):
+                self.bucket(row, *who).give_back()
+        self.bucket("sends_per_hour").give_back()
 
     def pay_back(self, costs: list[Cost], now_s: int) -> None:
         """A right code gives all messages of its round back."""
         for cost in costs:
+            # Chosen: a number's day begins when the first message is given back.
+            since_s, n = self.given_back.get(cost.number, (now_s, 0))
+            since_s, n = (now_s, 0) if now_s >= since_s + DAY_S else (since_s, n)
             for bucket in self.unverified(cost):
-                bucket.give_back()
-            allowance = self.given_back.setdefault(cost.number, Bucket(Fraction(5), DAY_S))
-            if allowance.wait_s(now_s) <= 0:
-                allowance.take(now_s)
+                bucket.give_back(Fraction(10 if n else 13, 10))
+            if n < 5:
                 self.bucket("sends_per_number", cost.number).give_back()
-        if costs and now_s >= self.more.get(costs[-1].number, 0) + DAY_S:
-            self.more[costs[-1].number] = now_s
-            for bucket in self.unverified(costs[-1]):
-                bucket.give_back(Fraction(3, 10))
+            self.given_back[cost.number] = since_s, n + 1
 
 
 class World:
@@ -239,9 +243,7 @@ class World:
 
     def end_s(self, s: Session) -> int:
         """When it expires."""
-        if s.verified_s is None:
-            return s.born_s + self.rules.session_ttl_s
-        return s.verified_s + self.rules.verified_ttl_s
+        return s.end_s or s.born_s + self.rules.session_ttl_s
 
     def waiting(self, s: Session) -> Code | None:
         """The code that waits, while it lives and bears tries."""
@@ -249,8 +251,21 @@ class World:
         return s.code if lives else None
 
     def is_verified(self, s: Session) -> bool:
-        """Verified, and not ended by another session of the number since [§4, /unregister]."""
-        return s.verified_s is not None and s.verified_s > self.ended_s.get(s.number, -1)
+        """Verified, as ``next`` tells it."""
+        return s.verified_s is not None
+
+    def may_sign(self, s: Session) -> bool:
+        """Verified, and not ended by another session of the number since [§4, /unregister].
+
+        Chosen: a session learns that it was ended when it asks for a proof. Then it is no longer
+        verified, and bound to no number, unless it is just being verified again.
+        """
+        if s.verified_s is None or s.verified_s > self.ended_s.get(s.number, -1):
+            return s.verified_s is not None
+        s.verified_s = None
+        if not self.waiting(s) and not self.is_sending(s):
+            s.number, s.code = "", None
+        return False
 
     def is_sending(self, s: Session) -> bool:
         """Whether a message of it is with the provider [§4]."""
@@ -346,14 +361,17 @@ class World:
         # RESERVE (DESIGN §4.3): the number is bound, and the message counted.
         s.number, s.kind, s.asked, s.sends = number, kind, how, self.sends(s) + 1
         s.asked_s = self.now_s
+        s.round.append(cost)
         return Expected(ok, sends=kind)
 
     def sent(self, s: Session, outcome: str, text: str) -> Expected:
         """The provider settled a message: "taken", "unknown", "refused" or "failed"."""
         sending = self.sending.pop(id(s))
         if outcome not in ("taken", "unknown"):
-            if self.rules.paid and self.rules.limits != "off":
-                self.limits.undo(sending.cost, outcome == "refused")
+            if sending.cost in s.round:  # else a right code has given it back meanwhile
+                s.round.remove(sending.cost)
+                if self.rules.paid and self.rules.limits != "off":
+                    self.limits.undo(sending.cost, outcome == "refused")
             before = sending.before
             s.number, s.kind, s.asked = before.number, before.kind, before.asked
             if outcome == "failed":
@@ -365,7 +383,6 @@ class World:
         s.before = old.text if old else ""
         # Chosen: "sms/momt" only if the phone asked for this very message.
         s.code = Code(text, self.now_s, tries, "sms/momt" if s.asked == "text" else "sms/mt")
-        s.round.append(sending.cost)
         return Expected(200)
 
     def verify(self, s: Session, code: str, proof: str = "") -> Expected:
@@ -386,6 +403,7 @@ class World:
         if code == waiting.text:
             s.method = waiting.method
             s.verified_s, s.code, s.before = self.now_s, None, ""
+            s.end_s = self.now_s + self.rules.verified_ttl_s
             if self.rules.paid and self.rules.limits != "off":
                 self.limits.pay_back(s.round, self.now_s)
             s.round = []
@@ -403,7 +421,7 @@ class World:
             return UNKNOWN
         if proof == "missing":
             return MISSING
-        if not self.is_verified(s):
+        if not self.may_sign(s):
             return NOT_VERIFIED
         return INVALID if proof == "bad" else Expected(200)
 
@@ -413,7 +431,7 @@ class World:
             return UNKNOWN
         if everywhere:
             lately = s.verified_s is not None and self.now_s <= s.verified_s + self.rules.code_ttl_s
-            if not (lately and self.is_verified(s)):
+            if not (lately and self.may_sign(s)):
                 return NOT_VERIFIED
             self.ended_s[s.number] = self.now_s
         s.gone = True

@@ -26,7 +26,8 @@ PAGE = support.ROOT / "notebooks/operate/install.md"
 
 def blocks(language: str, page: Path = PAGE) -> list[str]:
     """The listings of a page in one language, in order."""
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", page.read_text("utf-8"))
+    found = re.findall(rf"(?ms)^( *)```{language}\n(.*?)^ *```", page.read_text("utf-8"))
+    return [re.sub(rf"(?m)^{indent}", "", text) for indent, text in found]
 
 
 def replaced(text: str, changes: dict[str, str]) -> str:
@@ -70,27 +71,39 @@ class Nginx:
             "/var/log/nginx/": f"{folder}/",
             "server_name id.example;": "server_name 127.0.0.1;",
         }
-        site = replaced(blocks("nginx")[0], places | (changes or {}))
+        site = replaced(blocks("nginx")[0], changes or {})
+        if "server 127.0.0.1:5000;" not in site:  # the changes name servers of their own
+            del places["server 127.0.0.1:5000;"]
+        site = replaced(site, places)
         paths = "".join(
             f"{name}_temp_path {folder}/{name};\n"
             for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         # As Debian's nginx.conf, which includes the site's file within "http".
-        config = f"daemon off;\npid {folder}/pid;\nerror_log {folder}/main.log;\n"
+        config = f"daemon off;\npid {folder}/pid;\nerror_log {folder}/main.log notice;\n"
         config += "worker_processes 1;\nevents {worker_connections 2048;}\n"
         config += f"http {{\naccess_log {folder}/other.log;\n{paths}{site}}}\n"
-        (folder / "nginx.conf").write_text(config)
+        self.config = folder / "nginx.conf"
+        self.config.write_text(config)
         self.start()
 
     def start(self) -> None:
         """Start it (again)."""
         parent = os.getpid()
         self.process = subprocess.Popen(
-            [str(NGINX), "-p", str(self.folder), "-c", f"{self.folder}/nginx.conf",
+            [str(NGINX), "-p", str(self.folder), "-c", str(self.config),
              "-e", f"{self.folder}/main.log"],
             preexec_fn=lambda: support.die_with_parent(parent, signal.SIGTERM),
         )  # fmt: skip
         wait_for(self._listens, "the start of nginx")
+
+    def change(self, old: str, new: str) -> None:
+        """Change the file, and have it read again: ``systemctl reload nginx``."""
+        before = (self.folder / "main.log").read_text().count("exited with code 0")
+        self.config.write_text(replaced(self.config.read_text(), {old: new}))
+        self.process.send_signal(signal.SIGHUP)
+        log = self.folder / "main.log"
+        wait_for(lambda: log.read_text().count("exited with code 0") > before, "a reload")
 
     def _listens(self) -> bool:
         assert self.process.poll() is None, (self.folder / "main.log").read_text()

@@ -69,14 +69,15 @@ class Provider:
     """A provider; ``answer`` may be changed while it runs, ``received`` is what it got.
 
     ``open`` is how many requests are being answered, ``connections`` how many were made in all.
+    ``port`` is where it listens; 0: a free one.
     """
 
-    def __init__(self, answer: Callable[[Any], None]) -> None:
+    def __init__(self, answer: Callable[[Any], None], port: int = 0) -> None:
         self.answer, self.lock = answer, threading.Lock()
         self.received: list[Request] = []
         self.open = self.connections = 0
         self.closing = threading.Event()
-        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server = _Server(("127.0.0.1", port), _Handler)
         self.server.provider = self  # type: ignore[attr-defined]
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.url = f"http://127.0.0.1:{self.server.server_port}/sms"

@@ -367,9 +367,9 @@ class Single:
 
 
 def make_table(table: gateway.DynamoTable) -> None:
-    """Make a table as README says, and wait until it can be used; its TTL where there is TTL."""
-    readme = (ROOT / "README.md").read_text("utf-8").replace("\\\n", "")
-    create, ttl = re.findall(r"(?m)^aws dynamodb \S+ --table-name TABLE (.*)$", readme)
+    """Make a table as the page "The store" says; wait until it can be used. TTL where it is."""
+    page = (ROOT / "notebooks/operate/store.md").read_text("utf-8").replace("\\\n", "")
+    create, ttl = re.findall(r"(?m)^aws dynamodb \S+ --table-name TABLE (.*)$", page)
     client: Any = table._client
     client.create_table(TableName=table.name, **_parameters(create))
     client.get_waiter("table_exists").wait(TableName=table.name, WaiterConfig={"Delay": 1})

@@ -311,6 +311,7 @@ class GatewayProcess:
         files: How many each of its processes may open; 0: as many as we.
         terminal: The descriptor of a terminal that becomes its own; -1: it has none. ``None``:
             it has ours, if we have one.
+        log: Where it writes to, on stdout and stderr; by default a file of its own in ``folder``.
         python: The command that runs Python.
     """
 
@@ -323,11 +324,12 @@ class GatewayProcess:
         env: dict[str, str] | None = None,
         files: int = 0,
         terminal: int | None = None,
+        log: Path | None = None,
         python: Sequence[str] = (sys.executable,),
     ) -> None:
         port = port or free_port()
         self.folder, self.port, self.url = folder, port, f"http://127.0.0.1:{port}"
-        self.log = folder / f"gateway-{port}-{time.time_ns()}.log"
+        self.log = log or folder / f"gateway-{port}-{time.time_ns()}.log"
         command = [*python, str(ROOT / "gateway.py"), "--port", str(port)]
         command += ["--data-dir", str(folder / "data"), "--keys-dir", str(folder / "keys")]
         command += ["--resend-gaps-s", json.dumps(AT_ONCE), *NAMED]
@@ -343,10 +345,10 @@ class GatewayProcess:
             if terminal != -1:
                 fcntl.ioctl(terminal or 0, termios.TIOCSCTTY, 0)
 
-        with self.log.open("wb") as log:
+        with self.log.open("wb") as file:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1", *options],
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**clean, **(env or {})},
                 cwd=folder,

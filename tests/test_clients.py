@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
@@ -22,7 +23,7 @@ import lab
 import mohawk
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from support import AT_ONCE, NUMBER
+from support import AT_ONCE, NUMBER, GatewayProcess
 
 import gateway
 
@@ -325,3 +326,92 @@ def test_the_header_for_curl(world: World) -> None:
     command = ["curl", "-s", "-H", made.stdout.strip(), *kind, "-d", body, url]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["mtSender"] == "Gateway"
+
+
+# -- The pages -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["walk.mjs", "walk.py"])
+def test_the_whole_flow_of_the_page(
+    start_gateway: Callable[..., GatewayProcess], name: str
+) -> None:
+    """As the page says: in a folder with ``keys/``, and with nothing else set."""
+    runner = shutil.which("node") if name.endswith("mjs") else sys.executable
+    if not runner:
+        pytest.skip("not installed: Node 18 or newer")
+    process = start_gateway()
+    done = subprocess.run(
+        [runner, str(ROOT / "notebooks" / name)], cwd=process.folder, timeout=60,
+        env={**os.environ, "GATEWAY": process.url}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"verified: {NUMBER}\nproved:   {NUMBER}\n"
+
+
+def snippets(page: str, language: str) -> list[str]:
+    """The listings in a language that stand on a page itself."""
+    text = (ROOT / "notebooks" / "integrate" / page).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def test_the_lines_that_rewrite_keys() -> None:
+    """Six in JavaScript, six in Python."""
+    numbers = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value, 65537, 255
+    words = [
+        (str(n), client_py.b64url(n.to_bytes(-(-n.bit_length() // 8), "big"))) for n in numbers
+    ]
+    (python,) = snippets("proofs.md", "python")
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert [(names["to_decimal"](b), names["to_jwk"](a)) for a, b in words] == words
+    assert len([line for line in python.splitlines() if line]) == 6
+    if shutil.which("node"):
+        (javascript,) = snippets("proofs.md", "javascript")
+        assert len(javascript.splitlines()) == 6
+        calls = ", ".join(f"[toDecimal('{b}'), toJwk('{a}')]" for a, b in words)
+        script = f"{javascript}console.log(JSON.stringify([{calls}]))"
+        done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == [[*pair] for pair in words]
+
+
+def test_curl_as_the_page_says(world: World) -> None:
+    client = client_py.Client(world.url)
+    client.register()
+    (script,) = snippets("hawk.md", "bash")
+    folder = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-ec", script.replace("http://127.0.0.1:5000", world.url)],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "TOKEN": client.token},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sent, stands = done.stdout.replace("}{", "}\n{").splitlines()
+    assert json.loads(sent)["mtSender"] == "Gateway"
+    assert json.loads(stands)["next"]["sendsLeft"] == 4
+
+
+def test_the_hawk_page_tells_the_steps_that_the_vectors_follow() -> None:
+    """Its nine lines, and its hash of nothing."""
+    text = (ROOT / "notebooks" / "integrate" / "hawk.md").read_text("utf-8")
+    lines = ["hawk.1.payload", "application/json", '{"msisdn": "+447700900123"}']
+    assert "```\n" + "\n".join(lines) + "\n```" in text
+    hash = client_py.payload_hash("application/json", lines[2].encode())
+    vectors = json.loads((ROOT / "notebooks" / "vectors.json").read_text("utf-8"))
+    first, answer = vectors["request"]["vectors"][0], vectors["answer"]["vectors"][0]
+    assert first["normalized"].split("\n")[7] == hash
+    assert len(first["normalized"].split("\n")) == len(answer["normalized"].split("\n")) == 10
+    assert vectors["payload"]["vectors"][1]["hash"] == client_py.payload_hash("", b"")
+
+
+def test_the_tables_by_hand_are_complete() -> None:
+    """What is said of each errno, of ``next``, and of the fields of an error."""
+    folder = ROOT / "notebooks" / "integrate"
+    errors, fields = ((folder / f"{name}.md").read_text("utf-8") for name in ("errors", "fields"))
+    rows = re.findall(r"^\| (\d{3}) \|", errors, re.M)
+    assert rows == [str(int(number)) for number in gateway.Errno]
+    told = re.findall(r"^\| `(\w+)` \| (?:integer|string|object) \|", errors, re.M)
+    schemas = gateway.openapi_document(ISSUER)["components"]["schemas"]
+    assert {*told} == schemas["Problem"]["properties"].keys()
+    told = re.findall(r"^\| `(\w+)` \| (?:integer|boolean) \|", fields, re.M)
+    assert {*told} == schemas["NextStep"]["properties"].keys()

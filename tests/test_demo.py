@@ -132,6 +132,19 @@ def test_against_nothing_it_starts_a_gateway_and_leaves_nothing(
     assert demo.left() == []
 
 
+def test_the_first_page_shows_what_it_prints(start_demo: Callable[..., Demo]) -> None:
+    """But for what differs each time, and the ends of long lines: there it has an ellipsis."""
+    page = (ROOT / "notebooks" / "index.md").read_text("utf-8")
+    shown = page.partition(":class: demo\n")[2].partition("\n```")[0]
+    pattern = re.escape(shown).replace("…", "[^\n]*")
+    assert pattern.count("[^\n]*") < 30
+    status, out, err = start_demo().end()
+    assert status == 0, err
+    first, _, rest = out.partition("\n")
+    assert first.startswith("Nothing answers at")
+    assert re.fullmatch(pattern, rest.strip())
+
+
 def test_against_a_running_gateway_it_uses_that_one(
     start_demo: Callable[..., Demo], start_gateway: Start
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
@@ -157,6 +160,34 @@ def test_page_has_one_anchor_per_errno(client: WsgiClient) -> None:
     """106 belongs to two statuses; two anchors of one name are no valid HTML."""
     ids = Page(client.get("/errors").data.decode()).ids
     assert sorted(ids) == sorted({str(errno) for _, errno, _ in CONTRACT})
+
+
+def test_page_says_what_a_client_does(client: WsgiClient) -> None:
+    """For each class of errors, in its own words."""
+    texts = Page(client.get("/errors").data.decode()).texts
+    for error in gateway.error_classes():
+        says, _, todo = (error.__doc__ or "").partition("Client: ")
+        text = " ".join(texts[str(error.errno)].split())
+        assert " ".join(says.split()) in text
+        assert "What a client does: " + " ".join(todo.split()) in text
+        assert todo, error
+
+
+@pytest.mark.parametrize("path", ["/errors", "/.well-known/browserid/warning.html"])
+def test_pages_run_nothing_and_load_nothing(client: WsgiClient, path: str) -> None:
+    """Their one style is named by its hash; what a browser would add is refused."""
+    answer = client.get(path)
+    policy, page = answer.headers["content-security-policy"], answer.data.decode()
+    (style,) = re.findall("<style>(.*?)</style>", page, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'; ")
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+    assert not re.search("<script|<img|<link| style=| on[a-z]+=|url[(]|@import", page)
+    assert "<meta name=viewport" in page
+    assert ":target" in style
+    assert re.search("<title>[^<]+</title>", page)
+    assert re.search("<h1>[^<]+</h1>", page)
 
 
 def test_info_leads_to_the_page(client: WsgiClient) -> None:

@@ -423,10 +423,10 @@ def test_the_start_waits_for_a_store_that_is_on_its_way(tmp_path: Path) -> None:
 
 ACL = (
     "user gateway on >pass-word ~* -@all +get +mget +set +del +exists +incr +expire +hget +hset "
-    "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +time +eval +info "
+    "+hdel +hgetall +hincrby +zadd +zcard +zscore +zincrby +zpopmin +zrange +time +eval +info "
     "+dbsize +role +wait"
 )
-"""README.md names the same commands."""
+"""notebooks/operate/store.md names the same commands."""
 
 
 def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
@@ -452,11 +452,14 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         assert storage.keep_part(key, 2, b"b") == {2: b"b"}
         assert storage.keep_part(key, 1, b"a") == {1: b"a", 2: b"b"}
         storage.ping(1)
+        assert storage.tally_by_prefix("verified") == {"+44770090": 1}
         with pytest.raises(gateway.StartError, match="refuses our login") as caught:
             gateway.Storage(server.url.replace("://", "://gateway:wrong-word@")).check()
         assert "wrong-word" not in str(caught.value)
     named = {word for word in ACL.split() if word.startswith("+")}
-    assert named <= set((ROOT / "README.md").read_text("utf-8").replace("`", " ").split())
+    assert named <= set(
+        (ROOT / "notebooks/operate/store.md").read_text("utf-8").replace("`", " ").split()
+    )
 
 
 @pytest.mark.parametrize(

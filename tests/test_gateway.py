@@ -758,6 +758,33 @@ def test_a_code_while_the_first_message_is_being_sent(
     assert give(client, client.code()).status == 200
 
 
+def test_a_reservation_begins_when_it_is_written(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the store was first asked: it may be slow, and a reservation is valid for 15 s."""
+    client.register()
+    app, begun_s, late_s, asked = client.gateway, int(time.time()), [0], list[int]()
+    real_get, real_send = app.storage.get, app.sms.send
+
+    def get(key: gateway.StorageId) -> bytes | None:
+        found = real_get(key)
+        late_s[0] += 5 * key.startswith(b"blocked ")
+        return found
+
+    def send(*args: Any) -> gateway.Sent:
+        assert client.credentials
+        record = real_get(app.secrets.id_for(client.credentials.hawk_id))
+        assert record
+        asked.append(gateway.User.unpack(record).asked_s)
+        return real_send(*args)
+
+    monkeypatch.setattr(app, "clock", lambda: begun_s + late_s[0])
+    monkeypatch.setattr(app.storage, "get", get)
+    monkeypatch.setattr(app.sms, "send", send)
+    assert client.ask().status == 200
+    assert asked == [begun_s + 5]
+
+
 # -- Proofs of what the outbox showed -----------------------------------------
 
 PAID: dict[str, Any] = {"sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]}

@@ -9,7 +9,9 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +19,17 @@ import jwt
 import lab
 import psutil
 import pytest
+import servers
 import support
+import urllib3
 from nginx import NGINX, PAGE, Nginx, blocks, replaced
 from provider import Provider, taken
-from support import NUMBER, GatewayProcess
+from support import NUMBER, ROOT, GatewayProcess
 
 import gateway
 
 ANALYZE = shutil.which("systemd-analyze")
+pytestmark = pytest.mark.slow
 needs_nginx = pytest.mark.skipif(not NGINX, reason="no nginx here: apt-get install nginx")
 
 
@@ -214,3 +219,72 @@ def test_plain_http_leads_to_tls(site: Site) -> None:
     url = f"http://127.0.0.1:{site.proxy.plain_port}/sms/verify?x=1"
     answer = site.proxy.http().request("POST", url, redirect=False)
     assert (answer.status, answer.headers["Location"]) == (308, "https://127.0.0.1/sms/verify?x=1")
+
+
+# -- Two gateways -----------------------------------------------------------------
+
+
+@needs_nginx
+def test_two_gateways_are_restarted_one_after_the_other_without_a_gap(tmp_path: Path) -> None:
+    """As the page Several machines says, while numbers are verified all the time."""
+    upstream, retry = blocks("nginx", ROOT / "notebooks/operate/machines.md")
+    ports = [support.free_port() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        store = servers.Server(tmp_path / "store", "--appendonly", "yes")
+        stack.callback(store.close)
+        provider = stack.enter_context(Provider(taken))
+        places = {f"10.0.0.1{n}:5000": f"127.0.0.1:{port}" for n, port in enumerate(ports[1:], 1)}
+        lines = {
+            blocks("nginx")[0].partition("}\n")[0] + "}\n": replaced(upstream, places),
+            "    proxy_next_upstream off;\n": retry,
+        }
+
+        def start(n: int) -> GatewayProcess:
+            folder = tmp_path / str(n)
+            folder.mkdir(exist_ok=True)
+            process = GatewayProcess(
+                folder,
+                *("--storage-url", store.url, "--keys-dir", str(tmp_path / "1" / "keys")),
+                *("--public-url", f"https://127.0.0.1:{ports[0]}"),
+                *("--trusted-proxies", '["127.0.0.1"]'),
+                *("--sms-providers", json.dumps([provider.nexmo()])),
+                *("--sends-per-hour", "1000000"),
+                port=ports[n],
+            )
+            stack.callback(process.close)
+            return process
+
+        processes = {n: start(n) for n in (1, 2)}
+        proxy = stack.enter_context(Nginx(tmp_path / "nginx", 5000, ports[0], lines))
+        ending, lost = threading.Event(), list[str]()
+        with ThreadPoolExecutor() as pool:
+
+            def verify_on(who: int) -> list[int]:
+                statuses = []
+                for n in range(100_000):
+                    number = f"+44770090{who}{n:03}"
+                    client = proxy.client(tmp_path / "1")
+                    try:
+                        statuses += [client.register().status, client.verify(number).status]
+                        code = provider.texts()[number][-1].splitlines()[0].split()[-1]
+                        statuses.append(client.verify_code(code).status)
+                    except urllib3.exceptions.HTTPError:
+                        # nginx, read anew, closes connections on which nothing was asked yet.
+                        lost.append(number)
+                    if ending.wait(0.02):
+                        break
+                return statuses
+
+            running = [pool.submit(verify_on, who) for who in range(3)]
+            for n in (1, 2):
+                line = f"127.0.0.1:{ports[n]} max_fails=1 fail_timeout=2s"
+                proxy.change(line, f"{line} down")
+                assert processes[n].stop() == 0
+                processes[n] = start(n)
+                proxy.change(f"{line} down", line)
+                served = "request /sms/verify_code 200"
+                servers.wait_for(lambda: served in processes[n].output, "work for it")  # noqa: B023
+            ending.set()
+            statuses = [status for one in running for status in one.result()]
+        assert set(statuses) == {200}
+        assert len(lost) <= 4 * 3  # reloads, and who asks at that moment

@@ -1,9 +1,10 @@
-"""The newcomer's path: JupyterLab as the README starts it, the first notebook, Run All Cells."""
+"""The newcomer's path: ``make lab``, the first notebook, Run All Cells, then an exercise."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,16 +23,20 @@ browser.require()
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "00_the_whole_flow.ipynb"
-OPTIONS = ("--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0")
+OPTIONS = "--no-browser --allow-root --ip=127.0.0.1 --port=0"
+WANTED = ("gateway.py", "Makefile", "pyproject.toml", "requirements.txt", "requirements-lock.txt")
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder with what the notebooks need, and with what a run of the first one must make."""
+    """A checkout whose first notebook has no outputs yet: a run of it must make them."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    shutil.copy(ROOT / "gateway.py", folder)
-    for name in ("locale", "notebooks"):
+    for name in WANTED:
+        shutil.copy2(ROOT / name, folder)
+    (folder / ".parts").mkdir()
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    for name in ("locale", "notebooks", "tests"):
         left = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / name, folder / name, ignore=left)
     path = folder / "notebooks" / FIRST
@@ -45,21 +50,20 @@ def clone(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def jupyterlab(clone: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of ``jupyter lab notebooks``, for a user who never started it before."""
+    """The address of what ``make lab`` starts, for a user who never started it before."""
     homes = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     parent = os.getpid()
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [Path(sys.executable).parent / "jupyter", "lab", "notebooks", *OPTIONS],
+            ["make", "-o", ".venv/done", "lab", f"ARGS={OPTIONS}"],
             cwd=clone,
             env={**os.environ, **{name: str(tmp_path / name) for name in homes}},
             stderr=log,
             preexec_fn=lambda: support.die_with_parent(parent, signal.SIGTERM),
         )
+    address = re.compile(r"http://127\.0\.0\.1:\d+/lab\S*token=\w+")
     try:
-        written = wait_for(lambda: [*tmp_path.glob("*/jpserver-*.json")], "its start", 60)
-        server = wait_for(lambda: written[0].read_text(), "its description")
-        yield "{url}lab?token={token}".format_map(json.loads(server))
+        yield wait_for(lambda: address.search((tmp_path / "log").read_text()), "its start", 60)[0]
     finally:
         process.terminate()
         process.wait(30)
@@ -79,24 +83,42 @@ def outputs(path: Path) -> list[Any]:
     return [(cell["execution_count"], texts(cell)) for cell in code]
 
 
+EXERCISE = "print(client.call('GET', '/session').status, gateway.__file__)"
+
+
 def test_the_first_notebook_runs_in_jupyterlab(jupyterlab: str, clone: Path) -> None:
-    """Every cell gives what is kept in the repository, and the browser asks nobody else."""
+    """Every cell gives what is kept in the repository, and the browser asks nobody else.
+
+    After that the lesson's gateway is open for an exercise, and only the copy has changed.
+    """
+    before = (clone / "notebooks" / FIRST).read_bytes()
     kept = outputs(ROOT / "notebooks" / FIRST)
     assert {out[:2] for _, outs in kept for out in outs} == {("stream", "stdout")}, "no errors"
     with browser.chromium() as chromium, browser.tab(chromium, 1280) as (page, requests):
         page.set_default_timeout(60_000)
         page.goto(jupyterlab)
-        page.get_by_text(FIRST).dblclick()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.get_by_text(f"[{kept[-1][0]}]:", exact=True).wait_for()
-        saving = f"{urlsplit(jupyterlab).netloc}/api/contents/{FIRST}"
+        saving = f"{urlsplit(jupyterlab).netloc}/api/contents/notebooks/{FIRST}"
         with page.expect_response(
             lambda answer: saving in answer.url and answer.request.method == "PUT"
         ) as saved:
             page.keyboard.press("Control+s")
         assert saved.value.ok
-    assert outputs(clone / "notebooks" / FIRST) == kept
+        assert outputs(clone / "my" / "notebooks" / FIRST) == kept
+        page.keyboard.press("Control+End")
+        page.locator(".jp-Notebook .jp-Cell").last.click()
+        page.keyboard.press("Escape")
+        page.keyboard.press("b")
+        page.keyboard.press("Enter")
+        page.keyboard.insert_text(EXERCISE)
+        page.keyboard.press("Shift+Enter")
+        page.get_by_text(f"401 {clone / 'my' / 'gateway.py'}").wait_for()
+        listed = page.evaluate("fetch('/api/contents').then(answer => answer.json())")
+        names = {file["name"] for file in listed["content"]}
+        assert names >= {"gateway.py", "notebooks", "tests"}, "what exercises change can be opened"
+    assert (clone / "notebooks" / FIRST).read_bytes() == before
     hosts = {urlsplit(url).netloc for url in requests} - {""}  # what it draws itself is data:
     assert hosts == {urlsplit(jupyterlab).netloc}

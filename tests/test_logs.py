@@ -518,3 +518,21 @@ def test_the_outbox_alone_shows_codes_and_says_so(
     assert known.found_in(lines_without_outbox(process)) == []
     for path in files_of(process.folder / "data"):
         assert known.found_in(path.read_text("utf-8", "replace")) == [], path
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_half_of_a_surrogate_pair_is_written_escaped(form: str) -> None:
+    """Kannel's bytes may come as such; a line that cannot be encoded would end the log's thread."""
+    read, write = os.pipe()
+    handler = gateway.QueuedLog(write)
+    handler.setFormatter(gateway.LogLines(form))
+    record = logging.LogRecord(
+        "gateway", logging.INFO, "", 0, "sms: %(reason)s", ({"reason": "\udce9"},), None
+    )
+    handler.handle(record)
+    handler.handle(logging.LogRecord("gateway", logging.INFO, "", 0, "sms: %s", ("\udce9",), None))
+    handler.flush()
+    os.close(write)
+    with os.fdopen(read, "rb") as lines:
+        text = lines.read().decode()
+    assert text.count("\\udce9") == 2 + (form == "json")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lab
 import pytest
+from servers import wait_for
 from urllib3 import HTTPHeaderDict
 
 import gateway
@@ -49,6 +54,15 @@ def printed(name: str) -> str:
     for output in outputs(name):
         texts += output.get("text", output.get("data", {}).get("text/plain", []))
     return "".join(texts)
+
+
+COLOURS = {lab.BLUE, lab.ORANGE, lab.GREEN, lab.GREY}
+
+
+def pictures(name: str) -> str:
+    """The SVG of all outputs."""
+    found = (o.get("data", {}).get("image/svg+xml", []) for o in outputs(name))
+    return "".join("".join(svg) for svg in found)
 
 
 def everything(name: str) -> str:
@@ -98,7 +112,9 @@ def test_nothing_in_it_varies(name: str) -> None:
         assert cell["metadata"] == {}, "no tags, no times"
     assert not re.search(r";\s*$", source, re.M)  # shown by nbconvert, not by nbval
     images = [key for o in outputs(name) for key in o.get("data", {}) if key.startswith("image/")]
-    assert set(images) <= {"image/png"}  # an SVG holds a date
+    assert set(images) <= {"image/svg+xml"}  # which is compared, as PNG is not
+    assert not re.search("<metadata|dc:date|DejaVu", pictures(name))
+    assert set(re.findall(r"#[0-9a-f]{6}", pictures(name))) <= COLOURS | {"#757575"}
 
 
 @each_lesson
@@ -110,10 +126,10 @@ def test_it_keeps_to_the_budget(name: str) -> None:
     assert 11 <= len(codes) <= 30
     assert 650 <= words <= 2000
     assert 50 <= len(lines) <= 200
-    assert 5 <= words / len(lines) <= 17, "words per line of code"
+    assert 5 <= words / len(lines) <= 18, "words per line of code"
     assert max(map(len, lines)) <= 100
     assert max(code.count("\n") + 1 for code in codes) <= 22
-    assert sum("image/png" in o.get("data", {}) for o in outputs(name)) <= 6
+    assert sum("image/svg+xml" in o.get("data", {}) for o in outputs(name)) <= 6
     assert (FOLDER / name).stat().st_size <= 300_000
     kinds = "".join(cell["cell_type"][0] for cell in notebook(name)["cells"])
     assert "cccc" not in kinds
@@ -228,6 +244,33 @@ def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
         lab.table("name", ("a", "too many"))
 
 
+def test_a_table_of_html_puts_numbers_to_the_right() -> None:
+    shown = lab.Table(["name", "costs", "part"], [["<a>", "1,000 µs", "12.5 %"], ["b", "7", "-"]])
+    rows = re.findall(r'<t[dh] style="text-align: (\w+)">(.*?)</t[dh]>', shown._repr_html_())
+    assert rows == [
+        *(("left", "name"), ("right", "costs"), ("right", "part")),
+        *(("left", "&lt;a&gt;"), ("right", "1,000 µs"), ("right", "12.5 %")),
+        *(("left", "b"), ("right", "7"), ("right", "-")),
+    ]
+
+
+def test_a_picture_has_the_ink_of_the_text_and_says_what_it_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    axes = lab.figure("It is <so>", "seconds", "µs")
+    axes.bar([1], [2], color=lab.BLUE)
+    lab.draw(axes)
+    lab.draw(axes)
+    svg = shown[0]["image/svg+xml"]
+    assert svg == shown[1]["image/svg+xml"]
+    assert 'aria-label="It is &lt;so&gt;. µs, seconds"' in svg
+    assert shown[0]["text/plain"] == "[It is <so>. µs, seconds]"
+    assert "currentColor" in svg
+    assert set(re.findall("#[0-9a-f]{6}", svg)) == {lab.BLUE, "#757575"}
+
+
 def test_only_tokens_are_shortened() -> None:
     token, sentence = "x" * 61, "many words " * 10
     assert lab.short({"a": [token, sentence, 5]}) == {
@@ -279,6 +322,79 @@ def test_a_lab_leaves_nothing_behind() -> None:
     one.close()
     assert not folder.exists()
     assert len(gateway.LOG.handlers) == handlers - 1
+
+
+def test_a_closed_lab_says_what_to_do() -> None:
+    one = lab.Lab()
+    client = one.client()
+    phone = lab.Handset(client, "+447700900123")
+    client.register()
+    one.close()
+    for call in (client.register, phone.messages, lambda: phone.text("hello")):
+        with pytest.raises(RuntimeError, match=r"gateway is closed.*Run up to Selected Cell"):
+            call()
+
+
+DEEP = "a folder with a long name and spaces/" * 3
+
+
+def run(code: str, **options: Any) -> subprocess.Popen[str]:
+    """A Python of our own that has lab.py."""
+    environ = {**os.environ, "PYTHONPATH": str(FOLDER), **options.pop("environ", {})}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, **options)
+
+
+def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As nbval and JupyterLab kill kernels whose lab nobody closed; in a folder of any depth."""
+    (deep := tmp_path / DEEP).mkdir(parents=True)
+    code = "import lab; one = lab.Lab(); print(one.store.folder, flush=True); input()"
+    for folder in (tmp_path, deep):
+        process = run(code, environ={"TMPDIR": str(folder)}, stdin=subprocess.PIPE)
+        with process:
+            assert process.stdout
+            store = Path(process.stdout.readline().strip())
+            assert store.is_dir()
+            assert (folder in store.parents) == (folder == tmp_path)
+            process.kill()
+        wait_for(lambda store=store: not store.parent.exists() or None, "its end", 20)
+
+
+def test_a_lesson_that_ends_leaves_nothing_and_does_not_hang(tmp_path: Path) -> None:
+    process = run("import lab; lab.Lab().client().register()", environ={"TMPDIR": str(tmp_path)})
+    with process:
+        assert process.wait(30) == 0
+    wait_for(lambda: not list(tmp_path.iterdir()) or None, "its end", 20)
+
+
+def test_a_lesson_repeats_whatever_the_reader_has_set(tmp_path: Path) -> None:
+    """Backend and style of matplotlib, a deep TMPDIR: its pictures and tables stay as they are."""
+    (deep := tmp_path / DEEP).mkdir(parents=True)
+    style = tmp_path / "matplotlibrc"
+    style.write_text("axes.facecolor: black\nlines.linewidth: 9\nfont.size: 30\nbackend: svg\n")
+    environ = {"MPLBACKEND": "agg", "MATPLOTLIBRC": str(style), "TMPDIR": str(deep)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [*command, str(FOLDER / "07_certificates.ipynb")],
+        env={**os.environ, **environ}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_lab_is_found_from_any_folder(tmp_path: Path) -> None:
+    """By the line that ``make install`` puts into .venv: where we work, else where it lies."""
+    line = (FOLDER / "lessons.pth").read_text().replace("@ROOT@", str(ROOT))
+    (tmp_path / "lessons.pth").write_text(line)
+    (copy := tmp_path / "copy" / "notebooks").mkdir(parents=True)
+    shutil.copy(FOLDER / "lab.py", copy)
+    shutil.copy(ROOT / "gateway.py", copy.parent)
+    (copy.parent / "locale").symlink_to(ROOT / "locale")
+    code = f"import site; site.addsitedir({str(tmp_path)!r}); import lab; print(lab.__file__)"
+    for folder, found in ((ROOT, FOLDER), (copy.parent, copy), (Path("/"), FOLDER)):
+        with run(code, cwd=folder, environ={"PYTHONPATH": ""}) as process:
+            told = process.communicate()[0]
+        assert Path(told.strip()) == found / "lab.py", folder
 
 
 def test_claims_can_be_read_by_anybody() -> None:

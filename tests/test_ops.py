@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -13,9 +14,11 @@ import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lab
 import pytest
 import urllib3
-from support import NAMED, NUMBER, GatewayProcess, WsgiClient, free_port, shared
+from prometheus_client.parser import text_string_to_metric_families
+from support import NAMED, NUMBER, ROOT, GatewayProcess, WsgiClient, free_port
 from test_sms import SmsApi, reply, taken
 
 import gateway
@@ -88,12 +91,11 @@ def test_requests_are_counted_by_route_status_and_error(make_client: MakeClient)
         labels = (f'route="{route}"', f'status="{status}"', f'errno="{errno}"', f'error="{error}"')
         assert total(found, "requests_total", *labels) == n, labels
     route = 'route="/sms/verify_code"'
-    rising = [
-        total(found, "request_seconds_bucket", route, f'le="{le}"') for le in gateway._TIMES_S
-    ]
+    bounds = [f"{bound_s:g}".replace("inf", "+Inf") for bound_s in gateway._TIMES_S]
+    rising = [total(found, "request_seconds_bucket", route, f'le="{bound}"') for bound in bounds]
     assert rising == sorted(rising)
-    assert rising[-1] == 4
-    assert total(found, "request_microseconds_total", route) > 4
+    assert rising[-1] == total(found, "request_seconds_count", route) == 4
+    assert 4e-6 < total(found, "request_seconds_sum", route) < 10
     assert total(found, "store_memory_bytes", 'node="0"') > 100_000
     assert 0 < total(found, "store_read_seconds") < 5
 
@@ -129,6 +131,55 @@ def test_sends_receipts_and_limits_are_counted(make_client: MakeClient) -> None:
     assert 0.019 < total(found, "budget_used", 'limit="sends_per_hour"') <= 0.02
 
 
+def test_prometheus_understands_every_metric(make_client: MakeClient) -> None:
+    """By its own parser: kinds, and the histogram's classes from the narrowest to the widest."""
+    client = make_client()
+    client.verified()
+    answer = client.get("/metrics", HTTP_AUTHORIZATION=f"Bearer {client.app.token}")
+    families = {f.name: f for f in text_string_to_metric_families(answer.data.decode())}
+    kinds = {name: family.type for name, family in families.items()}
+    assert kinds["gateway_request_seconds"] == "histogram"
+    assert kinds["gateway_requests"] == kinds["gateway_sends"] == "counter"
+    assert kinds["gateway_budget_used"] == kinds["gateway_store_memory_bytes"] == "gauge"
+    times = families["gateway_request_seconds"].samples
+    bounds = [
+        s.labels["le"] for s in times if s.labels.get("route") == "/register" and "le" in s.labels
+    ]
+    assert [float(bound) for bound in bounds] == list(gateway._TIMES_S)
+
+
+def test_prefixes_that_are_sent_to_or_refused_most_are_named(make_client: MakeClient) -> None:
+    with SmsApi() as api:
+        client = make_client(sms_providers=[api.entry()], unverified_per_prefix="6/day")
+
+        def ask(number: str, times: int) -> None:
+            for _ in range(times):
+                client.register()
+                client.ask(number)
+
+        ask("+447700900123", 9)  # six are sent
+        ask("+447700910123", 4)  # too few to be named
+        found = scrape(client)
+        text = [text for name, text in found if name == "messages_of_day_by_prefix"]
+        assert {'prefix="+44770090"', 'outcome="sent"'} in map(parts, text)
+        named = total(found, "messages_of_day_by_prefix", 'prefix="+44770090"', 'outcome="sent"')
+        assert named == 6
+        refused = ('prefix="+44770090"', 'outcome="refused"')
+        assert total(found, "messages_of_day_by_prefix", *refused) == 3
+        assert "+44770091" not in str(text)
+
+
+def test_strangers_choose_prefixes_and_add_few_series(make_client: MakeClient) -> None:
+    """Whatever is asked for: at most ten prefixes for each of three outcomes."""
+    client = make_client()
+    storage = client.gateway.storage
+    for outcome in ("sent", "verified", "refused"):
+        for n in range(300):
+            storage._run("ZADD", f"{{limits}}{outcome} by prefix", n, f"+4477{n:04}{outcome[0]}")
+    named = [text for name, text in scrape(client) if name == "messages_of_day_by_prefix"]
+    assert len(named) == 3 * 3 * 10
+
+
 def test_strangers_add_no_series(make_client: MakeClient) -> None:
     client = make_client()
 
@@ -146,8 +197,7 @@ def test_strangers_add_no_series(make_client: MakeClient) -> None:
     before = scrape(client).keys()
     for n in range(30):
         attack(f"{n:02}cd{n}")
-    after = {series for series in scrape(client) if series[0] != "request_seconds_bucket"}
-    assert after <= before
+    assert scrape(client).keys() <= before
     statuses = (200, 204, 400, 401, 403, 404, 405, 410, 411, 413, 415, 429, 500, 503)
     named = {route.path for route in gateway.ROUTES} | {"-"}
     for _, labels in before:
@@ -188,11 +238,9 @@ def test_all_workers_count_together_and_a_kill_loses_a_second(start_gateway: Sta
     client = process.client()
     client.register()
     assert client.verify(NUMBER).status == 200
-    query = {"to": NUMBER[1:], "token": token}
-    outbox = http.request("GET", process.url + "/outbox", fields=query).json()
-    code = outbox[-1]["text"].split()[-1]
-    assert client.verify_code(code).status == 200
     time.sleep(2.1)  # two counts
+    code = lab.Handset(client, NUMBER).code()
+    assert client.verify_code(code).status == 200
     for member in process.family():
         with contextlib.suppress(Exception):
             member.kill()
@@ -206,11 +254,24 @@ def test_all_workers_count_together_and_a_kill_loses_a_second(start_gateway: Sta
     assert client.call("GET", "/session").body["next"]["verified"] is True
 
 
+def pace_us() -> float:
+    """How long a piece of Python takes here."""
+    line = dict.fromkeys("abcdefghijk", "2026-11-26T20:10:41.302Z")
+    started = time.process_time()
+    for _ in range(400):
+        json.loads(json.dumps(line))
+    return (time.process_time() - started) / 400 * 1e6
+
+
 @pytest.mark.alone
 def test_metrics_and_log_cost_little(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most 40 µs of CPU a request: the median of 20 interleaved rounds, on against off."""
+    """At most 40 µs of CPU a request: the median of 20 interleaved rounds, on against off.
+
+    A machine that is slower or busier than where 40 was set is known by a piece of work that took
+    7 µs there; it is timed between the rounds.
+    """
     client, sink = make_client(), os.open(os.devnull, os.O_WRONLY)
     handler = gateway.QueuedLog(sink)
     handler.setFormatter(gateway.LogLines("json"))
@@ -229,14 +290,18 @@ def test_metrics_and_log_cost_little(
     gateway.LOG._cache.clear()  # type: ignore[attr-defined]
     gateway.LOG.addHandler(handler)
     try:
-        rounds = [round_of(app) - round_of(app.wsgi) for _ in range(20)]
+        rounds, paces = [], []
+        for _ in range(20):
+            rounds.append(round_of(app) - round_of(app.wsgi))
+            paces.append(pace_us())
     finally:
         gateway.LOG.removeHandler(handler)
         handler.flush()
         os.close(sink)
     cost_us = statistics.median(rounds)
-    print(f"metrics and log: {cost_us:.1f} µs of CPU a request")
-    assert 0 < cost_us <= 80 * shared()  # 36 to 46 where measured; machines differ
+    slowness = max(1, statistics.median(paces) / 7)
+    print(f"metrics and log: {cost_us:.1f} µs of CPU a request; slowness {slowness:.2f}")
+    assert 0 < cost_us <= 40 * slowness
 
 
 # -- Request ids and lines ---------------------------------------------------------
@@ -539,3 +604,38 @@ def test_check_beside_a_gateway_that_runs(
     status, out, err = run_main(capsys, "check", "--port", str(process.port), *folders)
     assert status == 0, err
     assert "store: it can be used" in out
+
+
+# -- The release ------------------------------------------------------------------
+
+
+def test_version_and_changelog_agree(
+    make_client: MakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    headings = re.findall(r"(?m)^## (.+)$", text)
+    versions = [heading.partition(" - ")[0] for heading in headings]
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert datetime.date.fromisoformat(headings[0].partition(" - ")[2])
+    newest, client = versions[0], make_client()
+    assert gateway.__version__ == newest
+    assert run_main(capsys, "--version") == (0, f"MSISDN Gateway {newest}\n", "")
+    assert client.get("/__version__").json == {"version": newest}
+    assert client.get("/openapi.json").json["info"]["version"] == newest
+    for page in ("install", "upgrade"):
+        text = (ROOT / f"notebooks/operate/{page}.md").read_text("utf-8")
+        assert re.findall(r" v(\d+\.\d+\.\d+)\b", text)[0] == newest
+
+
+def test_no_setting_of_the_release_before_is_gone() -> None:
+    """Within 1.x, says the page Upgrade."""
+    of_1_0 = """
+        host port workers threads public_url storage_url certificate_store data_dir keys_dir
+        allowed_origins request_max_bytes short_code_digits long_code_bytes code_tries code_ttl_s
+        session_ttl_s verified_ttl_s certificate_max_s hawk_skew_s sends_per_session sends_per_hour
+        sms_providers sms_inbound mt_sender mt_sender_map mo_verifier mo_verifier_map
+        sms_host_line language_by_country sms_cool_down_s sms_send_tries display_version
+        master_secret
+    """
+    assert set(of_1_0.split()) <= gateway.declared(gateway.Settings).keys()

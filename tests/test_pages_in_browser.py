@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import mimetypes
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import browser
+import conf
+import lab
 import pytest
 
 browser.require()
@@ -103,6 +107,106 @@ def test_a_refused_request_is_seen_too(chromium: Any, site_folder: Path, tmp_pat
         page.goto((tmp_path / "page.html").as_uri())
     assert failed == [("https://shop.example/a.png", "csp")]
     assert [url for url in requests if not url.startswith("file:")] == [failed[0][0]]
+
+
+FOUND_FIRST = {
+    "nonce": "learn/glossary.html#term-Nonce",
+    "429": "integrate/errors.html#TooManyCodes",
+    "sends_per_number": "operate/settings.html#sends_per_number",
+    "verify_code": "integrate/fields.html#sms_verify_code",
+    "relying party": "learn/glossary.html#term-Relying-party",
+    "115": "integrate/errors.html#TooManyToNumber",
+}
+
+
+@pytest.mark.parametrize("words", FOUND_FIRST)
+def test_search_finds_the_right_page_first(chromium: Any, site_folder: Path, words: str) -> None:
+    with browser.tab(chromium, 1280) as (page, requests):
+        page.goto((site_folder / "operate/run.html").as_uri())
+        page.fill("input[name=q]", words)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li")
+        first = page.eval_on_selector("#search-results li a", "a => a.getAttribute('href')")
+        assert first == FOUND_FIRST[words]
+        page.click("#search-results li a")
+        assert page.url == f"{site_folder.as_uri()}/{first}"
+        assert page.evaluate("document.querySelector(':target') !== null")
+        assert {url for url in requests if not is_in(site_folder, url)} == set()
+
+
+AXE = lab.ROOT / ".parts/axe/node_modules/axe-core/axe.min.js"
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+JUDGED = [
+    "index.html", "00_the_whole_flow.html", "08_storage.html", "11_running_your_own.html",
+    "integrate/fields.html", "operate/settings.html", "read/names.html", "learn/glossary.html",
+    "search.html",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="npm install --prefix .parts/axe axe-core@4.14.1")
+@pytest.mark.parametrize("name", JUDGED)
+def test_axe_finds_nothing_against_wcag(chromium: Any, site_folder: Path, name: str) -> None:
+    """WCAG 2.1, A and AA, as axe-core judges it; on a desk and a phone, in light and dark."""
+    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+        with browser.tab(chromium, width, color_scheme=scheme) as (page, _):
+            page.goto((site_folder / name).as_uri())
+            page.add_script_tag(path=str(AXE))
+            said = page.evaluate("tags => axe.run({runOnly: tags})", WCAG)
+            assert said["passes"], "it has looked"
+            amiss = [(v["id"], n["html"][:120]) for v in said["violations"] for n in v["nodes"]]
+            assert amiss == [], (width, scheme)
+
+
+def test_the_pages_work_under_the_policy_that_they_name(chromium: Any, site_folder: Path) -> None:
+    """Served by a web server that sends it; a picture from elsewhere shows that it is in force."""
+    policy = conf.SERVED_POLICY
+    index = (site_folder / "index.html").read_text("utf-8")
+    assert f"Content-Security-Policy: {policy}" in html.unescape(index)
+
+    def app(environ: Any, start: Any) -> list[bytes]:
+        file = site_folder / environ["PATH_INFO"].lstrip("/")
+        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        start("200 OK", [("Content-Type", kind), ("Content-Security-Policy", policy)])
+        return [file.read_bytes()]
+
+    said: list[str] = []
+    with lab.serving(app) as address, browser.tab(chromium, 1280) as (page, requests):
+        page.on("console", lambda line: said.append(line.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        for name in ("index.html", "02_hawk.html", "read/gateway.html"):
+            page.goto(f"{address}/{name}")
+        page.fill("input[name=q]", "nonce")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li")
+        assert said == []
+        assert {urlsplit(url).netloc for url in requests} == {urlsplit(address).netloc}
+        page.evaluate("new Image().src = 'https://shop.example/a.png'")
+        page.wait_for_timeout(100)
+        assert "violates the following" in said[0]
+
+
+def test_names_can_be_filtered(chromium: Any, site_folder: Path) -> None:
+    with browser.tab(chromium, 1280) as (page, _):
+        page.goto((site_folder / "read/names.html").as_uri())
+        every = page.locator("tbody tr:visible").count()
+        page.fill("#name-filter", "hawk_mac")
+        shown = page.locator("tbody tr:visible td:first-child").all_inner_texts()
+        assert "hawk_mac" in shown
+        assert 1 <= len(shown) < every
+        page.fill("#name-filter", "")
+        assert page.locator("tbody tr:visible").count() == every
+
+
+def test_what_scrolls_shows_it_and_is_reached_by_the_keyboard(
+    chromium: Any, site_folder: Path
+) -> None:
+    with browser.tab(chromium, 390) as (page, _):
+        page.goto((site_folder / "11_running_your_own.html").as_uri())
+        box = page.locator(".cell_output .table-wrapper").first
+        assert "goes-on" in box.get_attribute("class")
+        assert box.get_attribute("tabindex") == "0"
+        box.evaluate("box => { box.scrollLeft = 9999 }")
+        page.wait_for_function("!document.querySelector('.cell_output .table-wrapper.goes-on')")
 
 
 def test_search_finds_from_disk(chromium: Any, site_folder: Path) -> None:

@@ -203,6 +203,44 @@ def test_a_session_that_was_ended_ends_no_others(
     assert sign(owner) == (200, None)
 
 
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("step", ["ending the others", "dropping the session"])
+def test_everywhere_can_be_asked_again_after_a_503(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient],
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    step: str,
+    done: bool,
+) -> None:
+    """What it did until the store went away must not keep it from being done."""
+    before, now, _ = owners
+    storage = now.gateway.storage
+    create, commit = storage.create, storage.commit
+    fails = [True]
+
+    def failing(call: Callable[..., Any], is_meant: Callable[..., bool]) -> Callable[..., Any]:
+        def one(*args: Any) -> Any:
+            if not (fails and is_meant(*args)):
+                return call(*args)
+            fails.clear()
+            if done:
+                call(*args)
+            raise gateway.Unavailable("timed out")
+
+        return one
+
+    if step == "ending the others":
+        monkeypatch.setattr(storage, "create", failing(create, lambda *_: True))
+    else:
+        monkeypatch.setattr(storage, "commit", failing(commit, lambda key, old, new, *_: not new))
+    assert now.call("/unregister", {"everywhere": True}).errno == 201
+    clock.now_s += 1
+    again = now.call("/unregister", {"everywhere": True})
+    gone = done and step == "dropping the session"
+    assert again.status == (401 if gone else 204)
+    assert (sign(before), sign(now)) == ((400, 104), (401, 110))
+
+
 def test_everywhere_of_nobody_ends_nothing(
     owners: tuple[WsgiClient, WsgiClient, WsgiClient],
 ) -> None:

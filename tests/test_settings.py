@@ -68,7 +68,7 @@ CONTRACT: dict[str, Any] = {
 """CONTRACT sections 6 and 7. ``sms_inbound`` depends on the place and on the providers,
 ``store_max_bytes`` on the machine."""
 
-README = (lab.ROOT / "README.md").read_text("utf-8")
+PAGE = (lab.ROOT / "notebooks/operate/providers.md").read_text("utf-8")
 ABROAD: dict[str, Any] = {
     "sms_providers": [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}],
     "sms_inbound": [],
@@ -868,20 +868,20 @@ def test_settings_go_to_other_processes_and_stay_checked() -> None:
         Settings(prot=1)  # type: ignore[call-arg]
 
 
-def test_readme_has_the_entries_as_they_are_declared() -> None:
+def test_the_page_has_the_entries_as_they_are_declared() -> None:
     """A line for each kind: what it needs, what it may have. It fails with the right lines."""
     common = gateway.declared(gateway.Provider).keys()
-    readme = re.sub(r" \([^|]*?\)|;? ?keys where[^|]*(?= )", "", README)
+    page = re.sub(r" \([^|]*?\)|;? ?keys where[^|]*(?= )", "", PAGE)
     for kind, declaration in gateway.SMS_LISTS["sms_providers"].items():
         fields = [f for f in msgspec.structs.fields(declaration) if f.name not in common]
         needs = ", ".join(f"`{f.name}`" for f in fields if f.required)
         may = ", ".join(f"`{f.name}`" for f in fields if not f.required)
         row = re.sub(" +", " ", f"| `{kind}` | {needs} | {may} |")
-        assert row in readme, row
-    assert all(f"`{name}` ({default:g}, " in README for name, default in
+        assert row in page, row
+    assert all(f"`{name}` ({default:g}, " in PAGE for name, default in
                (("connect_timeout_s", 2), ("timeout_s", 5)))  # fmt: skip
     for kind, declaration in gateway.SMS_LISTS["sms_inbound"].items():
-        [row] = re.findall(rf"^\| .*`{kind}`.* \| (.*) \|$", readme.partition("told from")[2], re.M)
+        [row] = re.findall(rf"^\| .*`{kind}`.* \| (.*) \|$", page.partition("told from")[2], re.M)
         names = gateway.declared(declaration).keys() - {"kind"}
         assert names == set(re.findall(r"`(\w+_secret|fields|country)`", row)), kind
 

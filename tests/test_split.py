@@ -384,7 +384,7 @@ def test_without_its_setting_a_moved_user_is_not_lost(
 
 
 def test_refused_no_table(dynalite: servers.Dynalite) -> None:
-    with pytest.raises(gateway.StartError, match=r"not found; README.md has the commands"):
+    with pytest.raises(gateway.StartError, match=r"not found; \S+/store.md has the commands"):
         DynamoTable(dynalite.store("nowhere"), time.time).check()
 
 
@@ -398,7 +398,7 @@ def test_refused_a_table_of_another_kind(dynalite: servers.Dynalite) -> None:
     )
     once_a_second = {"Delay": 1}
     table._client.get_waiter("table_exists").wait(TableName="other", WaiterConfig=once_a_second)
-    with pytest.raises(gateway.StartError, match=r"ValidationException.* README"):
+    with pytest.raises(gateway.StartError, match=r"ValidationException.* notebooks/operate/store"):
         table.check()
 
 

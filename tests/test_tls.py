@@ -21,13 +21,17 @@ import gateway
 collect = bool(servers.DEBIAN_REDIS)
 
 
-def write_certificate(folder: Path) -> str:
-    """A key and a certificate that signs itself, for 127.0.0.1; gives the certificate's path."""
+def write_certificate(folder: Path, *names: str) -> str:
+    """A key and a certificate that signs itself, for 127.0.0.1; gives the certificate's path.
+
+    ``names`` are names of the host beside that address.
+    """
     folder.mkdir()
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "store")])
     now = datetime.datetime.now(datetime.UTC)
-    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    host = x509.SubjectAlternativeName([address, *map(x509.DNSName, names)])
     builder = x509.CertificateBuilder(name, name, key.public_key(), 1)
     builder = builder.not_valid_before(now - datetime.timedelta(days=1))
     builder = builder.not_valid_after(now + datetime.timedelta(days=1))

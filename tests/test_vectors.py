@@ -202,9 +202,9 @@ def test_client_py(group: str) -> None:
             assert text == one["normalized"]
 
 
-def in_javascript(calls: list[list[Any]]) -> list[Any]:
-    """What functions of client.mjs give: name and arguments of each."""
-    what = {"client": str(ROOT / "notebooks" / "client.mjs"), "url": "", "walk": "parts"}
+def in_javascript(calls: list[list[Any]], module: str = "client.mjs") -> list[Any]:
+    """What functions of a module give: name and arguments of each."""
+    what = {"client": str(ROOT / "notebooks" / module), "url": "", "walk": "parts"}
     done = subprocess.run(
         ["node", str(ROOT / "tests" / "client_walk.mjs")],
         input=json.dumps({**what, "calls": calls}), capture_output=True, text=True, timeout=60,
@@ -261,6 +261,17 @@ def test_client_mjs_writes_normalized_strings_and_keys() -> None:
             calls += [["jwkOfBrowserId", one["key"]], ["browserIdKey", one["jwk"]]]
             wanted += [one["jwk"], one.get("canonical", one["key"])]
     assert in_javascript(calls) == wanted
+
+
+@needs_node
+def test_relying_party_webcrypto_mjs() -> None:
+    """It has no library, so each of its checks is its own."""
+    every = vectors("sd-jwt")
+    names = ("shown", "jwks", "issuer", "audience", "nonce", "nowS")
+    calls = [["numberOfSdJwt", *(one[name] for name in names)] for one in every]
+    found = in_javascript(calls, "relying_party_webcrypto.mjs")
+    verdicts = {one["name"]: f == one["msisdn"] for f, one in zip(found, every, strict=True)}
+    assert verdicts == valid("sd-jwt")
 
 
 # -- Other people's libraries ------------------------------------------------------------

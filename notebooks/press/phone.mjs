@@ -57,7 +57,7 @@ export class Phone {
     this.shown = messages
     find('#no-messages').hidden = messages.length > 0
     this.judge()
-    if (fresh.length) list.scrollTop = list.scrollHeight
+    if (fresh.length) find('#inbox').scrollTop = list.scrollHeight
   }
 
   bubble({ from, text, at }) {

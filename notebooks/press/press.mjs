@@ -20,7 +20,7 @@ history.replaceState(null, '', '/press')
 
 const client = new Client(location.origin, { onMessage })
 let step = find('#step-open') // the one whose button was pressed: its messages go there
-let lastSigned = null // the last signed request, for who records it on the way
+let recorded = null // the last signed request and its credentials, for who records it on the way
 let held = null // the proof: { alg, pair, cert }
 let stands = null // what the last answer said about the session: { next, at }
 
@@ -49,11 +49,12 @@ async function show(where, made) {
   find('.cards', where).prepend(card)
 }
 
-async function onMessage(message) {
-  if (message.request.normalized) lastSigned = message.request
+// Called with each exchange, in time for the session's credentials to be still there.
+async function onMessage(message, credentials = client.credentials) {
+  if (message.request.normalized) recorded = { request: message.request, credentials }
   const body = message.answer.headers['content-type'] === 'application/json' && JSON.parse(message.answer.body || '{}')
   if (body?.next) stands = { next: body.next, at: Date.now() }
-  await show(step, exchange(message, client.credentials))
+  await show(step, exchange(message, credentials))
 }
 
 function showState() {
@@ -104,6 +105,7 @@ function onSubmit(id, does) {
 function inWords(error) {
   if (error instanceof Hint) return [error.message, 'bad']
   if (error instanceof GatewayError) return refusal(error, 'bad')
+  console.error(error)
   if (error instanceof TypeError) return [`Nothing came back (${error.message}). Is the gateway running?`, 'bad']
   return [`Refused by the client: ${error.message}.`, 'bad']
 }
@@ -190,8 +192,8 @@ onSubmit('#step-show', async ({ audience, trick }) => {
 
 onSubmit('#step-attack', async ({ trick }) => {
   if (trick === 'replay') {
-    if (!lastSigned) throw new Hint('Send a signed request first.')
-    return sendAgain(lastSigned)
+    if (!recorded) throw new Hint('Send a signed request first.')
+    return sendAgain(recorded.request, recorded.credentials)
   }
   needSession()
   if (trick === 'clock') {
@@ -204,9 +206,11 @@ onSubmit('#step-attack', async ({ trick }) => {
   }
   const body = trick === 'body' ? JSON.stringify({ msisdn: find('#step-ask [name=msisdn]').value }) : ''
   const [method, path] = trick === 'body' ? ['POST', '/sms/verify'] : ['GET', '/session']
-  const key = trick === 'key' ? client.credentials.key.replace(/./g, '0') : client.credentials.key
-  const request = await signed({ ...client.credentials, key }, method, path, body)
-  return sendAgain({ ...request, body: body.replace(/\d(?="})/, (digit) => (Number(digit) + 1) % 10) })
+  const { id, key } = client.credentials
+  const credentials = { id, key: trick === 'key' ? key.replace(/./g, '0') : key }
+  const request = await signed(credentials, method, path, body)
+  const changed = body.replace(/\d(?="})/, (digit) => (Number(digit) + 1) % 10)
+  return sendAgain({ ...request, body: changed }, credentials)
 })
 
 onSubmit('#step-end', async () => {
@@ -241,17 +245,16 @@ async function signed(credentials, method, path, body) {
 }
 
 // Send what was signed before, as whoever stands between client and gateway could.
-async function sendAgain(request) {
+async function sendAgain(request, credentials) {
   const { method, url, headers, body } = request
   const found = await fetch(url, { method, headers, body: body || undefined })
   const text = await found.text()
   const kind = found.headers.get('Content-Type') ?? ''
   const seal = found.headers.get('Server-Authorization')
   const answer = { status: found.status, headers: Object.fromEntries(found.headers), body: text }
-  const credentials = client.credentials ?? { id: '', key: '(of a session that is gone)' }
   answer.genuine = seal !== null && (await checkAnswer(credentials, request, seal, kind, text))
   answer.normalized = seal && normalizedAnswer({ ...request, hash: await payloadHash(kind, text) })
-  await onMessage({ request, answer })
+  await onMessage({ request, answer }, credentials)
   return found.ok
     ? ['It was taken. That should not be.', 'bad']
     : refusal({ status: found.status, ...JSON.parse(text) }, 'good')
@@ -265,13 +268,13 @@ const CLAIMS = {
   phone_number_verified: 'and not only claimed', auth_time: 'when the code came back: a site bounds its age',
   method: 'which way', 'public-key': "the holder's public key", verifiedMSISDN: 'the number',
   principal: 'a pseudonym of the number at this gateway', lastAuthAt: 'when the code came back, in milliseconds',
-  lastVerifiedAt: 'the same', alg: 'algorithm', typ: 'type', kid: 'which of the published keys signed',
+  lastVerifiedAt: 'the same, in milliseconds', alg: 'algorithm', typ: 'type', kid: 'which of the published keys signed',
 }
 
 function anatomy(cert) {
   const { header, claims, signature } = decode(cert.split('~')[0])
   const rows = (part) => Object.entries(part).map(([name, value]) => [
-    `${name}: ${JSON.stringify(value)}`, CLAIMS[name] ?? '',
+    `${name}: ${JSON.stringify(value)}`, `${CLAIMS[name] ?? ''}${timeOf(value)}`,
   ])
   const heads = ['what it says', 'what that is']
   return card('The proof, decoded', [
@@ -282,6 +285,12 @@ function anatomy(cert) {
   ])
 }
 
+// A time in a proof, to read: SD-JWT counts seconds, BrowserID milliseconds.
+function timeOf(value) {
+  if (typeof value !== 'number') return ''
+  return `: ${new Date(value > 1e11 ? value : 1000 * value).toISOString().slice(0, 19)}Z`
+}
+
 function presentation(shown, checks, nonce) {
   const [proof, binding] = shown.split('~')
   const { header, claims } = decode(binding)
@@ -290,7 +299,7 @@ function presentation(shown, checks, nonce) {
   ])
   return card('What the site was shown', [
     ['What the client signed for this occasion', verbatim(JSON.stringify(header)), verbatim(JSON.stringify(claims, null, 1))],
-    ['What it showed', h('p', {}, 'The proof, a ~, and the binding.'), verbatim(`${proof}~\n${binding}`)],
+    ['What it showed', h('p', {}, 'The proof, a ~, and the binding. The line break after the ~ is ours.'), verbatim(`${proof}~\n${binding}`)],
     ['What the site checked', h('p', {}, 'Its nonce: ', h('code', {}, nonce)), meanings('', rows, ['check', 'found'])],
   ])
 }

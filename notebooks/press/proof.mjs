@@ -72,7 +72,7 @@ export async function checkSdJwt(shown, { jwks, issuer, audience, nonce, now }) 
     },
     { what: 'aud of the binding is my origin', ok: note.claims.aud === audience, found: note.claims.aud },
     { what: 'nonce is the one I gave', ok: note.claims.nonce === nonce, found: note.claims.nonce },
-    { what: 'the binding is of now', ok: near(note.claims.iat, now, 300), found: utc(note.claims.iat) },
+    { what: 'the binding is fresh: at most five minutes old', ok: near(note.claims.iat, now, 300), found: utc(note.claims.iat) },
     { what: 'sd_hash is the hash of this proof', ok: note.claims.sd_hash === digest, found: note.claims.sd_hash },
   ]
 }

@@ -94,9 +94,10 @@ def follow(folder: str) -> dict[str, Trace]:
         client = WsgiClient(gateway.create_app(settings, store.url))
         assert client.gateway.sms.outbox
         client.gateway.sms.outbox.console = None
-        client.verified("+447700900999")  # connections are open, caches are filled
-        client.register()
         key = gateway.public_key_json(gateway.generate_key("RS256").public_key())
+        client.verified("+447700900999")  # connections are open, caches are filled
+        client.call("/certificate/sign", {"publicKey": key})
+        client.register()
         found = {"/sms/verify": trace(wsgi_only(client, "/sms/verify", {"msisdn": NUMBER}))}
         body = {"code": client.code(), "publicKey": key}
         found["/sms/verify_code"] = trace(wsgi_only(client, "/sms/verify_code", body))
