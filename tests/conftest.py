@@ -53,7 +53,10 @@ UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), 
 
 LONGEST = {
     f"tests/test_{name}.py"
-    for name in ("docs", "jupyterlab", "keys", "limit_table", "pages_in_browser", "planted_faults")
+    for name in (
+        *("abuse", "docs", "jupyterlab", "keys", "life", "limit_table", "pages_in_browser"),
+        *("planted_faults", "press_in_browser"),
+    )
 }
 """Units that take long as one: they and the notebooks run first, so that nobody waits for them."""
 
