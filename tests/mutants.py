@@ -36,7 +36,9 @@ from test_shape import LINES, ROOT, SOURCE, TREE, banners
 MAP: Final = ROOT / ".venv/mutants.json"
 SECTIONS: Final = (5, 6, 7, 8, 9, 11)
 FIRST_TESTS: Final = 30
-"""So many of the tests that touch a line run before the others: those that touch fewest lines."""
+SECOND_TESTS: Final = 120
+"""So many of the tests that touch a line run first, those that touch fewest lines; then some of the
+others, drawn by lot, because what is defined at import may be touched by thousands; then all."""
 QUICK: Final = ("-q", "-o", "addopts=", "-m", "not slow and not alone", "-p", "no:cacheprovider")
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
@@ -310,12 +312,13 @@ class Copy:
 
 
 def judge(copy: Copy, mutant: Mutant, touched: dict[str, list[str]]) -> dict[str, Any]:
-    """Try one mutant: first the tests that are most its own, then all others."""
+    """Try one mutant, with more and more tests until one of them notices."""
     tests = tests_of(mutant, touched)
     copy.put(mutant.text)
     noticed = "" if tests else "no test touches it"
     result: dict[str, Any] = {"line": mutant.first, "name": mutant.name, "tests": len(tests)}
-    for some in (tests[:FIRST_TESTS], tests[FIRST_TESTS:]):
+    rest = random.Random(0).sample(tests[FIRST_TESTS:], len(tests[FIRST_TESTS:]))
+    for some in (tests[:FIRST_TESTS], rest[:SECOND_TESTS], rest[SECOND_TESTS:]):
         if some and not noticed:
             noticed = copy.notices(some, 120 + len(some))
     alive = not tests or not noticed
