@@ -39,7 +39,9 @@ FIRST_TESTS: Final = 30
 SECOND_TESTS: Final = 120
 """So many of the tests that touch a line run first, those that touch fewest lines; then some of the
 others, drawn by lot, because what is defined at import may be touched by thousands; then all."""
-QUICK: Final = ("-q", "-o", "addopts=", "-m", "not slow and not alone", "-p", "no:cacheprovider")
+QUICK: Final = ("-q", "-o", "addopts=", "-m", "not alone", "-p", "no:cacheprovider")
+IN_PROCESS: Final = {"test_flows", "test_life", "test_limit_table", "test_pace"}
+"""Files that take long, but run the protocol in this process, where coverage.py sees it."""
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 UNREAD: Final = "tries are read, and set to 0 by the next message, only where a code waits"
@@ -187,6 +189,15 @@ class Contexts:
             data_file=None, include=[str(ROOT / "gateway.py")], config_file=False
         )
         self.coverage.start()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out what is slow because it starts processes: nothing is seen of those."""
+
+        def seen(item: pytest.Item) -> bool:
+            slow = item.get_closest_marker("slow") and item.path.stem not in IN_PROCESS
+            return not slow and "start_gateway" not in getattr(item, "fixturenames", ())
+
+        items[:] = filter(seen, items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
