@@ -509,7 +509,8 @@ def draw(axes: Any) -> None:
     # Grey is legible on white and on black, where nobody says which colour the text has.
     start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
     text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
-    display({"image/svg+xml": text, "text/plain": f"[{says}]"}, raw=True)  # type: ignore[no-untyped-call]
+    picture = {"image/svg+xml": text, "text/plain": f"[{says}]"}
+    display(picture, raw=True)  # type: ignore[no-untyped-call]
 
 
 def source(thing: Any) -> None:
