@@ -606,6 +606,8 @@ _Limits = Annotated[str, Meta(pattern=r"\A(enforce|record|off)\Z", title="enforc
 _LogFormat = Annotated[str, Meta(pattern=r"\A(text|json)\Z", title="text, json")]
 _Money = Annotated[float, Meta(gt=0, title="an amount above 0, at least the dearest sms_price")]
 _Proxies = Annotated[list[str] | None, Meta(title='a list like ["10.0.0.7", "2001:db8::/48"]')]
+_E164 = Annotated[str, Meta(pattern=r"\A\+[1-9][0-9]{6,14}\Z")]
+_TestNumbers = Annotated[dict[_E164, str], Meta(title='{"+447700900001": "123456"}')]
 _Ttl = Annotated[int, Meta(ge=0, le=3650 * DAY_S)]
 _Bytes = Annotated[int, Meta(ge=10_000_000, le=2**50)]
 _StorageUrl = Annotated[str, Meta(pattern=_LINE + _STORAGE, title=STORAGE_URLS), _URI]
@@ -775,6 +777,7 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
     countries: Annotated[_Regions, _about("regions that may be texted")] = _fresh([])
     mt_sender: Annotated[_Sender, _about("what messages are sent from")] = "Gateway"
     mt_sender_map: _ByNetwork = {}
+    test_numbers: Annotated[_TestNumbers, _about("numbers never texted, each with its code")] = {}
     mo_verifier: Annotated[_Text, _about("number that devices text to; empty = no MO flow")] = ""
     mo_verifier_map: _ByNetwork = {}
     log_format: Annotated[_LogFormat, _about("json: one object a line")] = "text"
@@ -825,6 +828,10 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         yield "spend_per_day", self.spend_per_day >= dearest, f"at least one message: {dearest}"
         # Where messages cost money, a proxy that nobody named would hide whom to limit.
         near = is_loopback(urlsplit(self.base_url).hostname or "")
+        codes = all(re.fullmatch(r"(?a)\d+", code) for code in self.test_numbers.values())
+        codes = codes and {self.short_code_digits}.issuperset(map(len, self.test_numbers.values()))
+        words = f"only with a public_url on loopback; codes of {self.short_code_digits} digits"
+        yield "test_numbers", not self.test_numbers or (near and codes), words
         words = "with a paid provider and a public_url off loopback a list; [] if there is no proxy"
         yield "trusted_proxies", near or not self.paid or self.trusted_proxies is not None, words
 
@@ -5175,6 +5182,7 @@ class Gateway:
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
         self.catalogues = load_catalogues()
+        self.shows_codes = bool(sms.outbox or settings.test_numbers)
         self._heartbeat, self._writable, self._checked_s = threading.Lock(), False, -HEARTBEAT_S
 
     # -- Who is asking, and how an answer is committed ------------------------
@@ -5468,7 +5476,7 @@ class Gateway:
 
         self.step(session, decide)
         number = self._number(session, session.user)
-        if self.sms.paid:
+        if self._costs(number):
             self.limits.pay_back(rounds[-1], number)
         answer: Json = {"msisdn": number}
         # ANSWER
@@ -5530,7 +5538,7 @@ class Gateway:
     def next_action(self, session: Session) -> Json:
         """What the client may do next, as far as this request knows (see the function)."""
         user = session.user
-        if not self.sms.outbox:  # what one that is gone has shown proves nothing
+        if not self.shows_codes:  # what an outbox that is gone has shown proves nothing
             digest = b"" if user.by_outbox else user.code_digest
             verified_s = 0 if user.verified_by_outbox else user.verified_s
             user = user._replace(code_digest=digest, verified_s=verified_s)
@@ -5552,7 +5560,7 @@ class Gateway:
 
     def _expect_verified(self, user: User) -> None:
         # A code that the outbox showed proves a number only where the outbox is in use.
-        if not user.verified_s or (user.verified_by_outbox and not self.sms.outbox):
+        if not user.verified_s or (user.verified_by_outbox and not self.shows_codes):
             raise NotVerified("the number is not verified yet: /sms/verify comes first")
 
     def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
@@ -5602,8 +5610,12 @@ class Gateway:
 
     def _expect_code(self, user: User) -> None:
         expect_code(user, self.settings, int(self.clock()))
-        if user.by_outbox and not self.sms.outbox:
+        if user.by_outbox and not self.shows_codes:
             raise Expired("the outbox that showed this code is gone: ask for another")
+
+    def _costs(self, msisdn: Msisdn) -> bool:
+        """Whether a message to a number may cost money."""
+        return self.sms.paid and msisdn not in self.settings.test_numbers
 
     def _send(self, session: Session, asks: Callable[[User], Ask]) -> str:
         """RESERVE, SEND and ARM a message (see the class); return the number that it is sent from.
@@ -5623,6 +5635,10 @@ class Gateway:
             if self.limits.mode == "record":
                 self._report(before)
             sender = self._sender(ask.network, ask.msisdn)
+            if test_code := self.settings.test_numbers.get(ask.msisdn):
+                # No more a proof than what an outbox shows, and marked like that.
+                self._arm(session, reservation, test_code, Sent("outbox", before.tried))
+                return sender
             if ask.long:
                 code = long_code(self.settings.long_code_bytes, self.random_bytes)
             else:
@@ -5661,9 +5677,11 @@ class Gateway:
 
         def decide(user: User) -> tuple[User, Reservation | GatewayError]:
             ask = asks(user)
-            if self.sms.paid:
+            if self._costs(ask.msisdn):
                 payments.bind(ask.msisdn, ask.region)
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
+            if reserved and ask.msisdn in self.settings.test_numbers:
+                reserved = reserved._replace(sends=user.sends)
             if reserved and refused:
                 return user, refused[0]
             decided.append(Reservation(ask, user, reserved))
@@ -5676,7 +5694,7 @@ class Gateway:
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
             # Else SmsSender counts when it comes to a provider that costs money.
-            if self.sms.paid and self.sms.is_first_paid(reserved.tried):
+            if self._costs(decided[0].ask.msisdn) and self.sms.is_first_paid(reserved.tried):
                 try:
                     self._ask(session, payments.count)
                 except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
