@@ -215,7 +215,7 @@ def fields() -> str:
             parts.append(table(*FIELD_COLUMNS, rows=body_rows(schema)))
         if (name := str(route.answer)) in gateway.ANSWERS:
             parts += [f"**Answer** {code(name)}: {plain(schemas[name]['description'])}"]
-            parts.append(table("field", "type", "always", "what", rows=answer_rows(schemas[name])))
+            parts.append(answer(name))
         else:
             parts.append(f"**Answer**: {ANSWERS.get(route.answer, 'a JSON object')}.")
         rows = error_rows(gateway.route_errors(route, method))
@@ -261,6 +261,11 @@ def answer_rows(schema: Any) -> Iterator[tuple[str, ...]]:
     for name, field in schema["properties"].items():
         always = "yes" if name in schema["required"] else ""
         yield code(name), kind_of(field), always, plain(field.get("description", ""))
+
+
+def answer(name: str) -> str:
+    """The fields of one kind of answer."""
+    return table("field", "type", "always", "what", rows=answer_rows(gateway.ANSWERS[name]))
 
 
 def error_rows(errors: list[type[gateway.GatewayError]]) -> Iterator[tuple[str, ...]]:
@@ -475,6 +480,7 @@ MADE: dict[str, Callable[[], str]] = {
     "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source,
     "lab.py": lab_source, "names": names, "keys/README.md": keys_readme,
     **{name: partial(to_copy, name) for name in TO_COPY},
+    **{name: partial(answer, name) for name in ("NextStep", "Problem")},
     "hkdf vector": partial(vector, "hkdf", 0, "token", "id", "key"),
     "empty hash": partial(vector, "payload", 1, "hash"),
     "request vector": partial(vector, "request", 0, "normalized", "header"),
