@@ -497,8 +497,11 @@ def draw(axes: Any) -> None:
     axes.figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
     text = svg.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
-    text = re.sub(r"font-family: [^;\"]+", "font-family: ui-monospace, monospace", text)
+    for family, css in (
+        ("DejaVu Sans Mono", "ui-monospace, monospace"),
+        ("DejaVu Sans", "system-ui, sans-serif"),
+    ):
+        text = re.sub(f"'{family}'[^;\"]+", css, text)
     text = text.replace("<text ", '<text xml:space="preserve" ')
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))

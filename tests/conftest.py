@@ -42,7 +42,8 @@ SPREAD = {
 }
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
 SLOW = {
-    *("bench", "demo", "docs", "failover", "faults", "interop", "jupyterlab", "kannel"),
+    *("abuse", "attack", "bench", "bursts", "demo", "docs", "failover", "faults", "flows"),
+    *("install", "interop", "jupyterlab", "kannel", "life", "limit_table", "pace"),
     *("pages_in_browser", "planted_faults", "prices", "providers", "serving", "signatures"),
     *("smpp", "split", "store_pool", "stores", "tls"),
 }
@@ -52,7 +53,10 @@ UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), 
 
 LONGEST = {
     f"tests/test_{name}.py"
-    for name in ("docs", "jupyterlab", "keys", "limit_table", "pages_in_browser", "planted_faults")
+    for name in (
+        *("abuse", "docs", "jupyterlab", "keys", "life", "limit_table", "pages_in_browser"),
+        *("planted_faults", "press_in_browser"),
+    )
 }
 """Units that take long as one: they and the notebooks run first, so that nobody waits for them."""
 

@@ -539,6 +539,7 @@ def test_who_sees_a_prime_modulus_can_sign() -> None:
     assert pow(pow(message, d, n), 65537, n) == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1024, 2048, 3072, 4096])
 def test_a_prime_modulus_is_found_and_no_other(bits: int) -> None:
     """By OpenSSL up to 3072 bits; ``pow`` as the judge."""

@@ -354,15 +354,20 @@ def test_a_file_that_cannot_reach_the_disk_is_not_left(
 
 
 @pytest.mark.parametrize("chmod", ["ignored", "refused"])
+@pytest.mark.parametrize("shown", [0o777, 0o644, 0o604, 0o640])
 def test_a_file_system_without_modes(
-    chmod: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    chmod: str,
+    shown: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Drvfs of WSL: the first start made the keys, and every later one was refused."""
+    """Drvfs of WSL, vfat: the first start made the keys, and every later one was refused."""
     path, real = tmp_path / "secret", Path.stat
 
     def all_open(self: Path, **options: Any) -> os.stat_result:
         found = real(self, **options)
-        return os.stat_result((found.st_mode | 0o777, *found[1:]))
+        return os.stat_result((found.st_mode & ~0o777 | shown, *found[1:]))
 
     monkeypatch.setattr(Path, "stat", all_open)
     if chmod == "refused":

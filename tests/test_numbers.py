@@ -169,6 +169,7 @@ UNSEEN = [c for c in EVERY if c.isspace() or unicodedata.category(c) in ("Pd", "
 UNSEEN += ["\u2212", "\u00ad", *SELECTORS]
 
 
+@pytest.mark.slow
 def test_every_character_of_unicode_is_folded_as_the_contract_says() -> None:
     assert len(DIGITS) > 600
     unseen = set(UNSEEN)
@@ -183,6 +184,7 @@ def test_every_character_of_unicode_is_folded_as_the_contract_says() -> None:
             assert gateway.fold(char) == char.lower()
 
 
+@pytest.mark.slow
 def test_no_other_letter_becomes_a_digit_of_a_code() -> None:
     codes = {c for c in EVERY if re.fullmatch("[0-9a-f]+", gateway.fold(c))}
     assert codes == {*DIGITS, *"abcdefABCDEF"}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
@@ -117,6 +118,11 @@ def test_each_field_has_its_sentence() -> None:
             assert name not in schema["required"] or default is None
             if default is not None:
                 Draft202012Validator(field).validate(default)
+
+
+def test_each_field_of_an_answer_has_its_sentence() -> None:
+    for name, schema in gateway.ANSWERS.items():
+        assert all(field.get("description") for field in schema["properties"].values()), name
 
 
 @each_body
@@ -332,3 +338,11 @@ def test_the_check_of_all_tests_sees_what_it_must(client: WsgiClient) -> None:
     assert "401" in undocumented("GET", "/vct/phone/1", answer)
     other = answer._replace(data=json.dumps({**answer.json, "errno": 105}).encode())
     assert "105" in undocumented("GET", "/session", other)
+
+
+def test_what_is_declared_is_never_changed_and_has_names() -> None:
+    """Settings, entries and bodies: fields are given by name, and stay as they were checked."""
+    declared = [one for one in vars(gateway).values() if isinstance(one, type(msgspec.Struct))]
+    own = [one for one in declared if one.__module__ == gateway.__name__]
+    assert len(own) >= 14
+    assert [one for one in own if not one.__struct_config__.frozen or one.__match_args__] == []

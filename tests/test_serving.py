@@ -45,7 +45,7 @@ Start = Callable[..., GatewayProcess]
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
     """Tell whether a condition comes true in time."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * shared()
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -66,7 +66,7 @@ def living(folder: Path) -> dict[int, str]:
 
 def nothing_lives(folder: Path, timeout_s: float = 5) -> bool:
     """Tell whether all that worked in a folder is gone in time."""
-    return eventually(lambda: not living(folder), timeout_s * shared())
+    return eventually(lambda: not living(folder), timeout_s)
 
 
 def store_of(process: GatewayProcess) -> psutil.Process:
@@ -450,7 +450,7 @@ def test_forty_kills_at_any_moment(start_gateway: Start) -> None:
         time.sleep(0.0025 * n)  # 0 to 0.1 s until the restart
 
     last = start_gateway("--workers", "2", port=first.port)
-    assert len(users.verified) > 20
+    assert len(users.verified) > 20 / shared()
     for credentials in users.verified:
         client = last.client()
         client.credentials = credentials
@@ -709,7 +709,9 @@ def test_what_workers_log_last_is_written(tmp_path: Path) -> None:
     script.write_text(FORKED_LOG)
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script)]
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=60 * shared()
+    )
     told = [line.partition("gateway: ")[2] for line in ended.stderr.splitlines()]
     workers = [f"worker {n}" for n in range(2000)]
     assert told == ["before", *workers, "fork 0", "before", *workers, "spawn 0"]
@@ -894,7 +896,7 @@ def test_a_store_of_another_master_secret_is_refused(
     environ |= {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
     ended = subprocess.run(
         [sys.executable, "-c", "import gateway; gateway.application()"], env=environ, cwd=ROOT,
-        text=True, check=False, capture_output=True, timeout=60,
+        text=True, check=False, capture_output=True, timeout=60 * shared(),
     )  # fmt: skip
     assert "another master secret" in ended.stderr
 
@@ -1509,7 +1511,7 @@ def test_application_in_processes_that_were_forked_from_it(
     environ |= {"GATEWAY_DATA_DIR": str(tmp_path / "data")}  # not that of whoever runs one here
     ended = subprocess.run(
         [sys.executable, "-c", FORKS], env=environ, cwd=ROOT, text=True, check=False,
-        capture_output=True, timeout=60,
+        capture_output=True, timeout=60 * shared(),
     )  # fmt: skip
     assert (ended.stdout, ended.returncode) == ("0 0 0 0\n", 0), ended.stderr
 
