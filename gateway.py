@@ -5825,12 +5825,8 @@ def check_body(params: Json, declaration: type[Struct]) -> None:
         InvalidParameter: It names the first whose value is not allowed, and what is.
     """
     fields = declared(declaration)
-    # JSON can name a lone surrogate, which msgspec would fail to encode: in names, so it is given
-    # only the fields that are declared, and in texts, where no rule allows the "?" in its place.
-    known = {name: params[name] for name in params.keys() & fields}
-    texts = {n: v.encode("utf-8", "replace").decode() for n, v in known.items() if type(v) is str}
     try:
-        msgspec.convert(known | texts, declaration)
+        msgspec.convert(params, declaration)
     except msgspec.ValidationError as error:  # its text ends with the path, and quotes no value
         name = str(error).rpartition("`$.")[2].strip("`")
         raise InvalidParameter(f"{name} must be {allowed(fields[name])}") from None
@@ -6812,11 +6808,6 @@ class QueuedLog(logging.Handler):
             self._writer.join(LOG_FLUSH_S)
 
 
-@lru_cache(maxsize=2)
-def _utc(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-
-
 class LogLines(logging.Formatter):
     """Lines of the log, with the time in UTC and the id of the request.
 
@@ -6830,16 +6821,14 @@ class LogLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record. In JSON the values of a line about a request or a send have their names."""
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
-            "time": f"{_utc(int(record.created))}.{int(record.msecs):03}Z",
-            "level": record.levelname, "logger": record.name, "message": super().format(record),
+            "time": f"{second}.{int(record.msecs):03}Z", "level": record.levelname,
+            "logger": record.name, "message": super().format(record),
             "request": getattr(record, "request", ""),
         }  # fmt: skip
         if self._as_json:
-            fields = line | (record.args if isinstance(record.args, dict) else {})
-            with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair
-                return msgspec.json.encode(fields).decode()
-            return json.dumps(fields)
+            return json.dumps(line | (record.args if isinstance(record.args, dict) else {}))
         text = "{time} {level} {logger}: {message} [{request}]".format(**line)
         return text.removesuffix(" []")
 

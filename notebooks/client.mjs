@@ -8,7 +8,8 @@
 //   const { cert } = await client.verifyCode('123456', { publicKey: await publicJwk(pair) })
 //   const shown = await present(cert, pair, 'https://shop.example', nonceOfTheShop, client.now())
 const crypto = globalThis.crypto ?? (await import('node:crypto')).webcrypto // Node 18 has no global one
-const { subtle } = crypto, utf8 = new TextEncoder()
+const { subtle } = crypto
+const utf8 = new TextEncoder()
 
 // -- Texts of bytes ------------------------------------------------------------
 
@@ -55,8 +56,19 @@ export const normalizedAnswer = (request) => normalized('hawk.1.response', reque
 // The 64 hex digits of the key sign as text: they are not turned into bytes before.
 const hmacKey = (key) =>
   subtle.importKey('raw', utf8.encode(key), { name: 'HMAC', hash: 'SHA-256' }, false, ['sign', 'verify'])
-const isMac = async (key, mac, text) =>
-  subtle.verify('HMAC', await hmacKey(key), fromBase64(mac), utf8.encode(text))
+async function isMac(key, mac, text) {
+  try {
+    return await subtle.verify('HMAC', await hmacKey(key), fromBase64(mac), utf8.encode(text))
+  } catch {
+    return false // it is no base64
+  }
+}
+
+// The fields of a Hawk header; {} if it is none.
+function fieldsOf(header) {
+  const fields = header?.startsWith('Hawk ') ? header.matchAll(/(\w+)="([^"]*)"/g) : []
+  return Object.fromEntries(Array.from(fields, ([, name, value]) => [name, value]))
+}
 
 // The header Authorization of a request { method, url, ts, nonce, hash }.
 export async function authorization({ id, key }, request) {
@@ -68,7 +80,7 @@ export async function authorization({ id, key }, request) {
 
 // Whether a header Server-Authorization signs this body as the answer to this request.
 export async function checkAnswer({ key }, request, header, contentType, body) {
-  const [, mac, hash] = /^Hawk mac="([\w+/=]+)", hash="([\w+/=]+)"$/.exec(header ?? '') ?? []
+  const { mac, hash } = fieldsOf(header)
   if (!mac || hash !== (await payloadHash(contentType, body))) return false
   return isMac(key, mac, normalizedAnswer({ ...request, hash }))
 }
@@ -98,27 +110,35 @@ export class Client {
   }
 
   async call(method, path, body, { signed = true, again = true } = {}) {
-    const text = body === undefined ? '' : JSON.stringify(body), contentType = text && 'application/json'
-    const url = new URL(path, this.baseUrl).href, nonce = base64url(crypto.getRandomValues(new Uint8Array(9)))
+    if (signed && !this.credentials) throw new Error('register() or resume(token) first')
+    const text = body === undefined ? '' : JSON.stringify(body)
+    const contentType = text && 'application/json'
+    const url = new URL(path, this.baseUrl).href
+    const nonce = base64url(crypto.getRandomValues(new Uint8Array(9)))
     const request = { method, url, ts: this.now(), nonce, hash: await payloadHash(contentType, text) }
     const headers = text ? { 'Content-Type': contentType } : {}
     if (signed) headers.Authorization = await authorization(this.credentials, request)
-    const found = await fetch(url, {
-      method, headers, body: text || undefined, cache: 'no-store', signal: AbortSignal.timeout(30_000),
-    })
-    const data = new Uint8Array(await found.arrayBuffer()), kind = found.headers.get('Content-Type') ?? ''
+
+    const signal = AbortSignal.timeout(30_000)
+    const found = await fetch(url, { method, headers, body: text || undefined, cache: 'no-store', signal })
+    const data = new Uint8Array(await found.arrayBuffer())
+    const kind = found.headers.get('Content-Type') ?? ''
     const seal = signed ? found.headers.get('Server-Authorization') : null
     const genuine = seal !== null && (await checkAnswer(this.credentials, request, seal, kind, data))
-    const answer = {
-      status: found.status, headers: Object.fromEntries(found.headers), body: new TextDecoder().decode(data),
-      normalized: seal && normalizedAnswer({ ...request, hash: await payloadHash(kind, data) }), genuine,
-    }
+
     const sent = { ...request, headers, body: text, normalized: signed ? normalizedRequest(request) : null }
+    const answer = {
+      status: found.status,
+      headers: Object.fromEntries(found.headers),
+      body: new TextDecoder().decode(data),
+      normalized: seal && normalizedAnswer({ ...request, hash: await payloadHash(kind, data) }),
+      genuine,
+    }
     await this.onMessage({ request: sent, answer })
     // Only an error may come without a seal: of a proxy, or where our MAC was not right.
     if (signed && !genuine && (found.ok || seal)) throw new Error('the answer is not signed by the gateway')
     if (seal && again && (await this.setClock(found.headers.get('WWW-Authenticate')))) {
-      return this.call(method, path, body, { again: false })
+      return this.call(method, path, body, { again: false }) // once, with the right time
     }
     const json = kind.startsWith('application/json') ? JSON.parse(answer.body) : {}
     // The seal covers the body and no status; the body of an error says its own, as `code`.
@@ -128,7 +148,7 @@ export class Client {
 
   // Set our clock by the time in a refusal, if the gateway signed that.
   async setClock(challenge) {
-    const [, ts, tsm] = /^Hawk ts="(\d+)", tsm="([\w+/=]+)"/.exec(challenge ?? '') ?? []
+    const { ts, tsm } = fieldsOf(challenge)
     if (!ts || !(await isMac(this.credentials.key, tsm, `hawk.1.ts\n${ts}\n`))) return false
     this.skew = ts - Date.now() / 1000
     return true

@@ -45,6 +45,7 @@ exclude_patterns = ["TEMPLATE.ipynb", "test_keys", "**.ipynb_checkpoints"]
 highlight_language = "none"
 nb_execution_mode = "off"  # the outputs that are kept in the notebooks are shown
 myst_enable_extensions = ["attrs_block", "deflist"]
+myst_heading_anchors = 3  # links to headings, as GitHub names them
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
@@ -214,7 +215,7 @@ def fields() -> str:
             parts.append(table(*FIELD_COLUMNS, rows=body_rows(schema)))
         if (name := str(route.answer)) in gateway.ANSWERS:
             parts += [f"**Answer** {code(name)}: {plain(schemas[name]['description'])}"]
-            parts.append(table("field", "type", "always", "what", rows=answer_rows(schemas[name])))
+            parts.append(answer(name))
         else:
             parts.append(f"**Answer**: {ANSWERS.get(route.answer, 'a JSON object')}.")
         rows = error_rows(gateway.route_errors(route, method))
@@ -260,6 +261,11 @@ def answer_rows(schema: Any) -> Iterator[tuple[str, ...]]:
     for name, field in schema["properties"].items():
         always = "yes" if name in schema["required"] else ""
         yield code(name), kind_of(field), always, plain(field.get("description", ""))
+
+
+def answer(name: str) -> str:
+    """The fields of one kind of answer."""
+    return table("field", "type", "always", "what", rows=answer_rows(gateway.ANSWERS[name]))
 
 
 def error_rows(errors: list[type[gateway.GatewayError]]) -> Iterator[tuple[str, ...]]:
@@ -474,6 +480,7 @@ MADE: dict[str, Callable[[], str]] = {
     "lessons": lesson_list, "flow": flow, "policy": policy, "gateway.py": gateway_source,
     "lab.py": lab_source, "names": names, "keys/README.md": keys_readme,
     **{name: partial(to_copy, name) for name in TO_COPY},
+    **{name: partial(answer, name) for name in ("NextStep", "Problem")},
     "hkdf vector": partial(vector, "hkdf", 0, "token", "id", "key"),
     "empty hash": partial(vector, "payload", 1, "hash"),
     "request vector": partial(vector, "request", 0, "normalized", "header"),
@@ -653,6 +660,18 @@ def forbid_network(
     context["metatags"] = meta + context.get("metatags", "")
 
 
+def name_rightly(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Mend what WCAG finds wrong in the HTML of furo (a heading without level) and MyST-NB."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading">', 'role="heading" aria-level="2">'
+    )
+    summary = '<summary aria-label="Toggle hidden content">'  # another name than it shows
+    context["body"] = context.get("body", "").replace(summary, "<summary>")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     for kind in ("setting", "endpoint", "error", "name"):
@@ -663,3 +682,4 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-resolved", link_terms)
     app.connect("html-page-context", describe)
     app.connect("html-page-context", forbid_network)
+    app.connect("html-page-context", name_rightly, priority=900)  # after furo has made its parts

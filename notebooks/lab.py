@@ -454,7 +454,7 @@ def table(head: str, *rows: Any) -> None:
     if "IPython" in sys.modules:
         from IPython.display import display
 
-        display(shown)
+        display(shown)  # type: ignore[no-untyped-call]
     else:
         print(shown)
 
@@ -463,7 +463,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#777777"
 """Colours that stay apart for colour-blind eyes and in grey print (Okabe and Ito)."""
 INK = "#010203"
 """Stands for the colour of text while a picture is drawn; no picture uses it otherwise."""
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib names its keys one by one
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     "font.size": 9.5,
@@ -497,8 +497,11 @@ def draw(axes: Any) -> None:
     axes.figure.savefig(svg, format="svg", transparent=True, metadata=metadata)
     text = svg.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
-    text = re.sub(r"font-family: [^;\"]+", "font-family: ui-monospace, monospace", text)
+    for family, css in (
+        ("DejaVu Sans Mono", "ui-monospace, monospace"),
+        ("DejaVu Sans", "system-ui, sans-serif"),
+    ):
+        text = re.sub(f"'{family}'[^;\"]+", css, text)
     text = text.replace("<text ", '<text xml:space="preserve" ')
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
@@ -506,7 +509,8 @@ def draw(axes: Any) -> None:
     # Grey is legible on white and on black, where nobody says which colour the text has.
     start = f'<svg role="img" aria-label="{escape(says)}" color="#757575" '
     text = text.replace("<svg ", start, 1).replace(INK, "currentColor")
-    display({"image/svg+xml": text, "text/plain": f"[{says}]"}, raw=True)
+    picture = {"image/svg+xml": text, "text/plain": f"[{says}]"}
+    display(picture, raw=True)  # type: ignore[no-untyped-call]
 
 
 def source(thing: Any) -> None:

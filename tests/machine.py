@@ -52,6 +52,8 @@ def missing() -> str:
     if os.geteuid() or not SYSTEMD.exists():
         return "needs root, and apt-get install systemd"
     tried = ["unshare", "--pid", "--fork", "--mount", "--net", "mount", "--make-rprivate", "/"]
+    if not shutil.which("curl"):
+        return "needs apt-get install curl"
     if not shutil.which("ip") or subprocess.run(tried, capture_output=True).returncode:
         return "needs namespaces, which this container may not make, and iproute2"
     return ""

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,9 @@ def request_vectors() -> Iterator[Json]:
         "header": signed(SENT, hash=""),
     }
     hash = hash_of(SENT)
+    code = mac(normalized(SENT, hash))
+    order = f'Hawk mac="{code}", nonce="{SENT["nonce"]}", hash="{hash}", ts="{NOW_S}"'
+    yield {"name": "its fields in another order", **SENT, "header": f'{order}, id="{KEY["id"]}"'}
     lines = normalized(SENT, hash).split("\n")
     wrong = {
         "keyed with the 32 bytes, not with the 64 hex digits as text": signed(
@@ -214,6 +218,9 @@ def answer_vectors() -> Iterator[Json]:
         text = normalized(one, hash_of(one), "response")
         yield {"name": name, **one, "hash": hash_of(one), "normalized": text, "header": seal(one)}
     hash, bare = hash_of(answer), mac(normalized(answer, "", "response"))
+    code = re.findall('mac="(.+?)"', seal(answer))[0]
+    order = f'Hawk hash="{hash}", mac="{code}"'
+    yield {"name": "its fields in another order", **answer, "header": order}
     wrong = {
         "to a request with another nonce: an old answer again": seal({**answer, "nonce": "other"}),
         "to a request at another time": seal({**answer, "ts": NOW_S - 1}),

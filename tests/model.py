@@ -1,8 +1,9 @@
 """What CONTRACT.md says about the life of a session, as a small model that tests can run.
 
-It was written from the contract's text alone, and knows nothing of how the gateway is made: where
+It was written from the contract's text, before its author had looked at the gateway's rules: where
 both disagree, one of them is wrong. ``test_life.py`` drives both with the same calls. Sections of
-the contract are named in brackets. Where it is silent, a comment says "Chosen", and what.
+the contract are named in brackets. Where both disagreed and the contract is silent or can be read
+in two ways, a comment says "Chosen", and what.
 
 Time is in whole seconds; limits count in fractions, so that nothing is rounded.
 """

@@ -69,6 +69,7 @@ class Nginx:
             "/etc/letsencrypt/live/id.example/fullchain.pem": self.certificate,
             "/etc/letsencrypt/live/id.example/privkey.pem": str(folder / "tls" / "key.pem"),
             "/var/log/nginx/": f"{folder}/",
+            "/var/www/html": str(folder),
             "server_name id.example;": "server_name 127.0.0.1;",
         }
         site = replaced(blocks("nginx")[0], changes or {})
@@ -81,6 +82,8 @@ class Nginx:
         )
         # As Debian's nginx.conf, which includes the site's file within "http".
         config = f"daemon off;\npid {folder}/pid;\nerror_log {folder}/main.log notice;\n"
+        if not os.geteuid():
+            config += "user root;\n"  # else nobody, who cannot read the folders of pytest
         config += "worker_processes 1;\nevents {worker_connections 2048;}\n"
         config += f"http {{\naccess_log {folder}/other.log;\n{paths}{site}}}\n"
         self.config = folder / "nginx.conf"

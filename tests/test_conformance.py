@@ -350,6 +350,7 @@ def broken(app: gateway.GatewayApp, name: str) -> Iterator[Any]:
 SPECIAL = {"a_double_click_is_one_message", "a_newer_code_replaces_the_old"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in conformance.CHECKS if name not in SPECIAL])
 def test_each_check_can_fail(app: gateway.GatewayApp, name: str) -> None:
     applications = [*broken(app, name)]
@@ -425,6 +426,7 @@ def test_a_wrong_code_on_the_terminal_costs_one_message(
     assert len(lab.Handset(process.client(), "+447700900123").messages()) == 1
 
 
+@pytest.mark.slow
 def test_nobody_answers() -> None:
     done = command("http://127.0.0.1:1")
     assert (done.returncode, done.stdout) == (2, "")

@@ -47,6 +47,7 @@ def test_the_file_is_what_its_script_writes() -> None:
     assert make_examples.FILE.read_text("utf-8") == make_examples.text()
 
 
+pytestmark = pytest.mark.slow
 OTHERS = {"sms_receipt", "warning", "api_specs", "openapi", "errors", "metrics", "press"}
 """Of no client, or too long to show."""
 

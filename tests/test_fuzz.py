@@ -78,16 +78,10 @@ def test_a_name_that_is_there_twice(client: WsgiClient) -> None:
         assert client.raw("POST", "/discover", body).errno == 106
 
 
-def test_half_a_character_is_an_invalid_value(session: WsgiClient) -> None:
+def test_half_a_character_is_no_json(session: WsgiClient) -> None:
     r"""JSON can write one half of a pair, "\ud800", which no UTF-8 can: it was answered by 500."""
-    for path, body in (
-        ("/unregister", {"everywhere": "\udfff"}),
-        ("/certificate/sign", {"publicKey": "\udfff", "duration": "\udfff"}),
-    ):
-        answer = session.call(path, body)
-        assert answer.errno in (104, 107)
-        if answer.errno == 107:
-            assert "everywhere must be true or false" in answer.json["message"]
+    for body in ({"everywhere": "\udfff"}, {"\udfff": 1}, {"x": ["\udfff"]}):
+        assert session.call("/unregister", body).errno == 106
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,9 @@ def test_a_number_is_verified_over_tls(site: Site) -> None:
     assert (claims["verifiedMSISDN"], claims["iss"]) == (NUMBER, site.proxy.url[8:])
     assert client.unregister().status == 204
     request_id = verified.headers["X-Request-Id"]
-    assert re.search(rf"POST /sms/verify_code 200 \S+ {request_id}$", site.proxy.logs(), re.M)
-    assert request_id in site.process.output
+    line = rf"(?m)POST /sms/verify_code 200 \S+ {request_id}$"
+    servers.wait_for(lambda: re.search(line, site.proxy.logs()), "a line in nginx's log")
+    servers.wait_for(lambda: request_id in site.process.output, "a line in our log")
 
 
 @needs_nginx
@@ -173,8 +174,9 @@ def test_no_log_of_nginx_has_what_webhooks_carry(site: Site, tmp_path: Path) -> 
         ask = alone.http().request
         assert all(ask("GET", f"{alone.url}{path}/{query}").status == 502 for path in spelled)
         assert ask("GET", alone.url + "/__version__").status == 502
+        # Other requests are there; nginx writes after it has answered.
+        servers.wait_for(lambda: "GET /__version__ 502" in alone.logs(), "a line")
         logs = alone.logs() + site.proxy.logs()
-    assert "GET /__version__ 502" in logs  # other requests are there, and what was wrong
     assert "Connection refused" in logs
     assert not re.search("hook-of-ours|momt|receipt|447700900123", logs)
 
@@ -219,6 +221,11 @@ def test_plain_http_leads_to_tls(site: Site) -> None:
     url = f"http://127.0.0.1:{site.proxy.plain_port}/sms/verify?x=1"
     answer = site.proxy.http().request("POST", url, redirect=False)
     assert (answer.status, answer.headers["Location"]) == (308, "https://127.0.0.1/sms/verify?x=1")
+    challenge = site.proxy.folder / ".well-known/acme-challenge/name"  # by which certbot renews
+    challenge.parent.mkdir(parents=True)
+    challenge.write_text("proof")
+    url = f"http://127.0.0.1:{site.proxy.plain_port}/.well-known/acme-challenge/name"
+    assert site.proxy.http().request("GET", url).data == b"proof"
 
 
 # -- Two gateways -----------------------------------------------------------------
@@ -288,3 +295,20 @@ def test_two_gateways_are_restarted_one_after_the_other_without_a_gap(tmp_path: 
             statuses = [status for one in running for status in one.result()]
         assert set(statuses) == {200}
         assert len(lost) <= 4 * 3  # reloads, and who asks at that moment
+
+
+# -- A container ------------------------------------------------------------------
+
+
+def test_the_lines_for_an_image_name_what_is_there_and_all_that_is_needed() -> None:
+    [lines] = blocks("dockerfile", ROOT / "notebooks/operate/run.md")
+    copied = re.findall(r"(?m)^COPY (\S+) /opt/gateway", lines)
+    assert all((ROOT / path).exists() for path in copied)
+    [shell] = re.findall(r"(?m)^RUN (sed .*?) \|", lines)
+    shell = shell.replace("/opt/gateway/", f"{ROOT}/")
+    first = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout
+    header = (ROOT / "gateway.py").read_text("utf-8").partition("# ///\n")[0]
+    needed = re.findall(r'(?m)^#     "([^"]+)",$', header)
+    assert len(needed) > 5
+    assert all(f"\n{pinned}" in first for pinned in needed)
+    assert "pytest==" not in first

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -68,10 +70,13 @@ def install(one: Machine, folder: Path, code: bytes, settings: str = "") -> None
     assert "make -C /opt/gateway .venv/server" in fetch
     one.install(code)
     endpoint = 'endpoint = "http://127.0.0.1:9000/sms/json"\n'
-    one.write("/etc/gateway/gateway.toml", (settings or blocks("toml")[0]) + endpoint)
+    # So keys are looked for every six seconds, and not once a minute.
+    own = settings or "jwks_overlap_s = 60\n" + blocks("toml")[0]
+    one.write("/etc/gateway/gateway.toml", own + endpoint)
     one.run(modes)
     one.write("/etc/systemd/system/gateway.service", blocks("ini")[0])
-    one.run(check if not settings else "true")  # an old version has no such command
+    if not settings:  # an old version has no such command
+        assert one.run(check) == blocks("text")[0]
     one.run(start)
     write_certificate(folder, "id.example")
     one.run(f"mkdir -p /etc/letsencrypt/live/id.example; cd {folder}; "
@@ -148,6 +153,55 @@ def test_who_is_verified_survives_a_kill_and_a_stop_is_quiet(installed: Machine)
     assert "Deactivated successfully" in told
     assert "ERROR" not in told
     until_it_answers(installed)
+
+
+def command(text: str) -> str:
+    """A command of the gateway, as the page Install says how to run them."""
+    program = "/opt/gateway/.venv/bin/python /opt/gateway/gateway.py"
+    where = "cd /var/lib/gateway; runuser -u gateway --"
+    return f"{where} {program} {text} --config /etc/gateway/gateway.toml"
+
+
+def test_an_operators_day(installed: Machine) -> None:
+    """Keys are rotated, a number is blocked and forgotten, counts are scraped; nobody restarts."""
+    token = verify(installed, "+447700900130")
+    keys = "curl -s http://127.0.0.1:5000/.well-known/jwks.json"
+    before = json.loads(installed.run(keys))["keys"]
+    installed.run(command("rotate-keys"))
+    installed.run(f"for n in $(seq 700); do {keys} | grep -o kid | wc -l | grep -q 2 && exit; "
+                  "sleep 0.1; done; exit 1", timeout_s=100)  # fmt: skip
+    assert before[0] in json.loads(installed.run(keys))["keys"]
+    assert sign(installed, token) == "200"
+    installed.run(command("block +447700900131"))
+    assert "AssertionError" in installed.run(
+        f"{PERSON} verify {URL} {CERTIFICATE} {TEXTS} +447700900131", 1
+    )
+    installed.run(command("unblock +447700900131"))
+    verify(installed, "+447700900131")
+    installed.run(command("forget +447700900130"))
+    assert sign(installed, token) == "400"
+    assert "spend_per_day" in installed.run(command("bill"))
+    assert "+4477" not in installed.run("journalctl -u gateway; cat /var/log/nginx/gateway.*")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="apt-get install prometheus")
+def test_prometheus_is_set_up_as_the_page_says(installed: Machine) -> None:
+    page = OPERATE / "monitoring.md"
+    (scraping, rules), (set_up, check) = blocks("yaml", page), blocks("sh", page)
+    installed.run("getent group prometheus || groupadd prometheus; mkdir -p /etc/prometheus")
+    named = "rule_files: [gateway.rules.yml]\n"
+    installed.write("/etc/prometheus/prometheus.yml", scraping + named)
+    installed.write("/etc/prometheus/gateway.rules.yml", rules)
+    installed.run(set_up)
+    assert "12 rules found" in installed.run(check)
+    verify(installed, "+447700900132")
+    scrape = 'curl -sH "Authorization: Bearer $(cat /etc/prometheus/gateway.token)"'
+    again = f"{scrape} http://127.0.0.1:5000/metrics > /var/tmp/scrape"
+    counted = "grep -q gateway_sends_total{ /var/tmp/scrape"  # a worker counts once a second
+    installed.run(f"for n in $(seq 100); do {again}; {counted} && exit; sleep 0.1; done; exit 1")
+    assert installed.run("promtool check metrics < /var/tmp/scrape") == ""
+    status = installed.run(f"{scrape} -ko /dev/null -w '%{{http_code}}' {URL}/metrics")
+    assert status == "404"
 
 
 def test_a_back_up_brings_back_who_was_verified(installed: Machine) -> None:

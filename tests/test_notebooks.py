@@ -357,7 +357,7 @@ def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
             assert store.is_dir()
             assert (folder in store.parents) == (folder == tmp_path)
             process.kill()
-        wait_for(lambda store=store: not store.parent.exists() or None, "its end", 20)
+        wait_for(lambda: not store.parent.exists() or None, "its end", 20)  # noqa: B023
 
 
 def test_a_lesson_that_ends_leaves_nothing_and_does_not_hang(tmp_path: Path) -> None:

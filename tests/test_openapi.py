@@ -120,6 +120,11 @@ def test_each_field_has_its_sentence() -> None:
                 Draft202012Validator(field).validate(default)
 
 
+def test_each_field_of_an_answer_has_its_sentence() -> None:
+    for name, schema in gateway.ANSWERS.items():
+        assert all(field.get("description") for field in schema["properties"].values()), name
+
+
 @each_body
 def test_what_is_required_is_missed_by_name(ready: WsgiClient, path: str, schema: Any) -> None:
     others = [other["required"] for there, other in BODIES if there == path]
