@@ -7366,10 +7366,12 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
         ]
         if "index.html" in PRESS_FILES:
             lines.append(f"       Try both flows: {settings.base_url}/press/{token}/index.html")
-    # Printed and not logged, because no log may hold the token; left out if the write would block.
+    # Not logged, because no log may hold the token; left out if the write would block. Written to
+    # the descriptor: what a full disk refuses would stay in the buffer of sys.stderr, and each
+    # flush after that, such as that of a worker's start, would fail.
     with contextlib.suppress(OSError):
         if sys.stderr and _has_room(sys.stderr):
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            os.write(sys.stderr.fileno(), ("\n".join(lines) + "\n").encode(errors="replace"))
 
 
 def generate_keypair(settings: Settings, algorithm: str) -> int:

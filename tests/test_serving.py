@@ -728,9 +728,10 @@ def test_requests_and_the_stop_wait_for_no_stderr(
     options += ["--data-dir", str(tmp_path / "data"), "--keys-dir", str(tmp_path / "keys")]
     redirect = {"full": f"2>&{narrow_pipe[1]}", "on a full disk": "2>/dev/full", "closed": "2>&-"}
     shell = ["/bin/bash", "-c", f'exec "$@" {redirect[stderr]}', "sh", sys.executable]
-    process = subprocess.Popen(
-        [*shell, str(ROOT / "gateway.py"), *options], cwd=tmp_path, pass_fds=narrow_pipe[1:]
-    )
+    # What cannot be written must not stay in a buffer either: each later flush would fail.
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [*shell, str(ROOT / "gateway.py"), *options]
+    process = subprocess.Popen(command, cwd=tmp_path, pass_fds=narrow_pipe[1:], env=buffered)
     try:
         client = lab.Client(f"http://127.0.0.1:{port}")
         try:
