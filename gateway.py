@@ -531,7 +531,10 @@ def origin_of(url: str) -> str:
 
 
 def _read_toml(name: str) -> Json:
-    return tomllib.loads((ROOT / "locale" / f"{name}.toml").read_text("utf-8"))
+    try:
+        return tomllib.loads((ROOT / "locale" / f"{name}.toml").read_text("utf-8"))
+    except OSError as error:
+        raise SystemExit(f"gateway.py needs its folder locale beside it: {error}") from None
 
 
 _NUMBERING: Final = _read_toml("numbering")

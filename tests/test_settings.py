@@ -20,7 +20,7 @@ import lab
 import msgspec
 import psutil
 import pytest
-from support import GatewayProcess, free_port
+from support import ROOT, GatewayProcess, free_port
 
 import gateway
 from gateway import Settings, SettingsError
@@ -1257,3 +1257,12 @@ def test_wrong_usage_of_a_real_process_ends_with_2(
     assert "GATEWAY_CODE_TRYS" in process.output
     assert "Traceback" not in process.output
     assert not (tmp_path / "keys").exists()  # nothing was made
+
+
+def test_a_module_without_its_data_says_so(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "gateway.py", tmp_path)
+    command = [sys.executable, str(tmp_path / "gateway.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gateway.py needs its folder locale beside it: ")
+    assert "Traceback" not in done.stderr
