@@ -716,6 +716,7 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         raise _refused(f"{place}.kind", shown.get("kind"), ", ".join(kinds))
     try:
         msgspec.convert(entry, declaration)
+        msgspec.json.encode(entry)  # fails if it holds bytes of the environment that are no text
     except ValueError as error:  # its text ends with the path, if it has one, and quotes no value
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:

@@ -27,6 +27,8 @@ import re
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -905,11 +907,13 @@ def smaller_ones(value: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def quiet_site() -> Iterator[Site]:
     """A site over a store of its own; its log goes nowhere."""
-    with tempfile.TemporaryDirectory(prefix="fz") as folder:
+    with tempfile.TemporaryDirectory(prefix="fz") as folder, warnings.catch_warnings():
         store = gateway.EmbeddedStore(folder)
         os.mkdir(os.path.join(folder, "k"), 0o700)
         logging.disable(logging.CRITICAL)
         try:
+            # Python warns of some regular expressions that an operator may write.
+            warnings.simplefilter("ignore", FutureWarning)
             yield Site(store.url, os.path.join(folder, "k"))
         finally:
             logging.disable(logging.NOTSET)
@@ -975,8 +979,9 @@ def main() -> None:
             pool.submit(fuzz_parsers, told.minutes * 60, told.seed, told.inputs),
             pool.submit(fuzz_lives, told.minutes * 60, told.seed, told.steps, told.shrink),
         ]
-    for part in parts:
-        part.result()
+    for error in filter(None, [part.exception() for part in parts]):
+        print(*traceback.format_exception(error), flush=True)
+    sys.exit(any(part.exception() for part in parts))
 
 
 if __name__ == "__main__":

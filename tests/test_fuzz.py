@@ -118,3 +118,15 @@ def test_a_settings_file_that_is_nested_deeply(tmp_path: pathlib.Path) -> None:
     path.write_text("port = " + "[" * 3000)
     with pytest.raises(gateway.SettingsError, match="cannot read the settings file"):
         gateway.load_settings({}, {}, str(path))
+
+
+def test_an_endpoint_that_is_no_text() -> None:
+    entry = {
+        "kind": "kannel",
+        "endpoint": "http://\udc80.example/",
+        "username": "u",
+        "password": "pw",
+    }
+    with pytest.raises(gateway.SettingsError, match=r"^sms_providers\[0\]") as caught:
+        gateway.Settings(sms_providers=[entry])
+    assert "pw" not in str(caught.value)
