@@ -435,7 +435,7 @@ class Unavailable(GatewayError, status=503, errno=Errno.UNAVAILABLE):
     """The storage or every SMS provider is unavailable, or the server is overloaded.
 
     The step may or may not have happened. Every step is safe to repeat; after a 503 on
-    /sms/verify_code try /certificate/sign first.
+    /sms/verify_code ask GET /session first whether the code was taken.
 
     Client: wait for retryAfter seconds, then repeat the step, signed anew.
     """
@@ -5259,7 +5259,7 @@ class Gateway:
             tsm = time_mac(session.hawk_key, now_s)
             challenge = f'Hawk ts="{now_s}", tsm="{tsm}", error="Stale timestamp"'
             raise BadSignature(
-                "the timestamp is stale: set your clock by the Timestamp header",
+                "the timestamp is stale: set your clock by the ts in WWW-Authenticate",
                 headers={"WWW-Authenticate": challenge},
             )
 

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -254,6 +255,7 @@ def temporary_folder(prefix: str) -> Iterator[str]:
         yield folder
     finally:
         guard.communicate()
+        shutil.rmtree(folder, ignore_errors=True)  # who signals all our children ends the guard too
 
 
 class Closed:
@@ -501,7 +503,7 @@ def draw(axes: Any) -> None:
         ("DejaVu Sans Mono", "ui-monospace, monospace"),
         ("DejaVu Sans", "system-ui, sans-serif"),
     ):
-        text = re.sub(f"'{family}'[^;\"]+", css, text)
+        text = re.sub(f"'{family}'[^;\"]*", css, text)
     text = text.replace("<text ", '<text xml:space="preserve" ')
     text = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", text)
     units = ", ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))

@@ -432,8 +432,10 @@ def test_sender_by_network_or_country(
 def tree(tmp_path: Path) -> Path:
     """A copy of what the target works on, with this interpreter as its .venv."""
     (tmp_path / "notebooks").mkdir()
-    for name in ("Makefile", "gateway.py", "requirements-lock.txt", "notebooks/lab.py"):
+    for name in ("Makefile", "gateway.py", "requirements-lock.txt"):
         shutil.copy(lab.ROOT / name, tmp_path / name)
+    for name in ("lab.py", "lessons.pth"):
+        shutil.copy(lab.ROOT / "notebooks" / name, tmp_path / "notebooks")
     shutil.copytree(LOCALE, tmp_path / "locale")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "bin").mkdir()

@@ -392,7 +392,7 @@ def test_refused_jwks(name: str) -> None:
 @pytest.mark.parametrize("name", ["x a surrogate", "private EC", "RSA, n prime", "small order 1"])
 def test_refused_jwks_over_http(client: WsgiClient, name: str) -> None:
     answer = client.verified().call("/certificate/sign", {"publicKey": REFUSED_JWKS[name]()})
-    assert (answer.status, answer.errno) == (400, 107)
+    assert (answer.status, answer.errno) == (400, 106 if "surrogate" in name else 107)
 
 
 @pytest.mark.parametrize("bits", [2048, 3072, 4096])

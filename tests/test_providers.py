@@ -703,7 +703,7 @@ URL = {"endpoint": "http://127.0.0.1:9/" + ASKS}
         ({"kind": "http", **URL, "success": "("}, "regular expression as success"),
         ({"kind": "http", **URL, "refused": "["}, "regular expression as refused"),
         ({"kind": "http", **URL, "id": "*"}, "regular expression as id"),
-        ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "templates"),
+        ({"kind": "nexmo", "api_key": "k\ud800", "api_secret": "s"}, "api_key, api_secret"),
         ({"kind": "http", **URL, "api_key": "hunter2"}, "api_key"),
         ({**NEXMO, "timeout_s": 0}, "timeout_s"),
         ({**NEXMO, "timeout_s": 13}, "timeout_s"),
