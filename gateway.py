@@ -1300,7 +1300,8 @@ def check_folder(folder: Path) -> None:
     open_to = 0o002 if stat.st_gid == os.getegid() else 0o022
     foreign = stat.st_uid not in (0, os.geteuid())
     if (foreign or stat.st_mode & open_to) and _keeps_modes(folder):
-        raise StartError(f"others can write in {folder}: own it and chmod go-w it, or name another")
+        remedy = "run this as its owner" if foreign else "chmod go-w it"
+        raise StartError(f"others can write in {folder}: {remedy}, or name another")
 
 
 def _make_private_file(path: Path, content: bytes) -> bool:

@@ -673,7 +673,7 @@ def check(tmp_path: Path) -> None:
 def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, folder: str, mode: int) -> None:
     check(tmp_path)
     (tmp_path / folder).chmod(mode)
-    with pytest.raises(gateway.StartError, match=f"others can write in .*{folder}: own it and ch"):
+    with pytest.raises(gateway.StartError, match=f"others can write in .*{folder}: chmod go-w it"):
         check(tmp_path)
     (tmp_path / folder).chmod(0o755)
     check(tmp_path)
@@ -691,7 +691,7 @@ def test_a_folder_of_our_own_group_is_taken(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, folder: str) -> None:
     check(tmp_path)
     os.chown(tmp_path / folder, STRANGER, 0)
-    with pytest.raises(gateway.StartError, match="others can write in"):
+    with pytest.raises(gateway.StartError, match="others can write in .*: run this as its owner"):
         check(tmp_path)
     os.chown(tmp_path / folder, 0, STRANGER)
     check(tmp_path)
