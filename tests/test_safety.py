@@ -691,7 +691,7 @@ def test_a_folder_of_our_own_group_is_taken(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, folder: str) -> None:
     check(tmp_path)
     os.chown(tmp_path / folder, STRANGER, 0)
-    with pytest.raises(gateway.StartError, match="others can write in .*: run this as its owner"):
+    with pytest.raises(gateway.StartError, match=r"others can write in .*: run this as its owner"):
         check(tmp_path)
     os.chown(tmp_path / folder, 0, STRANGER)
     check(tmp_path)
