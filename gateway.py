@@ -7119,6 +7119,25 @@ def check_store(settings: Settings, url: str, master: bytes, fingerprint: bytes)
         LOG.warning(warning)
 
 
+def _expect_keys_of_store(settings: Settings) -> bool:
+    """Whether there is a master secret; if not, nobody else may have written the store.
+
+    Raises:
+        StartError: Another gateway has. Keys that we make here would only be in the way of its own.
+    """
+    if settings.master_secret or Path(settings.keys_dir, "master.secret").exists():
+        return True
+    if settings.storage_url:
+        storage = open_storage(settings, settings.storage_url, time.time, secrets.token_bytes)
+        storage.check()
+        if storage.get(StorageId(b"mark")):
+            raise StartError(
+                "the store was written with another master secret, and keys_dir "
+                f"{settings.keys_dir} has none: copy the whole keys_dir of its gateway here first"
+            )
+    return False
+
+
 class BoundedBodies:
     """The application behind Granian, with a limit of time for bodies, and of threads that wait.
 
@@ -7287,6 +7306,7 @@ def serve(settings: Settings) -> int:
     holder, store = claim_port(settings), None
     try:
         sms = SmsSender(settings)
+        _expect_keys_of_store(settings)
         master, new_master = load_master_secret(settings)
         keys, new_key = load_keys(settings)
         if not settings.storage_url:
@@ -7414,7 +7434,7 @@ def check_setup(settings: Settings, send: str) -> None:
     sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
     fit_threads(settings)
     master, fingerprint = b"", b""
-    if settings.master_secret or Path(settings.keys_dir, "master.secret").exists():
+    if _expect_keys_of_store(settings):
         master, fingerprint = load_master_secret(settings)[0], load_keys(settings)[0].fingerprint
     else:
         print("keys: there are none; the first start makes them")

@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -892,6 +893,8 @@ def test_a_store_of_another_master_secret_is_refused(
     assert eventually(lambda: process.process.poll() is not None), process.output
     assert process.process.returncode == 1
     assert "another master secret" in process.output
+    assert "copy the whole keys_dir of its gateway here first" in process.output
+    assert not list(Path(other).glob("*.pem")) + list(Path(other).glob("master.secret"))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
     environ |= {"GATEWAY_STORAGE_URL": external.url, "GATEWAY_KEYS_DIR": other}
     environ |= {"GATEWAY_DATA_DIR": str(tmp_path / "data")}
@@ -900,6 +903,11 @@ def test_a_store_of_another_master_secret_is_refused(
         text=True, check=False, capture_output=True, timeout=60 * shared(),
     )  # fmt: skip
     assert "another master secret" in ended.stderr
+    shutil.rmtree(other)
+    check = [sys.executable, str(ROOT / "gateway.py"), "check", "--port", str(free_port())]
+    told = subprocess.run(check, env=environ, text=True, check=False, capture_output=True)
+    assert told.returncode == 1
+    assert "copy the whole keys_dir of its gateway here first" in told.stderr
 
 
 def test_a_store_that_cannot_be_started_at_once_is_started_later(
