@@ -141,7 +141,7 @@ def test_receipts_become_the_outcome(site: Site) -> None:
     client.register()
     assert client.verify(NUMBER).status == 200
     code = site.phone.receive()[3].split()[-1]
-    kannel.wait_for(lambda: len(site.receipts()) == before + 1)
+    kannel.wait_for(lambda: len(site.receipts()) > before)  # those of others may still come
     kannel.wait_for(lambda: set(site.receipts()) == {"delivered"})
     log = site.gateway.output
     assert "receipt: delivered" in log

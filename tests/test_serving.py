@@ -1409,7 +1409,7 @@ def test_an_external_store_may_come_later_and_go_and_come_back(
 ) -> None:
     folder = tmp_path / "late"
     process = start_gateway("--storage-url", f"unix://{folder}/store.sock", wait=False)
-    assert eventually((tmp_path / "keys" / "browserid.pem").exists)
+    assert eventually(lambda: "waiting for the store" in process.output), process.output
     store = gateway.EmbeddedStore(str(folder))
     try:
         process.wait_until_ready()
@@ -1428,7 +1428,7 @@ def test_a_start_that_waits_for_its_store_can_be_stopped(
     start_gateway: Start, tmp_path: Path
 ) -> None:
     process = start_gateway("--storage-url", f"unix://{tmp_path}/none.sock", wait=False)
-    assert eventually((tmp_path / "keys" / "browserid.pem").exists)
+    assert eventually(lambda: "waiting for the store" in process.output), process.output
     started = time.monotonic()
     assert process.stop() == 0
     assert time.monotonic() - started < 2 * shared()
