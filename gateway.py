@@ -1911,14 +1911,15 @@ def _is_rsa(thorough: bool, n: int, e: int, *, bits: Container[int] = (1024, 204
     return plausible and math.gcd(n, SMALL_FACTORS) == 1 and not (thorough and _is_prime(n))
 
 
+@lru_cache(4096)  # a client has its key signed again and again; those of 2014 share p and q
 def _is_prime(n: int) -> bool:
     """Fermat's test, by OpenSSL where that can: ``pow`` takes five times as long, with the GIL.
 
     m to the power of n - 1 is 1 if n is prime. So an RSA key of the modulus n and the exponent
-    n - 2 then finds that 1/m is the signature of m, which here is a padded empty message. (Beyond
-    3072 bits OpenSSL takes no such exponent.)
+    n - 2 then finds that 1/m is the signature of m, which here is a padded empty message. (Below
+    1024 bits it takes no such key, beyond 3072 no such exponent.)
     """
-    if n.bit_length() > 3072:
+    if not 1024 <= n.bit_length() <= 3072:
         return pow(2, n - 1, n) == 1
     size = -(-n.bit_length() // 8)
     padded = int.from_bytes(b"\0\1" + b"\xff" * (size - 3) + b"\0", "big")
@@ -1934,12 +1935,7 @@ def _is_dsa(thorough: bool, y: int, p: int, q: int, g: int) -> bool:
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
     if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
         return False
-    return not thorough or (all(pow(x, q, p) == 1 for x in (g, y)) and _look_prime(p, q))
-
-
-@lru_cache(256)  # takes 20 ms, and the clients of 2014 share one p and q of each size
-def _look_prime(p: int, q: int) -> bool:
-    return all(pow(2, m - 1, m) == 1 for m in (p, q))
+    return not thorough or (all(pow(x, q, p) == 1 for x in (g, y)) and all(map(_is_prime, (p, q))))
 
 
 def canonical_jwk(value: Json, thorough: bool = True) -> Json:
