@@ -110,10 +110,14 @@ def floor(folder: Path, rounds: int, count: int) -> None:
         packed = msgspec.msgpack.encode(ask)
         return lambda: storage._run("EVAL", script, len(keys), *keys, packed, *more, key=keys[0])
 
-    what = {
-        "TAKE_SCRIPT": lambda: message(gateway.TAKE_SCRIPT), "the least": lambda: message(LEAST),
-        "GET": lambda: lambda: storage.get(gateway.StorageId(bytes(16))),
-    }  # fmt: skip
+    def get() -> Callable[[], object]:
+        return lambda: storage.get(gateway.StorageId(bytes(16)))
+
+    what: dict[str, Callable[[], Callable[[], object]]] = {
+        "TAKE_SCRIPT": lambda: message(gateway.TAKE_SCRIPT),
+        "the least": lambda: message(LEAST),
+        "GET": get,
+    }
     used: dict[str, list[tuple[float, float]]] = {name: [] for name in what}
     for _ in range(rounds):
         for name, make in what.items():
