@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import importlib
 import os
 import signal
 import subprocess
@@ -129,6 +131,24 @@ def pytest_configure(config: pytest.Config) -> None:
         # by a handler: children do not inherit that, and some tests are of these very signals.
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Read the files of tests, each worker from another one on.
+
+    pytest rewrites each file's assertions and keeps the result: in a new working copy all workers
+    would otherwise do so at the same time, for ten seconds each, and none could use another's.
+    """
+    config = session.config
+    if worker := getattr(config, "workerinput", None):
+        files = sorted(file for folder in config.args for file in Path(folder).rglob("test_*.py"))
+        files = [file for file in files if not pytest_ignore_collect(file, config)]
+        first = len(files) * int(worker["workerid"][2:]) // worker["workercount"]
+        for file in files[first:] + files[:first]:
+            # What fails, or skips, does so again where pytest reads it, and is told there.
+            with contextlib.suppress(Exception, pytest.skip.Exception):
+                importlib.import_module(file.stem)
 
 
 @pytest.hookimpl(tryfirst=True)
