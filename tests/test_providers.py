@@ -821,7 +821,6 @@ def test_a_handshake_that_hangs_is_surely_not_sent(provider: Provider) -> None:
         assert 0.25 < time.monotonic() - started < 2 * shared()
 
 
-@pytest.mark.alone
 def test_surplus_sends_are_refused_at_once_and_the_rest_is_served(
     start_gateway: Callable[..., GatewayProcess],
 ) -> None:
