@@ -1214,7 +1214,7 @@ def test_two_of_three_are_broken(
         results = list(pool.map(user, range(12)))
     print(fault, "slowest", max(seconds for _, seconds, _ in results))
     assert {status for status, *_ in results} == {200}
-    assert max(seconds for _, seconds, _ in results) < 12.5
+    assert max(seconds for _, seconds, _ in results) < gateway.SEND_BUDGET_S + shared() / 2
     codes = set()
     for n, (_, _, client) in enumerate(results):
         number = f"+4477009001{n:02}"
