@@ -456,7 +456,7 @@ def test_bodies_that_never_end_keep_nobody_waiting(start_gateway: Start) -> None
             time.sleep(0.2)
         assert max(waits_s) < 2 * shared()
         ended = b"".join(until_closed(connection) for connection in late)
-        assert 9 < time.monotonic() - started_s < 15
+        assert 9 < time.monotonic() - started_s < 10 + 5 * shared()
         assert b" 200 " not in ended  # nobody was registered
     # All threads are back: as many bodies as before may be waited for. A further one ends the
     # oldest, so that whoever opens many keeps nobody out.
@@ -472,7 +472,7 @@ def test_bodies_that_never_end_keep_nobody_waiting(start_gateway: Start) -> None
         assert time.monotonic() - started_s < 5 * shared()
         assert process.client().call("GET", "/__heartbeat__").status == 200
     # Whoever hangs up leaves no thread behind.
-    assert eventually(lambda: process.client().call("POST", "/register", {}).status == 200, 3)
+    assert eventually(lambda: process.client().call("POST", "/register", {}).status == 200)
     assert "Traceback" not in process.output
 
 
@@ -505,7 +505,7 @@ def test_large_heads_take_little_memory(start_gateway: Start) -> None:
     with contextlib.ExitStack() as stack:
         connections = []
         for _ in range(400):
-            connection = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+            connection = socket.create_connection(("127.0.0.1", process.port), timeout=20)
             stack.enter_context(contextlib.closing(connection))
             connection.sendall(b"POST /register HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 15_000)
             connections.append(connection)
@@ -527,7 +527,7 @@ def test_heads_that_stay_just_below_the_limit_take_little_memory(start_gateway: 
     before = worker.memory_info().rss
     with contextlib.ExitStack() as stack:
         for _ in range(400):
-            connection = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+            connection = socket.create_connection(("127.0.0.1", process.port), timeout=20)
             stack.enter_context(contextlib.closing(connection))
             connection.sendall(b"POST /register HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 16_000)
         assert process.client().register().status == 200

@@ -57,7 +57,7 @@ KEY = gateway.HawkKey(b"k" * 32)
 
 def until(check: Callable[[], Any], timeout_s: float = 10) -> Any:
     """Poll until ``check`` gives something true; what it gave."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * shared()
     while not (found := check()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
