@@ -1277,12 +1277,10 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
     try:
         is_new = not path.exists() and _make_private_file(path, make())
         check_folder(path.parent)
-        owner, user = path.stat().st_uid, os.geteuid()
-        if owner != user or path.stat().st_mode & 0o077:
-            if _keeps_modes(path.parent) and owner != user:
-                raise StartError(f"{path} belongs to user {owner}, and we are {user}: chown {user}")
+        stat = path.stat()
+        if stat.st_uid != os.geteuid() or stat.st_mode & 0o077:
             if _keeps_modes(path.parent):
-                raise StartError(f"others can read {path}: chmod 600 it, or replace it")
+                raise StartError(f"{_whose(path, stat)}: it must be ours, with mode 600")
             LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
         return path.read_bytes(), is_new
     except OSError as error:
@@ -1298,15 +1296,17 @@ def check_folder(folder: Path) -> None:
     Raises:
         StartError: Others can.
     """
-    stat, user = folder.stat(), os.geteuid()
+    stat = folder.stat()
     open_to = 0o002 if stat.st_gid == os.getegid() else 0o022
-    fault = ""
-    if stat.st_uid not in (0, user):
-        fault = f"{folder} belongs to user {stat.st_uid}, and we are {user}: run this as its owner"
-    elif stat.st_mode & open_to:
-        fault = f"others can write in {folder}: chmod go-w it"
-    if fault and _keeps_modes(folder):
-        raise StartError(f"{fault}, or name another")
+    foreign = stat.st_uid not in (0, os.geteuid())
+    if (foreign or stat.st_mode & open_to) and _keeps_modes(folder):
+        remedy = "run this as its owner" if foreign else "others can write there: chmod go-w it"
+        raise StartError(f"{_whose(folder, stat)}: {remedy}, or name another")
+
+
+def _whose(path: Path, stat: os.stat_result) -> str:
+    mode = stat.st_mode & 0o7777
+    return f"{path} is user {stat.st_uid}'s, with mode {mode:o}, and we are user {os.geteuid()}"
 
 
 def _make_private_file(path: Path, content: bytes) -> bool:
@@ -2255,10 +2255,8 @@ class Keys:
             self._looked_s = now_s
             try:
                 if not (files := _proof_files(self._settings)):
-                    raise StartError(
-                        f"user {os.geteuid()} finds no proof-….pem in {self._settings.keys_dir}: "
-                        "bring the folder back, and make it and its files that user's"
-                    )
+                    why = f"user {os.geteuid()}, who must own it and its files, finds none in"
+                    raise StartError(f"{why} {self._settings.keys_dir}")
                 self._take(files)
             except StartError as error:
                 LOG.error("the proof keys of before stay in use: %s", error)
@@ -7151,9 +7149,8 @@ def watch_keys(settings: Settings, url: str, keys: Keys) -> None:
             newest_s = keys.published(time.time())[0].from_s
             if in_force != keys.fingerprint and int(in_force.split()[0]) >= newest_s:
                 LOG.error(
-                    "keys_dir %s is not the one in force: this machine goes on with keys of "
-                    "before, which may have leaked. Copy the whole folder here from where "
-                    "rotate-keys ran (rsync -a --delete); a new browserid.pem needs a restart",
+                    "keys_dir %s is not the one in force, its keys may have leaked: copy the whole "
+                    "folder here from where it was changed (rsync -a --delete), and restart",
                     settings.keys_dir,
                 )
 
@@ -7454,17 +7451,16 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
 def rotate_keys(settings: Settings, leaked: bool) -> int:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
     master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
-    if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
-        check_store(settings, settings.storage_url, master, keys.fingerprint, patient=False)
+    if url := settings.storage_url:  # an older copy of keys_dir must not go a way of its own
+        check_store(settings, url, master, keys.fingerprint, patient=False)
     now_s, known = int(time.time()), keys.files.proofs
     from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
     path = add_proof_key(settings, from_s)
     needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
     for old_s in known.keys() - needed:
         _proof_path(settings, old_s).unlink(missing_ok=True)
-    if settings.storage_url:
-        keys = load_keys(settings)[0]
-        check_store(settings, settings.storage_url, master, keys.fingerprint, patient=False)
+    if url:
+        check_store(settings, url, master, load_keys(settings)[0].fingerprint, patient=False)
     told = f"it signs in {from_s - now_s} s: by then copy"
     if leaked:  # the only key signs at once
         told = "it signs at once, and all others are removed: now copy"
@@ -7513,10 +7509,7 @@ def _send_one(settings: Settings, sms: SmsSender, msisdn: Msisdn) -> str:
     text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
     sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
     taken = sms.send(sender, msisdn, text).kind
-    return (
-        f"sms: sent by {taken or 'somebody, perhaps'} to that phone; its code of zeros verifies "
-        "nothing, and neither limits nor /metrics count it"
-    )
+    return f"sms: sent by {taken or 'somebody, perhaps'}; limits and /metrics do not count it"
 
 
 def _typed(number: str) -> Msisdn:
@@ -7604,8 +7597,7 @@ def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, Stor
     msisdn, master = _typed(number), _master_secret_of(settings)
     if not (settings.storage_url or _is_in_use(settings.data_dir)):
         raise StartError(
-            f"no gateway runs on data_dir {settings.data_dir}, and so no store: start it, or name "
-            "its settings (--config FILE)"
+            f"no gateway runs on data_dir {settings.data_dir}: start it, or give --config"
         )
     url = settings.storage_url or embedded_url(settings.data_dir)
     storage = open_storage(settings, url, time.time, secrets.token_bytes)

@@ -708,7 +708,9 @@ def check(tmp_path: Path) -> None:
 def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, folder: str, mode: int) -> None:
     check(tmp_path)
     (tmp_path / folder).chmod(mode)
-    with pytest.raises(gateway.StartError, match=f"others can write in .*{folder}: chmod go-w it"):
+    with pytest.raises(
+        gateway.StartError, match=rf"{folder} is user .* others can write there: chmod go-w it"
+    ):
         check(tmp_path)
     (tmp_path / folder).chmod(0o755)
     check(tmp_path)
@@ -726,13 +728,13 @@ def test_a_folder_of_our_own_group_is_taken(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, folder: str) -> None:
     check(tmp_path)
     os.chown(tmp_path / folder, STRANGER, 0)
-    said = f"{folder} belongs to user {STRANGER}, and we are 0: run this as its owner"
+    said = f"{folder} is user {STRANGER}'s, with mode 700, and we are user 0: run this as its owner"
     with pytest.raises(gateway.StartError, match=said):
         check(tmp_path)
     os.chown(tmp_path / folder, 0, STRANGER)
     check(tmp_path)
     (tmp_path / folder).chmod(0o770)  # by the group of somebody else
-    with pytest.raises(gateway.StartError, match="others can write in"):
+    with pytest.raises(gateway.StartError, match=r"with mode 770, .* others can write there"):
         check(tmp_path)
 
 
@@ -749,13 +751,13 @@ def test_no_link_leads_to_a_secret_of_somebody_else(tmp_path: Path, name: str) -
     check(tmp_path)  # a link to a secret of ours, as Kubernetes mounts them
     os.chown(foreign, STRANGER, 0)
     with pytest.raises(
-        gateway.StartError, match=f"{name} belongs to user {STRANGER}, and we are 0"
+        gateway.StartError, match=f"{name} is user {STRANGER}'s, with mode 600, and we are"
     ):
         check(tmp_path)
     secret.unlink()
     os.link(foreign, secret)
     with pytest.raises(
-        gateway.StartError, match=f"{name} belongs to user {STRANGER}, and we are 0"
+        gateway.StartError, match=f"{name} is user {STRANGER}'s, with mode 600, and we are"
     ):
         check(tmp_path)
 
