@@ -7155,13 +7155,19 @@ def watch_keys(settings: Settings, url: str, keys: Keys) -> None:
                 )
 
 
+def _has_master_secret(settings: Settings) -> bool:
+    with contextlib.suppress(OSError):  # we may not look; who reads the file says what is wrong
+        return bool(settings.master_secret) or Path(settings.keys_dir, "master.secret").exists()
+    return True
+
+
 def _expect_keys_of_store(settings: Settings) -> bool:
     """Whether there is a master secret; if not, nobody else may have written the store.
 
     Raises:
         StartError: Another gateway has. Keys that we make here would only be in the way of its own.
     """
-    if settings.master_secret or Path(settings.keys_dir, "master.secret").exists():
+    if _has_master_secret(settings):
         return True
     if settings.storage_url:
         storage = open_storage(settings, settings.storage_url, time.time, secrets.token_bytes)
@@ -7461,10 +7467,10 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
         _proof_path(settings, old_s).unlink(missing_ok=True)
     if url:
         check_store(settings, url, master, load_keys(settings)[0].fingerprint, patient=False)
-    told = f"it signs in {from_s - now_s} s: by then copy"
+    told = f"it signs in {from_s - now_s} s; by then"
     if leaked:  # the only key signs at once
-        told = "it signs at once, and all others are removed: now copy"
-    print(f"made {path}; {told} the whole folder to each machine of this store", file=sys.stderr)
+        told = "it signs at once, and all others are removed; now"
+    print(f"made {path}; {told} other machines need a copy of the whole folder", file=sys.stderr)
     return 0
 
 
@@ -7606,7 +7612,7 @@ def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, Stor
 
 
 def _master_secret_of(settings: Settings) -> bytes:
-    if not settings.master_secret and not Path(settings.keys_dir, "master.secret").exists():
+    if not _has_master_secret(settings):
         raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: name the gateway's")
     return load_master_secret(settings)[0]
 
@@ -7724,7 +7730,7 @@ def main(argv: list[str]) -> int:
         status = int(command(settings, *(given[name] for name in names)) or 0)
         print(end="", flush=True)
         return status
-    except (SettingsError, StartError, GatewayError) as error:
+    except (SettingsError, StartError, GatewayError, PermissionError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError | InvalidParameter) else 1
     except BrokenPipeError:  # ``| head`` has ended; at exit Python must not write to it again

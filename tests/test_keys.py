@@ -399,10 +399,13 @@ def test_a_rotation_says_who_needs_the_new_folder(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rotate(folder)
-    assert "it signs in 600 s: by then copy the whole folder" in capsys.readouterr().err
+    assert (
+        "it signs in 600 s; by then other machines need a copy of the whole folder"
+        in capsys.readouterr().err
+    )
     rotate(folder, "--leaked")
     told = capsys.readouterr().err
-    assert "it signs at once, and all others are removed: now copy the whole folder" in told
+    assert "it signs at once, and all others are removed; now other machines need a copy" in told
 
 
 def test_who_rotates_an_older_copy_is_refused(

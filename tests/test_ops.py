@@ -574,6 +574,24 @@ def test_check_of_a_gateway_that_does_not_run_warns_of_all_that_it_can_know(
     assert "sms: bill at most" in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.usefixtures("logging_as_before")
+@pytest.mark.parametrize("words", [["check"], ["block", NUMBER], ["rotate-keys"]])
+def test_folders_that_we_may_not_even_look_into_are_no_traceback(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """What root brought back, and the service's own user is to read."""
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        status, _, err = run_main(capsys, *words, *free(tmp_path))
+    finally:
+        os.seteuid(0)
+    assert status == 1
+    assert f"{tmp_path}/keys" in err
+    assert "Permission denied" in err
+
+
 @pytest.mark.usefixtures("logging_as_before")
 def test_check_of_a_provider_that_turns_our_login_away_or_is_not_there(
     capsys: pytest.CaptureFixture[str], tmp_path: Any
