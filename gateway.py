@@ -872,13 +872,11 @@ class Settings(Struct, frozen=True, kw_only=True, dict=True):
         """Whether where we listen and what we are called are both this machine only."""
         return all(is_loopback(h) for h in (self.host, urlsplit(self.base_url).hostname or ""))
 
-    @property
-    def warnings(self) -> list[str]:
-        """What is allowed, but not safe everywhere; the start says it."""
-        if self.on_loopback or self.base_url.startswith("https:"):
-            return []
-        forged = "" if self.hawk_require_hash else ", and may change requests: hawk_require_hash"
-        return [f"public_url is http: whoever is on the way sees numbers and codes{forged}"]
+    def warn(self) -> None:
+        """Log what is allowed, but not safe everywhere."""
+        if not (self.on_loopback or self.base_url.startswith("https:")):
+            more = "" if self.hawk_require_hash else ", and may change requests: hawk_require_hash"
+            LOG.warning("public_url is http: whoever is on the way sees numbers and codes%s", more)
 
     @property
     def at_a_desk(self) -> bool:
@@ -1279,13 +1277,15 @@ def keep_private_file(path: Path, make: Callable[[], bytes]) -> tuple[bytes, boo
     try:
         is_new = not path.exists() and _make_private_file(path, make())
         check_folder(path.parent)
-        if path.stat().st_uid != os.geteuid() or path.stat().st_mode & 0o077:
+        stat = path.stat()
+        if stat.st_uid != os.geteuid() or stat.st_mode & 0o077:
             if _keeps_modes(path.parent):
-                raise StartError(f"others can read {path}: own it and chmod 600 it, or replace it")
+                raise StartError(f"{_whose(path, stat)}: it must be ours, with mode 600")
             LOG.warning("%s keeps no modes: whoever may read that folder has its keys", path.parent)
         return path.read_bytes(), is_new
     except OSError as error:
-        raise StartError(f"cannot keep {path}: {error.strerror}") from None
+        why = f"{error.strerror} (user {os.geteuid()} must own it and its folder)"
+        raise StartError(f"cannot read or make {path}: {why}") from None
 
 
 def check_folder(folder: Path) -> None:
@@ -1300,8 +1300,13 @@ def check_folder(folder: Path) -> None:
     open_to = 0o002 if stat.st_gid == os.getegid() else 0o022
     foreign = stat.st_uid not in (0, os.geteuid())
     if (foreign or stat.st_mode & open_to) and _keeps_modes(folder):
-        remedy = "run this as its owner" if foreign else "chmod go-w it"
-        raise StartError(f"others can write in {folder}: {remedy}, or name another")
+        remedy = "run this as its owner" if foreign else "others can write there: chmod go-w it"
+        raise StartError(f"{_whose(folder, stat)}: {remedy}, or name another")
+
+
+def _whose(path: Path, stat: os.stat_result) -> str:
+    mode = stat.st_mode & 0o7777
+    return f"{path} is user {stat.st_uid}'s, with mode {mode:o}, and we are user {os.geteuid()}"
 
 
 def _make_private_file(path: Path, content: bytes) -> bool:
@@ -2249,10 +2254,12 @@ class Keys:
         if abs(now_s - self._looked_s) > self._settings.jwks_overlap_s / 10:
             self._looked_s = now_s
             try:
-                if files := _proof_files(self._settings):
-                    self._take(files)
+                if not (files := _proof_files(self._settings)):
+                    why = f"user {os.geteuid()}, who must own it and its files, finds none in"
+                    raise StartError(f"{why} {self._settings.keys_dir}")
+                self._take(files)
             except StartError as error:
-                LOG.warning("the proof keys of before stay in use: %s", error)
+                LOG.error("the proof keys of before stay in use: %s", error)
         return self._proofs
 
     def signer(self, now_s: float) -> ProofKey:
@@ -3016,19 +3023,20 @@ class Storage:
             for text, size in self._run_everywhere(("INFO",), ("DBSIZE",))
         ]
 
-    def check(self, master: bytes = b"", keys: bytes = b"") -> list[str]:
-        """Wait until the store answers; return warnings about how it is set up.
+    def check(self, master: bytes = b"", keys: bytes = b"", patient: bool = True) -> list[str]:
+        """Check that the store can be used; return warnings about how it is set up.
 
         Args:
             master: The master secret, whose proof (derived from it) the store keeps.
             keys: The fingerprint of the keys that sign, which the store keeps, too.
+            patient: Whether to wait for ``STORE_START_S`` until it answers, as a start does.
 
         Raises:
             StartError: It does not answer, cannot do what we need, or other keys are in force.
         """
         where = re.sub("//.*@", "//", self.url).partition("?")[0]
         refusals = redis.AuthenticationError, redis.exceptions.NoPermissionError
-        deadline_s = time.monotonic() + STORE_START_S
+        deadline_s = time.monotonic() + STORE_START_S * patient
         while True:
             try:
                 problems = [problem for info in self.info() for problem in self._problems(info)]
@@ -3327,9 +3335,9 @@ class SplitStorage(Storage):
         super().ping(now_s)
         self.table.ping()
 
-    def check(self, master: bytes = b"", keys: bytes = b"") -> list[str]:
+    def check(self, master: bytes = b"", keys: bytes = b"", patient: bool = True) -> list[str]:
         """Check both stores."""
-        return super().check(master, keys) + self.table.check()
+        return super().check(master, keys, patient) + self.table.check()
 
 
 def open_storage(settings: Settings, url: str, clock: Clock, random_bytes: RandomBytes) -> Storage:
@@ -3851,8 +3859,12 @@ class SmsProvider:
         raise NotImplementedError
 
     def try_login(self) -> str:
-        """What came of an attempt to log in without sending a message, in words."""
-        return "its login cannot be tried without a message: check --send NUMBER"
+        """Log in without sending a message, where that can be done; what came of it, in words.
+
+        Raises:
+            SmsFailed: The login was refused, or nobody answered.
+        """
+        return f"sms: {self.kind}: its login cannot be tried without a message: check --send NUMBER"
 
 
 ANSWER_MAX_BYTES: Final = 65536
@@ -4082,17 +4094,17 @@ class HttpSms(SmsProvider):
         return ids or [values["id"]] * self.entry["receipts"]
 
     def try_login(self) -> str:
-        """What came of an attempt to log in without sending a message, in words."""
+        """Log in without sending a message, where that can be done."""
         if not self.shape.login:
             return super().try_login()
         values = self._values("", Msisdn("+"), "")
         url = re.sub(_PLACE, lambda place: values[place[1]], urljoin(self.url, self.shape.login))
         request = {pycurl.URL: url, pycurl.HTTPHEADER: [f"Authorization: Basic {self._basic}"]}
-        try:
-            status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
-        except SmsFailed as error:
-            return str(error)
-        return f"its login was answered {status} {responses.get(status, '')}"
+        status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
+        words = f"{self.kind}: its login was answered {status} {responses.get(status, '')}"
+        if not 200 <= status < 300:
+            raise SmsDenied(words)
+        return f"sms: {words}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
         """Return the ids in an answer, or raise what it stands for.
@@ -7110,7 +7122,9 @@ def application() -> GatewayApp:
     url = settings.storage_url or EmbeddedStore(settings.data_dir, settings.store_max_bytes).url
     # Not by the application's storage: the WSGI server may fork after this, and two processes that
     # share a connection read each other's answers.
+    settings.warn()
     check_store(settings, url, master, keys.fingerprint)
+    threading.Thread(target=watch_keys, args=(settings, url, keys), daemon=True).start()
     app = create_app(settings, url, keys=keys)
     keep_counts = partial(app.gateway.counts.keep_flushing, app.gateway.storage)
     os.register_at_fork(after_in_child=keep_counts)
@@ -7118,15 +7132,47 @@ def application() -> GatewayApp:
     return app
 
 
-def check_store(settings: Settings, url: str, master: bytes, fingerprint: bytes) -> None:
+def check_store(
+    settings: Settings, url: str, master: bytes, fingerprint: bytes, patient: bool = True
+) -> None:
     """Check that the store can be used, and by us; log warnings about how it is set up.
+
+    Args:
+        patient: Whether to wait until it answers, as a start does.
 
     Raises:
         StartError: It cannot, or it belongs to a gateway with other keys.
     """
     storage = open_storage(settings, url, time.time, secrets.token_bytes)
-    for warning in settings.warnings + storage.check(master, fingerprint):
+    for warning in storage.check(master, fingerprint, patient):
         LOG.warning(warning)
+
+
+def watch_keys(settings: Settings, url: str, keys: Keys) -> None:
+    """Say as an ERROR, once a minute, that other keys than ours are in force by the store.
+
+    After ``rotate-keys`` on another machine a copy of the old folder signs with a key that may have
+    leaked. Only a person can bring the new folder here.
+    """
+    storage = Storage(url)
+    while True:
+        time.sleep(settings.jwks_overlap_s / 10)
+        with contextlib.suppress(Unavailable):
+            # Read before our files are looked at: a rotation changes these first.
+            in_force = storage.get(StorageId(b"keys")) or b"-1"
+            newest_s = keys.published(time.time())[0].from_s
+            if in_force != keys.fingerprint and int(in_force.split()[0]) >= newest_s:
+                LOG.error(
+                    "keys_dir %s is not the one in force, its keys may have leaked: copy the whole "
+                    "folder here from where it was changed (rsync -a --delete), and restart",
+                    settings.keys_dir,
+                )
+
+
+def _has_master_secret(settings: Settings) -> bool:
+    with contextlib.suppress(OSError):  # we may not look; who reads the file says what is wrong
+        return bool(settings.master_secret) or Path(settings.keys_dir, "master.secret").exists()
+    return True
 
 
 def _expect_keys_of_store(settings: Settings) -> bool:
@@ -7135,7 +7181,7 @@ def _expect_keys_of_store(settings: Settings) -> bool:
     Raises:
         StartError: Another gateway has. Keys that we make here would only be in the way of its own.
     """
-    if settings.master_secret or Path(settings.keys_dir, "master.secret").exists():
+    if _has_master_secret(settings):
         return True
     if settings.storage_url:
         storage = open_storage(settings, settings.storage_url, time.time, secrets.token_bytes)
@@ -7316,6 +7362,7 @@ def serve(settings: Settings) -> int:
     holder, store = claim_port(settings), None
     try:
         sms = SmsSender(settings)
+        settings.warn()
         _expect_keys_of_store(settings)
         master, new_master = load_master_secret(settings)
         keys, new_key = load_keys(settings)
@@ -7323,6 +7370,7 @@ def serve(settings: Settings) -> int:
             store = EmbeddedStore(settings.data_dir, settings.store_max_bytes)
         url = store.url if store else settings.storage_url
         check_store(settings, url, master, keys.fingerprint)
+        threading.Thread(target=watch_keys, args=(settings, url, keys), daemon=True).start()
         data = store.folder if store else settings.shown("storage_url")
         _announce(settings, data, sms, new_master or new_key, keys.files.token)
         settings = structs.replace(settings, storage_url=url, master_secret=master.hex())
@@ -7393,7 +7441,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
         f"  sms  {', '.join(entry['kind'] for entry in settings.sms_providers)}",
     ]
     if sms.paid:
-        lines.append(_bill_line(settings))
+        lines.append(" " + _bill_line(settings))
     if sms.outbox:
         lines += [
             "       The outbox prints every code here, and shows them to whoever has this URL:",
@@ -7423,48 +7471,73 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
 def rotate_keys(settings: Settings, leaked: bool) -> int:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
     master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
-    if settings.storage_url:  # an older copy of keys_dir must not go a way of its own
-        check_store(settings, settings.storage_url, master, keys.fingerprint)
+    if url := settings.storage_url:  # an older copy of keys_dir must not go a way of its own
+        check_store(settings, url, master, keys.fingerprint, patient=False)
     now_s, known = int(time.time()), keys.files.proofs
     from_s = max(now_s + (0 if leaked else settings.jwks_overlap_s), max(known) + 1)
     path = add_proof_key(settings, from_s)
     needed = [] if leaked else [key.from_s for key in keys.published(now_s)]
     for old_s in known.keys() - needed:
         _proof_path(settings, old_s).unlink(missing_ok=True)
-    if settings.storage_url:
-        check_store(settings, settings.storage_url, master, load_keys(settings)[0].fingerprint)
-    wait_s = 0 if leaked else from_s - now_s  # with no other key it signs at once
-    print(f"made {path}; it signs in {wait_s} s", file=sys.stderr)
+    if url:
+        check_store(settings, url, master, load_keys(settings)[0].fingerprint, patient=False)
+    told = f"it signs in {from_s - now_s} s; by then"
+    if leaked:  # the only key signs at once
+        told = "it signs at once, and all others are removed; now"
+    print(f"made {path}; {told} other machines need a copy of the whole folder", file=sys.stderr)
     return 0
 
 
-def check_setup(settings: Settings, send: str) -> None:
+def check_setup(settings: Settings, send: str) -> int:
     """Check what a start would refuse or warn of, and logins; --send NUMBER sends a message."""
     logging.config.dictConfig(logging_of(settings))
-    sms, url = SmsSender(settings), settings.storage_url or embedded_url(settings.data_dir)
+    settings.warn()
     fit_threads(settings)
-    master, fingerprint = b"", b""
-    if _expect_keys_of_store(settings):
+    sms, status = SmsSender(settings), 0
+    bill_line = "sms:" + _bill_line(settings) if sms.paid else "sms: no message costs money"
+    asked: list[Callable[[], str]] = [partial(_check_store_of, settings), lambda: bill_line]
+    asked += [provider.try_login for provider in sms.providers]
+    if send:
+        asked.append(partial(_send_one, settings, sms, _typed(send)))
+    for ask in asked:  # whatever is refused, the others are asked, too
+        try:
+            print(ask())
+        except (StartError, SmsFailed) as error:
+            print(f"gateway.py: {error}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _check_store_of(settings: Settings) -> str:
+    """Check keys, and the store, as far as there are some; in words."""
+    has_keys, master, fingerprint = _expect_keys_of_store(settings), b"", b""
+    if has_keys:
         master, fingerprint = load_master_secret(settings)[0], load_keys(settings)[0].fingerprint
     else:
         print("keys: there are none; the first start makes them")
     if settings.storage_url or _is_in_use(settings.data_dir):
-        check_store(settings, url, master, fingerprint)
-        print("store: it can be used")
-    else:  # what root made here the service could not read
-        claim_port(settings).close()
-        print("store: the embedded one is not running; a start will check it")
-    print("sms:" + _bill_line(settings) if sms.paid else "sms: no message costs money")
-    for provider in sms.providers:
-        print(f"sms: {provider.kind}:", provider.try_login())
-    if send:
-        msisdn, code = parse_msisdn(send), "0" * settings.short_code_digits
-        text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
-        sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
-        try:
-            print("sms: sent by", sms.send(sender, msisdn, text).kind or "somebody, perhaps")
-        except SmsFailed as error:
-            raise StartError(str(error)) from None
+        url = settings.storage_url or embedded_url(settings.data_dir)
+        check_store(settings, url, master, fingerprint, patient=False)
+        return "store: it can be used"
+    claim_port(settings).close()
+    # What root made here the service could not read.
+    return "store: the embedded one is not running; a start will check it"
+
+
+def _send_one(settings: Settings, sms: SmsSender, msisdn: Msisdn) -> str:
+    code = "0" * settings.short_code_digits
+    text = MessageText(message_text(code, load_catalogues()["en"]), code, "en")
+    sender = number_for(settings.mt_sender_map, settings.mt_sender, Network(), msisdn)
+    taken = sms.send(sender, msisdn, text).kind
+    return f"sms: sent by {taken or 'somebody, perhaps'}; limits and /metrics do not count it"
+
+
+def _typed(number: str) -> Msisdn:
+    """The number that an operator has typed."""
+    try:
+        return parse_msisdn(number)
+    except InvalidParameter as error:
+        raise SettingsError(f"“{number}”{error.message.removeprefix('msisdn')}") from None
 
 
 def _is_in_use(data_dir: str) -> bool:
@@ -7485,7 +7558,7 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
             print(f"# {field['description']} ({allowed(field)})\n{mark}{name} = {value}\n")
         else:
             origin = settings.origins.get(name, "default")
-            print(f"{name:20} {shown:28} {origin:11} {field['description']}")
+            print(f"{name:29} {origin.split()[0]:11} {shown:28} {field['description']}")
     for name, kinds in SMS_LISTS.items() if as_toml else ():
         for kind, declaration in kinds.items():
             print(f"# [[{name}]]  # {declaration.__doc__}\n#   kind = {_as_toml(kind)}")
@@ -7514,7 +7587,7 @@ def show_messages(settings: Settings) -> int:
 
 def principal(settings: Settings, number: str) -> None:
     """Print whom the certificates of a NUMBER are about."""
-    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    msisdn, master = _typed(number), _master_secret_of(settings)
     print(principal_for(Secrets.derive(master).principal, msisdn, settings.issuer))
 
 
@@ -7522,31 +7595,38 @@ def forget(settings: Settings, number: str) -> None:
     """End all proofs of a NUMBER now, as for an erasure request."""
     storage, key = _entry_of(settings, "ended", number)
     storage.create(key, b"%d" % time.time(), settings.verified_ttl_s, copied=True)
+    print(f"{number}: all its proofs have ended; who holds it can verify it again")
 
 
 def block(settings: Settings, number: str) -> None:
     """Send no more messages to a NUMBER, whose owner wants none."""
     storage, key = _entry_of(settings, "blocked", number)
     storage.create(key, b"", ttl_s=0, copied=True)
+    print(f"{number}: no message is sent to it any more, until unblock")
 
 
 def unblock(settings: Settings, number: str) -> None:
     """Send messages to a blocked NUMBER again."""
     storage, key = _entry_of(settings, "blocked", number)
     storage.commit(key, b"", b"")
+    print(f"{number}: messages are sent to it")
 
 
 def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, StorageId]:
     """The store, in which a gateway may be at work, and the key of what it keeps of a number."""
-    msisdn, master = parse_msisdn(number), _master_secret_of(settings)
+    msisdn, master = _typed(number), _master_secret_of(settings)
+    if not (settings.storage_url or _is_in_use(settings.data_dir)):
+        raise StartError(
+            f"no gateway runs on data_dir {settings.data_dir}: start it, or give --config"
+        )
     url = settings.storage_url or embedded_url(settings.data_dir)
     storage = open_storage(settings, url, time.time, secrets.token_bytes)
-    storage.check(master)  # it raises if the store was written with another secret
+    storage.check(master, patient=False)  # it raises if it was written with another secret
     return storage, Secrets.derive(master).key_for(kind, msisdn)
 
 
 def _master_secret_of(settings: Settings) -> bytes:
-    if not settings.master_secret and not Path(settings.keys_dir, "master.secret").exists():
+    if not _has_master_secret(settings):
         raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: name the gateway's")
     return load_master_secret(settings)[0]
 
@@ -7576,7 +7656,7 @@ def _bill_line(settings: Settings) -> str:
             "sends_per_hour or spend_per_day, so that attacks on some reach the others: serve "
             "fewer countries, or raise these two"
         )
-    return "  bill at most " + ", ".join(f"{span} {amount:.2f}" for span, (amount, _) in worst)
+    return " bill at most " + ", ".join(f"{span} {amount:.2f}" for span, (amount, _) in worst)
 
 
 def demo(settings: Settings, msisdn: str) -> int:
@@ -7658,12 +7738,13 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"] or "serve"]
-        if given["number"] and "number" not in names:
-            parser.error(f"{given['command']} takes no number")
+        if bool(given["number"]) != ("number" in names):
+            needs = "takes no number" if given["number"] else "needs a NUMBER: +447700900123"
+            parser.error(f"{given['command']} {needs}")
         status = int(command(settings, *(given[name] for name in names)) or 0)
         print(end="", flush=True)
         return status
-    except (SettingsError, StartError, GatewayError) as error:
+    except (SettingsError, StartError, GatewayError, PermissionError) as error:
         print(f"gateway.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError | InvalidParameter) else 1
     except BrokenPipeError:  # ``| head`` has ended; at exit Python must not write to it again

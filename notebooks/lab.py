@@ -718,7 +718,13 @@ def demo(settings: gateway.Settings, msisdn: str) -> int:
         raise gateway.SettingsError(f"--msisdn {msisdn}: {error.message}") from None
     with contextlib.ExitStack() as stack:
         if not _is_gateway(Client(settings.base_url)):
-            print(f"Nothing answers at {settings.base_url}: starting a gateway for this demo.")
+            if settings.public_url or any(o.startswith("file ") for o in settings.origins.values()):
+                raise gateway.StartError(
+                    f"no gateway answers at {settings.base_url}, which the settings name: start it "
+                    "(and trust its certificate), or leave --config and public_url out, and the "
+                    "demo starts a gateway of its own"
+                )
+            print(f"No gateway answers at {settings.base_url}: starting one for this demo.")
             settings = stack.enter_context(_own_gateway())
         return _walk(settings, number)
 

@@ -723,7 +723,7 @@ def settings_parsers() -> Iterator[Parser]:
         settings = gateway.load_settings(options, {} if options else environ)
         for name in gateway.Settings.__struct_fields__:
             settings.shown(name)
-        repr(settings.warnings)
+        settings.warn()
 
     def toml(given: Any) -> None:
         with tempfile.NamedTemporaryFile(prefix="fuzz", suffix=".toml") as file:

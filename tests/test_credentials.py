@@ -456,10 +456,14 @@ def test_keys_in_a_folder_of_somebody_else_are_a_plain_error(made: bool) -> None
         if me == 0:  # whom no mode keeps out
             stack.callback(os.seteuid, me)
             os.seteuid(65534)
-        said = r"cannot keep .*: Permission denied" if made else "is missing, and nobody"
+        denied = rf"cannot read or make .*: Permission denied \(user {os.geteuid()} must own it"
+        said = denied if made else "is missing, and nobody"
         with pytest.raises(gateway.StartError, match=said):
             gateway.load_master_secret(settings_in(folder))
-        with pytest.raises(gateway.StartError, match=r"cannot keep .*: Permission denied"):
+        with pytest.raises(gateway.StartError, match=denied if made else "has no master.secret"):
+            gateway._master_secret_of(settings_in(folder))  # of commands for a number
+        assert gateway._expect_keys_of_store(settings_in(folder)) is made  # of a start
+        with pytest.raises(gateway.StartError, match=denied):
             gateway.load_signing_key(settings_in(folder), "RS")
 
 

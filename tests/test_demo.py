@@ -141,7 +141,7 @@ def test_the_first_page_shows_what_it_prints(start_demo: Callable[..., Demo]) ->
     status, out, err = start_demo().end()
     assert status == 0, err
     first, _, rest = out.partition("\n")
-    assert first.startswith("Nothing answers at")
+    assert first.startswith("No gateway answers at")
     assert re.fullmatch(pattern, rest.strip())
 
 
@@ -214,6 +214,22 @@ def test_another_program_on_the_port_is_left_alone(start_demo: Callable[..., Dem
     assert status == 0, out + err
     assert claims_in(out)["verifiedMSISDN"] == NUMBER
     assert set(asked) <= {"GET"}
+
+
+@pytest.mark.parametrize("how", ["public_url", "file"])
+def test_a_gateway_that_is_named_and_does_not_answer_is_no_reason_to_walk_another(
+    how: str, start_demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    port, file = free_port(), tmp_path / "gateway.toml"
+    file.write_text("workers = 1\n")
+    url = f"http://127.0.0.1:{port}"
+    named = {"public_url": ("--public-url", url), "file": ("--config", str(file))}[how]
+    demo = start_demo(*named, port=port)
+    status, out, err = demo.end()
+    assert (status, out) == (1, "")
+    assert f"no gateway answers at {url}" in err
+    assert err.count("\n") == 1
+    assert demo.left() == []
 
 
 def test_with_a_real_provider_it_asks_for_the_code(

@@ -23,6 +23,7 @@ import lab
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from servers import wait_for
 from support import NUMBER, Clock, GatewayProcess, WsgiClient
 from test_proofs import part, public
 
@@ -210,10 +211,11 @@ def test_a_running_gateway_keeps_its_keys(
     clock.now_s += 61
     with caplog.at_level(logging.WARNING, "gateway"):
         assert kid_of(client) == old
-    if trouble in ("damaged", "readable by others"):
-        assert "the proof keys of before stay in use" in caplog.text
-        assert str(path) in caplog.text
-        assert content.decode()[:60] not in caplog.text
+    (told,) = caplog.records
+    assert told.levelname == "ERROR"
+    assert "the proof keys of before stay in use" in told.getMessage()
+    assert str(folder if trouble in ("gone", "empty") else path) in told.getMessage()
+    assert content.decode()[:60] not in caplog.text
     assert kids(client) == [old]
     if trouble == "gone":
         assert not folder.exists()  # a running gateway makes none
@@ -329,6 +331,35 @@ def test_a_leak_step_by_step(start_gateway: Start, store: gateway.EmbeddedStore)
     assert two.stop() == 0
 
 
+def test_a_machine_that_goes_on_with_a_leaked_key_says_so(
+    start_gateway: Start, store: gateway.EmbeddedStore
+) -> None:
+    """Once a minute (here a second), until the folder is copied; the machine that rotated not."""
+    gateway.Storage(store.url)._run("FLUSHALL")
+    options = ("--storage-url", store.url, "--jwks-overlap-s", "10")
+    one = start_gateway(*options)
+    keys = one.folder / "keys"
+    other = keys.with_name("other-keys")
+    shutil.copytree(keys, other)
+    two = start_gateway(*options, "--keys-dir", str(other))
+    time.sleep(1.5)  # each has looked: both are right
+    assert "ERROR" not in one.output + two.output
+    rotate(keys, "--leaked", "--storage-url", store.url)
+    error = f"ERROR gateway: keys_dir {other} is not the one in force"
+    wait_for(lambda: error in two.output, "the ERROR")
+    assert "rsync -a --delete" in two.output
+    shutil.rmtree(other)
+    shutil.copytree(keys, other)
+    time.sleep(1.5)  # it may have been looking while it was copied
+    before = two.output.count("ERROR")
+    time.sleep(2.5)
+    assert two.output.count("ERROR") == before
+    assert "ERROR" not in one.output
+    for name in names(other):
+        (other / name).unlink()
+    wait_for(lambda: f"finds none in {other}" in two.output, "another ERROR")
+
+
 # -- What the store knows --------------------------------------------------------------
 
 
@@ -362,6 +393,19 @@ def test_the_store_knows_whose_it_is(storage: gateway.Storage, folder: Path) -> 
         shutil.rmtree(other)
     storage._run("DEL", "keys", key=b"keys")  # as the message says
     check(storage, before)
+
+
+def test_a_rotation_says_who_needs_the_new_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rotate(folder)
+    assert (
+        "it signs in 600 s; by then other machines need a copy of the whole folder"
+        in capsys.readouterr().err
+    )
+    rotate(folder, "--leaked")
+    told = capsys.readouterr().err
+    assert "it signs at once, and all others are removed; now other machines need a copy" in told
 
 
 def test_who_rotates_an_older_copy_is_refused(

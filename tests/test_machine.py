@@ -254,15 +254,13 @@ def test_the_page_upgrade_keeps_who_is_verified_and_leads_back(tmp_path: Path) -
     archive = ["git", "archive", OLD, "gateway.py", "locale"]
     then = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
     now = tracked("gateway.py", "locale")
-    copy, get, check, restart, back = blocks("sh", OPERATE / "upgrade.md")
+    get, check, restart, back = blocks("sh", OPERATE / "upgrade.md")
     assert "checkout v1.1.0" in get
     wanted = blocks("toml")[0]
     unknown = ("trusted_proxies", "countries", "unverified_per_destination")
     settings = "".join(line + "\n" for line in wanted.splitlines() if not line.startswith(unknown))
     with machine_in(tmp_path, then, settings) as one:
         tokens = [verify(one), verify(one, "+447700900124")]
-        one.run(copy)
-        until_it_answers(one)
         fetch(one, now)
         assert "trusted_proxies is null" in one.run(check, None)
         endpoint = 'endpoint = "http://127.0.0.1:9000/sms/json"\n'

@@ -8,7 +8,10 @@ import json
 import logging
 import os
 import re
+import socket
 import statistics
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -507,10 +510,13 @@ def test_settings_tell_where_a_value_is_from(
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert status == 0
     for name, value, origin in (
-        ("port", "5001", f"file {path}"), ("threads", "8", "environment"),
+        ("port", "5001", "file"), ("threads", "8", "environment"),
         ("workers", "4", "option"), ("host", '"127.0.0.1"', "default"),
     ):  # fmt: skip
-        assert re.match(rf"{name} +{value} +{origin} ", rows[name]), rows[name]
+        assert re.match(rf"{name} +{origin} +{value} ", rows[name]), rows[name]
+    # However long names and values are, each column begins in one place.
+    columns = {name: re.match(r"(\S+ +)(\S+ +)", row) for name, row in rows.items()}
+    assert {(len(m[1]), len(m[2])) for m in columns.values() if m} == {(30, 12)}
 
 
 def test_the_provider_blocks_are_toml_and_taken(capsys: pytest.CaptureFixture[str]) -> None:
@@ -544,6 +550,64 @@ def test_check_of_what_was_never_started_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_check_of_a_gateway_that_does_not_run_warns_of_all_that_it_can_know(
+    tmp_path: Any, keys_dir: str, made: bool
+) -> None:
+    """Without a store, with keys or without, and although two things are refused."""
+    with SmsApi(reply({"error": "bad"}, 401)) as api, socket.socket() as taken_port:
+        taken_port.bind(("127.0.0.1", 0))
+        taken_port.listen()
+        options = [*free(tmp_path), "--sms-providers", json.dumps([api.entry()]), *NAMED]
+        options += ["--trusted-proxies", "[]", "--public-url", "http://id.example"]
+        options += ["--port", str(taken_port.getsockname()[1])]
+        options += ["--keys-dir", keys_dir] * made
+        command = [sys.executable, str(ROOT / "gateway.py"), "check", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = done.stderr
+    assert done.returncode == 1, told
+    assert "WARNING gateway: public_url is http" in told
+    assert "WARNING gateway: unverified_per_destination" in told
+    assert "is in use" in told
+    assert "nexmo: its login was answered 401 Unauthorized" in told
+    assert ("there are none" in done.stdout) is not made
+    assert "sms: bill at most" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.usefixtures("logging_as_before")
+@pytest.mark.parametrize("words", [["check"], ["block", NUMBER], ["rotate-keys"]])
+def test_folders_that_we_may_not_even_look_into_are_no_traceback(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """What root brought back, and the service's own user is to read."""
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        status, _, err = run_main(capsys, *words, *free(tmp_path))
+    finally:
+        os.seteuid(0)
+    assert status == 1
+    assert str(tmp_path) in err
+    assert "Permission denied" in err
+
+
+@pytest.mark.usefixtures("logging_as_before")
+def test_check_of_a_provider_that_turns_our_login_away_or_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    with SmsApi(reply({"error": "bad"}, 401)) as api:
+        options = [*free(tmp_path), *NAMED, "--trusted-proxies", "[]"]
+        options += ["--sms-providers", json.dumps([api.entry()])]
+        status, out, err = run_main(capsys, "check", *options)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "nexmo: its login was answered 401 Unauthorized" in err
+    status, out, err = run_main(capsys, "check", *options)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "nexmo" in err
+    assert "not running" in out  # the rest was looked at, too
+
+
 @pytest.mark.usefixtures("logging_as_before")
 def test_check_of_a_store_and_a_provider(
     capsys: pytest.CaptureFixture[str], tmp_path: Any, store: gateway.EmbeddedStore, keys_dir: str
@@ -560,7 +624,9 @@ def test_check_of_a_store_and_a_provider(
         sent = len(api.received)
         status, out, err = run_main(capsys, "check", *options, "--send", NUMBER)
         assert status == 0, err
-        assert "sent by nexmo" in out
+        assert "sent by nexmo; limits and /metrics do not count it" in out
+        assert gateway.Storage(store.url).counts() == [{}]  # as it says, it is counted nowhere
+        assert gateway.Storage(store.url)._run("KEYS", "{limits}*") == []
         assert len(api.received) - sent == 2
         api.answer = reply({"messages": [{"status": "4"}]})
         status, out, err = run_main(capsys, "check", *options, "--send", NUMBER)
@@ -575,7 +641,7 @@ def test_check_of_a_store_and_a_provider(
     [
         (["--storage-url", "redis://127.0.0.1:9"], 1, "store"),
         (["--host", "192.0.2.77", "--public-url", "http://192.0.2.77"], 2, "sms_providers"),
-        (["--send", "07700"], 2, "msisdn"),
+        (["--send", "07700"], 2, "“07700” must be + with country code"),
     ],
 )
 def test_check_refuses_what_a_start_would_refuse(

@@ -62,18 +62,26 @@ def test_clients_of_2014_need_no_hash(make_client: Make) -> None:
     assert answer.status == 200
 
 
-def test_the_start_warns_of_a_public_url_without_tls() -> None:
+def test_the_start_warns_of_a_public_url_without_tls(caplog: pytest.LogCaptureFixture) -> None:
     providers = [{"kind": "nexmo", "api_key": "k", "api_secret": "s"}]
-    api: Any = {"sms_providers": providers, "trusted_proxies": []}
-    open_to_all = gateway.Settings(public_url="http://id.example", **api)
-    assert "http" in open_to_all.warnings[0]
-    assert "hawk_require_hash" in open_to_all.warnings[0]
-    strict = gateway.Settings(public_url="http://id.example", hawk_require_hash=True, **api)
-    assert "hawk_require_hash" not in strict.warnings[0]
-    listening = gateway.Settings(host="192.0.2.1", **api)  # it is called http://192.0.2.1:5000
-    assert len(listening.warnings) == 1
-    assert gateway.Settings(public_url="https://id.example", **api).warnings == []
-    assert gateway.Settings().warnings == []
+
+    def warned(**values: Any) -> str:
+        caplog.clear()
+        api: Any = {"sms_providers": providers, "trusted_proxies": [], **values}
+        gateway.Settings(**api).warn()
+        assert len(caplog.messages) < 2
+        return "".join(caplog.messages)
+
+    open_to_all = warned(public_url="http://id.example")
+    assert "public_url is http" in open_to_all
+    assert "hawk_require_hash" in open_to_all
+    strict = warned(public_url="http://id.example", hawk_require_hash=True)
+    assert "public_url is http" in strict
+    assert "hawk_require_hash" not in strict
+    assert warned(host="192.0.2.1")  # it is called http://192.0.2.1:5000
+    assert warned(public_url="https://id.example") == ""
+    gateway.Settings().warn()
+    assert caplog.messages == []
 
 
 def test_the_warning_is_in_the_log(start_gateway: Start) -> None:
@@ -340,13 +348,16 @@ def test_the_commands_for_a_number(start_gateway: Start) -> None:
     assert done.stdout == claims["principal"]["email"] + "\n"
 
     done = command(process, "forget", NUMBER)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{NUMBER}: all its proofs have ended; who holds it can verify it again\n"
     assert before.sign(KEY).body["errno"] == 104
     assert stranger.sign(KEY).status == 200
     time.sleep(1.1)  # proofs end up to this second
     assert verified(process).sign(KEY).status == 200
 
-    assert command(process, "block", NUMBER).returncode == 0
+    done = command(process, "block", NUMBER)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{NUMBER}: no message is sent to it any more, until unblock\n"
     client = process.client()
     client.register()
     shown = len(lab.Handset(client, NUMBER).messages())
@@ -355,12 +366,35 @@ def test_the_commands_for_a_number(start_gateway: Start) -> None:
     assert "SMS" in refused.body["message"]
     assert len(lab.Handset(client, NUMBER).messages()) == shown
     assert client.verify(OTHER).status == 200  # the session is not bound to the other number
-    assert command(process, "unblock", NUMBER).returncode == 0
-    assert command(process, "unblock", NUMBER).returncode == 0  # harmless again
+    for _ in range(2):  # harmless again
+        done = command(process, "unblock", NUMBER)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"{NUMBER}: messages are sent to it\n"
     client = process.client()
     client.register()
     assert client.verify(NUMBER).status == 200
     assert NUMBER not in process.output.replace(f"SMS to {NUMBER}", "")
+
+
+@pytest.mark.parametrize("words", ["forget", "block", "unblock"])
+def test_these_commands_need_a_store_and_say_so_at_once(
+    tmp_path: Path, keys_dir: str, words: str
+) -> None:
+    """The embedded store of a gateway that was stopped, and an external one that is away."""
+    for where, said in (
+        (["--data-dir", str(tmp_path)], f"no gateway runs on data_dir {tmp_path}"),
+        (["--storage-url", "redis://127.0.0.1:9"], "the store redis://127.0.0.1:9 cannot be used"),
+    ):
+        started_s = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "gateway.py"), words, NUMBER, "--keys-dir", keys_dir,
+             *where], capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert time.monotonic() - started_s < 8
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[-1].startswith(f"gateway.py: {said}")
+        assert done.stderr.count("\n") <= 2
+    assert "cannot" in done.stderr
 
 
 def test_a_blocked_number_costs_nothing(make_app: Callable[..., gateway.GatewayApp]) -> None:
@@ -391,8 +425,9 @@ Number = gateway.Msisdn(NUMBER)
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["forget"], 2, "msisdn"),
-        (["forget", "07700900123"], 2, "msisdn"),
+        (["forget"], 2, "forget needs a NUMBER"),
+        (["forget", "07700900123"], 2, "“07700900123” must be + with country code and number"),
+        (["principal", "+44123"], 2, "“+44123” is too short"),
         (["block", NUMBER], 1, "master.secret"),
         (["principal", NUMBER], 1, "master.secret"),
         (["messages", NUMBER], 2, "messages takes no number"),
@@ -703,7 +738,9 @@ def check(tmp_path: Path) -> None:
 def test_a_folder_where_others_can_write_is_refused(tmp_path: Path, folder: str, mode: int) -> None:
     check(tmp_path)
     (tmp_path / folder).chmod(mode)
-    with pytest.raises(gateway.StartError, match=f"others can write in .*{folder}: chmod go-w it"):
+    with pytest.raises(
+        gateway.StartError, match=rf"{folder} is user .* others can write there: chmod go-w it"
+    ):
         check(tmp_path)
     (tmp_path / folder).chmod(0o755)
     check(tmp_path)
@@ -721,12 +758,13 @@ def test_a_folder_of_our_own_group_is_taken(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, folder: str) -> None:
     check(tmp_path)
     os.chown(tmp_path / folder, STRANGER, 0)
-    with pytest.raises(gateway.StartError, match=r"others can write in .*: run this as its owner"):
+    said = f"{folder} is user {STRANGER}'s, with mode 700, and we are user 0: run this as its owner"
+    with pytest.raises(gateway.StartError, match=said):
         check(tmp_path)
     os.chown(tmp_path / folder, 0, STRANGER)
     check(tmp_path)
     (tmp_path / folder).chmod(0o770)  # by the group of somebody else
-    with pytest.raises(gateway.StartError, match="others can write in"):
+    with pytest.raises(gateway.StartError, match=r"with mode 770, .* others can write there"):
         check(tmp_path)
 
 
@@ -742,11 +780,15 @@ def test_no_link_leads_to_a_secret_of_somebody_else(tmp_path: Path, name: str) -
     secret.symlink_to(foreign)
     check(tmp_path)  # a link to a secret of ours, as Kubernetes mounts them
     os.chown(foreign, STRANGER, 0)
-    with pytest.raises(gateway.StartError, match="others can read"):
+    with pytest.raises(
+        gateway.StartError, match=f"{name} is user {STRANGER}'s, with mode 600, and we are"
+    ):
         check(tmp_path)
     secret.unlink()
     os.link(foreign, secret)
-    with pytest.raises(gateway.StartError, match="others can read"):
+    with pytest.raises(
+        gateway.StartError, match=f"{name} is user {STRANGER}'s, with mode 600, and we are"
+    ):
         check(tmp_path)
 
 
