@@ -330,6 +330,7 @@ def test_long_codes_have_no_host_line(make_client: MakeClient) -> None:
         ("ro-MD", "ro"),  # C13
         ("de-CH-1901", "de"),
         ("fr-FR-u-ca-gregory", "fr"),
+        ("zh-TW-u-ca-roc", "zh-hant"),
         ("sh-RS", "sr-latn"),
         ("hi-Latn", "en"),  # C14: another script than our catalogue's
         ("hi-Latn, fr;q=0.5", "en"),
