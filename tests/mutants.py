@@ -51,6 +51,8 @@ IN_PROCESS: Final = {
     for name in ("flows", "life", "limit_table", "pace", "prices", "providers", "signatures")
 }
 """Files that take long, but run the protocol in this process, where coverage.py sees it."""
+OF_TEXT: Final = {"test_docs", "test_mutants", "test_notebooks", "test_shape"}
+"""Files that read gateway.py as text: the change is not in the file, so they would not see it."""
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 UNREAD: Final = "tries are read, and set to 0 by the next message, only where a code waits"
@@ -203,9 +205,11 @@ class Contexts:
         self.failed: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave out what is slow because it starts processes: nothing is seen of those."""
+        """Leave out what starts processes or reads text: nothing of a change is seen there."""
 
         def seen(item: pytest.Item) -> bool:
+            if item.path.stem in OF_TEXT:
+                return False
             slow = item.get_closest_marker("slow") and item.path.stem not in IN_PROCESS
             return not slow and "start_gateway" not in getattr(item, "fixturenames", ())
 
