@@ -44,7 +44,8 @@ SECTIONS: Final = (5, 6, 7, 8, 9, 11)
 PARTS: Final = (6, 40, 200)
 """So many of the tests that touch a line run first: those that are likely to notice, for little.
 From the second number on they are drawn by lot, because what is defined at import may be touched by
-thousands. In the end all run."""
+thousands, but slow ones are the last. In the end all run, if ``--most`` allows it."""
+SLOW_S: Final = 5
 QUICK: Final = ("-q", "-o", "addopts=", "-m", "not alone", "-p", "no:cacheprovider")
 IN_PROCESS: Final = {
     f"test_{name}"
@@ -60,6 +61,7 @@ SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
     """if limit.row in ("dhm" if region else "hm"): | "dhm" -> 'dhmX'""": "nor has one here",
+    """return pow(2, n - 1, n) == 1 | 2 -> 3""": "Fermat's test is as good with another base",
     """_OF_ATTEMPT: Final = "hm" | "hm" -> 'hmX'""": "no row of LIMITS has the letter X",
 }
 """Why a change cannot be noticed, by the line before and after it."""
@@ -434,13 +436,14 @@ def first_notice(text: str, tests: list[str], drawn: Map, sound: dict[str, bool]
     return name
 
 
-def judge(mutant: Mutant, drawn: Map, sound: dict[str, bool]) -> dict[str, Any]:
+def judge(mutant: Mutant, drawn: Map, most: int, sound: dict[str, bool]) -> dict[str, Any]:
     """Try one mutant, with more and more tests until one of them notices."""
     started = time.monotonic()
     tests = drawn.tests_of(mutant)
     by_lot = tests[PARTS[1] :]
     random.Random(0).shuffle(by_lot)
-    tests[PARTS[1] :] = by_lot
+    tests[PARTS[1] :] = sorted(by_lot, key=lambda name: drawn.seconds[name] > SLOW_S)
+    tests = tests[: most or None]
     noticed = first_notice(mutant.text, tests[: PARTS[0]], drawn, sound)
     for begin, end in pairwise((*PARTS, len(tests))):
         if tests[begin:end] and not noticed:
@@ -457,12 +460,12 @@ def judge(mutant: Mutant, drawn: Map, sound: dict[str, bool]) -> dict[str, Any]:
     }
 
 
-def judge_all(sample: list[Mutant], drawn: Map, jobs: int) -> Iterator[dict[str, Any]]:
+def judge_all(sample: list[Mutant], drawn: Map, most: int, jobs: int) -> Iterator[dict[str, Any]]:
     """Try a sample, some at a time, in processes that this one forks."""
     files = sorted({name.partition("::")[0] for name in drawn.seconds})
     warm_up(files)
     sound: dict[str, bool] = {}
-    with multiprocessing.get_context("fork").Pool(jobs, _share, (drawn, sound)) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs, _share, (drawn, most, sound)) as pool:
         yield from pool.imap_unordered(_judge_shared, sample)
 
 
@@ -486,6 +489,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="another sample (1)")
     parser.add_argument("--only", default="", help="those whose name holds this, instead")
     parser.add_argument("--jobs", type=int, default=2, help="so many at a time (2)")
+    parser.add_argument("--most", type=int, default=0, help="so many tests for each (all)")
     parser.add_argument("--map", action="store_true", help="find anew which tests touch a line")
     parser.add_argument("--drawn", type=Path, default=MAP, help="the file for that")
     parser.add_argument("--out", help="a file that results are added to; what it holds is done")
@@ -502,7 +506,7 @@ def main() -> int:
     done = {(result["byte"], result["name"]) for result in results}
     drawn.kills.update(result["noticed"] for result in results)
     left = [one for one in sample if (one.place.start, one.name) not in done]
-    for result in judge_all(left, drawn, options.jobs):
+    for result in judge_all(left, drawn, options.most, options.jobs):
         results.append(result)
         fate = result["noticed"] or f"SURVIVES {result['reason']}"
         print(f"{result['line']:5} {result['name']}\n      {fate}", flush=True)
