@@ -167,6 +167,7 @@ def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]) -
         ("😀" * 35, ("UCS-2", 70, 1)),
         ("😀" * 36, ("UCS-2", 72, 2)),
         ("a" * 69 + "”", ("UCS-2", 70, 1)),
+        ("\uffff" * 70, ("UCS-2", 70, 1)),  # the last one that is no surrogate pair
     ],
 )
 def test_segments(text: str, size: tuple[str, int, int]) -> None:
