@@ -46,6 +46,9 @@ lab: .venv/done  ## open the lessons in JupyterLab, in my/: a copy of all, yours
 	@test ! gateway.py -nt my/gateway.py || echo "my/ is older than this gateway.py: to begin anew, move your work out of it and delete it"
 	cd my && exec "$(abspath $(BIN))/jupyter" lab --LabApp.default_url=/lab/tree/notebooks/00_the_whole_flow.ipynb $(ARGS)
 
+# Each worker would compile each file, and each start of a process: more than a minute of a core.
+test check: export PYTHONDONTWRITEBYTECODE =
+
 test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -2899,8 +2899,8 @@ class Storage:
         Args:
             key: They run on the node that holds this key,
             node: unless this node is given.
-            copied: The first is a commit: where there is a replica, wait until one has it. Then
-                the answers to ROLE and WAIT follow the others.
+            copied: The first writes: if it did, and where there is a replica, wait until one
+                has it. Then the answer to ROLE follows the others.
         """
         commands += (("ROLE",),) * copied
         try:
@@ -2915,8 +2915,8 @@ class Storage:
                     with pool.borrow() as connection:
                         reached = True
                         answers = exchange(connection, *commands)
-                        if copied and answers[0] == Commit.DONE.value and answers[1][2]:
-                            answers += exchange(connection, ("WAIT", 1, REPLICATION_MS))
+                        if copied and answers[0] in (Commit.DONE.value, b"OK") and answers[-1][2]:
+                            self._expect_copy(connection)
                         return answers
                 except redis.exceptions.MovedError as error:
                     moved = _node(error.host.encode(), error.port, owner)
@@ -2934,6 +2934,11 @@ class Storage:
             LOG.warning("storage: %s on %s", code, commands[0][0])
             raise Unavailable("the storage does not answer; try again") from error
 
+    def _expect_copy(self, connection: Any) -> None:
+        if exchange(connection, ("WAIT", 1, REPLICATION_MS)) == [0]:
+            LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
+            raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
+
     def _run(self, *command: Any, key: bytes = b"") -> Any:
         return self._run_all(key, command)[0]
 
@@ -2948,9 +2953,13 @@ class Storage:
         """The record of a session, or ``None``."""
         return cast(bytes | None, self._run_all(key, ("GET", key))[0])
 
-    def create(self, key: StorageId, record: bytes, ttl_s: int) -> None:
-        """Write the record of a new session, or of a number; it lives ``ttl_s`` (0: for ever)."""
-        self._run("SET", key, record, *("EX", ttl_s) * (ttl_s > 0), key=key)
+    def create(self, key: StorageId, record: bytes, ttl_s: int, copied: bool = False) -> None:
+        """Write the record of a new session, or of a number; it lives ``ttl_s`` (0: for ever).
+
+        Args:
+            copied: It must not be lost: where there is a replica, one has it when this returns.
+        """
+        self._run_all(key, ("SET", key, record, *("EX", ttl_s) * (ttl_s > 0)), copied=copied)
 
     def commit(
         self, key: StorageId, old: bytes, new: bytes, ttl_s: int = -1, nonce: str = "",
@@ -2969,11 +2978,7 @@ class Storage:
         args = (key, nonce_key(key, nonce), old, new, ttl_s, nonce_ttl_s)
         # EVALSHA would save 9 µs at most, and a server that does not know the script refuses it.
         script = ("EVAL", COMMIT_SCRIPT, 2, *args)
-        answers = self._run_all(key, script, copied=ttl_s >= 0 or not new)
-        if answers[2:] == [0]:
-            LOG.warning("storage: no replica has a write after %s ms", REPLICATION_MS)
-            raise Unavailable("the storage has no second copy yet; /certificate/sign tells more")
-        return Commit(answers[0])
+        return Commit(self._run_all(key, script, copied=ttl_s >= 0 or not new)[0])
 
     def limit(self, script: str, keys: list[bytes], ask: Json, *more: bytes) -> Any:
         """Run one of the scripts of the limits; see there. All their keys lie in one slot."""
@@ -4678,10 +4683,11 @@ def _msisdn(text: str, country: str) -> str:
     # A short code (of six digits at most in most countries) is no phone, even if it begins like
     # a country's numbers. Nor is a name, of which libphonenumber would read the letters as keys:
     # anybody can send from a name.
-    short = len(text.strip().removeprefix("+").removeprefix("00")) <= 6
+    text = re.sub("(?i)^tel:", "", text.strip())  # as the GSMA's OneAPI writes numbers
+    short = len(text.removeprefix("+").removeprefix("00")) <= 6
     if short or text.lower() != text.upper():
         return ""
-    text = international_number(text, country) if country else text.strip()
+    text = international_number(text, country) if country else text
     return "+" + text.removeprefix("+").removeprefix("00")
 
 
@@ -5216,9 +5222,9 @@ class Gateway:
         hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
         storage_id = self.secrets.id_for(hawk_id)
         record = self.storage.get(storage_id) if hawk_id else None
-        if record is None:
+        user = self._user(hawk_id, record) if record else None
+        if user is None or self._is_too_old(user):
             raise UnknownSession("this session is unknown: /register opens one")
-        user = self._user(hawk_id, record)
         key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
         for spelled in _spellings(request):
             if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
@@ -5238,6 +5244,11 @@ class Gateway:
             return user
         masked = mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key)
         return user._replace(hawk_key=masked, masked=True)
+
+    def _is_too_old(self, user: User) -> bool:
+        # The store deletes it, but by the setting of the day on which it was verified.
+        life_s = self.settings.verified_ttl_s or math.inf
+        return bool(user.verified_s) and self.clock() - user.verified_s > life_s
 
     def perform(
         self, session: Session, content_type: str, body: Callable[[], bytes],
@@ -5542,8 +5553,11 @@ class Gateway:
             self.sms.forget(number)
 
     def session_state(self, session: Session) -> Json:
-        """Tell where a session stands; only its nonce is used up."""
-        self.step(session, lambda user: (user, None))
+        """Tell where a session stands; only its nonce is used up, and proofs end that must."""
+        with contextlib.suppress(NotVerified):  # then it is committed that the proofs have ended
+            if session.user.verified_s:
+                self._expect_not_ended(session, self._number(session, session.user))
+            self.step(session, lambda user: (user, None))
         next_step = self.next_action(session)
         number = {"msisdn": self._number(session, session.user)} if next_step["verified"] else {}
         return {**number, "next": next_step}
@@ -5595,7 +5609,7 @@ class Gateway:
         key = self.secrets.key_for("ended", number)
         # With who ended them: if the answer is lost, this session may ask again.
         value = b"%d %b" % (now_s, session.storage_id)
-        ended = partial(self.storage.create, key, value, self.settings.verified_ttl_s)
+        ended = partial(self.storage.create, key, value, self.settings.verified_ttl_s, copied=True)
         self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
@@ -7580,14 +7594,14 @@ def principal(settings: Settings, number: str) -> None:
 def forget(settings: Settings, number: str) -> None:
     """End all proofs of a NUMBER now, as for an erasure request."""
     storage, key = _entry_of(settings, "ended", number)
-    storage.create(key, b"%d" % time.time(), settings.verified_ttl_s)
+    storage.create(key, b"%d" % time.time(), settings.verified_ttl_s, copied=True)
     print(f"{number}: all its proofs have ended; who holds it can verify it again")
 
 
 def block(settings: Settings, number: str) -> None:
     """Send no more messages to a NUMBER, whose owner wants none."""
     storage, key = _entry_of(settings, "blocked", number)
-    storage.create(key, b"", ttl_s=0)
+    storage.create(key, b"", ttl_s=0, copied=True)
     print(f"{number}: no message is sent to it any more, until unblock")
 
 

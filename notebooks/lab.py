@@ -581,7 +581,7 @@ def measure_memory(
         for step in steps:
             for part in parts:
                 load_store(storage, [_life_of(n, settings, int(now_s))[step] for n in part])
-                used.append(_used_bytes(storage))
+                used.append((_settled_bytes if part is parts[-1] else _used_bytes)(storage))
                 progress((len(used) - 1) / (5 * len(parts)))
 
     try:
@@ -607,7 +607,8 @@ def load_store(storage: gateway.Storage, calls: list[tuple[bytes, gateway.Comman
 
 
 def _settled_bytes(storage: gateway.Storage) -> int:
-    # The tables of a store that was emptied just now shrink in the background, ten times a second.
+    # Tables grow, and shrink in a store that was emptied just now, in the background: while both
+    # the old and the new one are there, a user seems to cost more.
     before, used, tries = -1, _used_bytes(storage), 20
     while abs(used - before) > 1000 and (tries := tries - 1):
         time.sleep(0.3)

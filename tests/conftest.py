@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
+import importlib
 import os
 import signal
 import subprocess
@@ -23,6 +26,11 @@ from support import AT_ONCE, WIDE, GatewayProcess, WsgiClient  # noqa: E402
 
 import gateway  # noqa: E402 - it lies one folder up
 
+# Most applications of one worker load the same keys, whose primes OpenSSL checks each time, and the
+# catalogues of all languages: 50 ms each, for what never changes. So a worker does it once.
+for _name in ("load_pem_private_key", "load_catalogues"):
+    setattr(gateway, _name, functools.cache(getattr(gateway, _name)))
+
 collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 
 
@@ -31,13 +39,16 @@ collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 # A worker of xdist has its own session fixtures (its own store, its own pages) and its own
 # folder below pytest's. It is given one unit after the other, in the order of collection.
 
-WORKERS = min(2 * (os.cpu_count() or 1), 8)
-"""Two for each core: half of the time of these tests is waiting."""
+CORES = os.cpu_count() or 1
+WORKERS = min(3 * CORES, 8)
+"""Three for each core: more than half of the time of these tests is waiting."""
 SPREAD = {
     f"tests/test_{name}.py"
     for name in (
-        *("bench", "certificates", "demo", "faults", "flows", "gateway", "http", "limits"),
-        *("prices", "providers", "serving", "settings", "sms", "storage", "store_pool"),
+        *("attack", "bench", "bursts", "certificates", "demo", "failover", "faults", "flows"),
+        *("gateway", "http", "keys", "limit_table", "limits", "notebooks", "openapi", "ops"),
+        *("press", "prices", "providers", "safety", "schemathesis", "serving", "settings"),
+        *("sms", "storage", "store_pool", "tls"),
     )
 }
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
@@ -51,22 +62,31 @@ SLOW = {
 UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
 """Files that share what a worker should not make twice."""
 
-LONGEST = {
-    f"tests/test_{name}.py"
-    for name in (
-        *("abuse", "docs", "jupyterlab", "keys", "life", "limit_table", "pages_in_browser"),
-        *("planted_faults", "press_in_browser"),
-    )
-}
-"""Units that take long as one: they and the notebooks run first, so that nobody waits for them."""
+LONGEST = (
+    "the pages",
+    *("tests/test_machine.py", "tests/test_press_in_browser.py", "tests/test_planted_faults.py"),
+    "tests/test_bench.py::test_every_endpoint_answers_as_it_should",
+    "tests/test_serving.py::test_kills_at_any_moment",
+    "tests/test_schemathesis.py::test_no_5xx_and_nothing_undocumented",
+    *("tests/test_abuse.py", "tests/test_jupyterlab.py", "tests/test_interop.py"),
+    *("tests/test_install.py", "tests/test_kannel.py", "tests/test_life.py"),
+    "tests/test_flows.py::test_random_lives_are_as_the_contract_says",
+    "tests/test_prices.py::test_kill_leaves_a_message_without_a_code_at_worst",
+)
+"""Units that take longest: they begin first, in this order, so that nobody waits for them."""
+
+
+def unit_of(nodeid: str) -> str:
+    """What a worker is given at once: a file; of those in ``SPREAD``, a test, all parameters."""
+    file = nodeid.partition("::")[0]
+    return nodeid.partition("[")[0] if file in SPREAD else UNITS.get(file, file)
 
 
 class Units(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
-    """Gives out whole files; of those in ``SPREAD``, single tests with all their parameters."""
+    """Gives out units, one after the other, in the order of collection."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return nodeid.partition("[")[0] if file in SPREAD else UNITS.get(file, file)
+        return unit_of(nodeid)
 
 
 class Room:
@@ -95,7 +115,7 @@ class Room:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many workers: none for single files, which one may want to debug."""
     files = [Path(argument.partition("::")[0]).is_file() for argument in config.args]
-    return 0 if all(files) else WORKERS // 2 if is_quick(config) else WORKERS
+    return 0 if all(files) else min(CORES, WORKERS) if is_quick(config) else WORKERS
 
 
 def is_quick(config: pytest.Config) -> bool:
@@ -132,14 +152,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First those that run alone: later each would wait until every worker has done its test."""
+def pytest_collection(session: pytest.Session) -> None:
+    """Read the files of tests, each worker from another one on.
 
-    def place(item: pytest.Item) -> int:
+    pytest rewrites each file's assertions and keeps the result: in a new working copy all workers
+    would otherwise do so at the same time, for ten seconds each, and none could use another's.
+    """
+    config = session.config
+    if worker := getattr(config, "workerinput", None):
+        files = sorted(file for folder in config.args for file in Path(folder).rglob("test_*.py"))
+        files = [file for file in files if not pytest_ignore_collect(file, config)]
+        first = len(files) * int(worker["workerid"][2:]) // worker["workercount"]
+        for file in files[first:] + files[:first]:
+            # What fails, or skips, does so again where pytest reads it, and is told there.
+            with contextlib.suppress(Exception, pytest.skip.Exception):
+                importlib.import_module(file.stem)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put them in order.
+
+    First come those that run alone: later each would wait until every worker has done its test.
+    Then the longest, all that starts processes and waits for them, and what only computes: that
+    fills the time in which the last of the others end.
+    """
+
+    def place(item: pytest.Item) -> tuple[int, int]:
         if item.get_closest_marker("alone"):
-            return 0
-        long = item.path.suffix == ".ipynb" or item.nodeid.partition("::")[0] in LONGEST
-        return 1 if long else 2
+            return 0, 0
+        if (unit := unit_of(item.nodeid)) in LONGEST:
+            return 1, LONGEST.index(unit)
+        return (2 if item.path.suffix == ".ipynb" or item.get_closest_marker("slow") else 3), 0
 
     for item in items:
         starts = "start_gateway" in getattr(item, "fixturenames", ())

@@ -1,9 +1,10 @@
 """``make mutants``: break a line of the protocol in a small way, and see that a test notices.
 
 A sample of all small changes to sections 5 to 9 and 11 of gateway.py, and to the rules of section
-13, is made one by one in a copy of this tree. For each, those quick tests run that touch the line;
-coverage.py says which (``--map`` asks it anew, after tests or lines have moved). What no test
-notices stands in ``SURVIVORS`` with the reason why nothing can be wrong about it, or needs a test.
+13, is made one by one in memory. For each, those tests run that touch the line, in a process that
+was forked for it; coverage.py says which (``--map`` asks it anew, after tests or lines have moved).
+What no test notices stands in ``SURVIVORS`` with the reason why nothing can be wrong about it, or
+needs a test. With ``--out`` a run that was stopped goes on where it was.
 
 We have no need of mutmut or cosmic-ray: they change whole packages, and know nothing of sections.
 """
@@ -13,17 +14,22 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
+import importlib.util
 import json
+import multiprocessing
 import os
 import random
-import re
-import shutil
+import select
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -33,15 +39,21 @@ import coverage
 import pytest
 from test_shape import LINES, ROOT, SOURCE, TREE, banners
 
-MAP: Final = ROOT / ".venv/mutants.json"
+MAP: Final = ROOT / ".venv/mutants_map.json"
 SECTIONS: Final = (5, 6, 7, 8, 9, 11)
-FIRST_TESTS: Final = 30
-SECOND_TESTS: Final = 120
-"""So many of the tests that touch a line run first, those that touch fewest lines; then some of the
-others, drawn by lot, because what is defined at import may be touched by thousands; then all."""
+PARTS: Final = (6, 40, 200)
+"""So many of the tests that touch a line run first: those that are likely to notice, for little.
+From the second number on they are drawn by lot, because what is defined at import may be touched by
+thousands, but slow ones are the last. In the end all run, if ``--most`` allows it."""
+SLOW_S: Final = 5
 QUICK: Final = ("-q", "-o", "addopts=", "-m", "not alone", "-p", "no:cacheprovider")
-IN_PROCESS: Final = {"test_flows", "test_life", "test_limit_table", "test_pace"}
+IN_PROCESS: Final = {
+    f"test_{name}"
+    for name in ("flows", "life", "limit_table", "pace", "prices", "providers", "signatures")
+}
 """Files that take long, but run the protocol in this process, where coverage.py sees it."""
+OF_TEXT: Final = {"test_docs", "test_mutants", "test_notebooks", "test_shape"}
+"""Files that read gateway.py as text: the change is not in the file, so they would not see it."""
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 UNREAD: Final = "tries are read, and set to 0 by the next message, only where a code waits"
@@ -49,6 +61,7 @@ SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
     """if limit.row in ("dhm" if region else "hm"): | "dhm" -> 'dhmX'""": "nor has one here",
+    """return pow(2, n - 1, n) == 1 | 2 -> 3""": "Fermat's test is as good with another base",
     """_OF_ATTEMPT: Final = "hm" | "hm" -> 'hmX'""": "no row of LIMITS has the letter X",
 }
 """Why a change cannot be noticed, by the line before and after it."""
@@ -182,7 +195,7 @@ def _chosen_lines() -> set[int]:
 
 
 class Contexts:
-    """A plugin of pytest: notes for each line of gateway.py the tests that run it."""
+    """A plugin of pytest: notes which lines of gateway.py each test runs, and how long it takes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -190,11 +203,15 @@ class Contexts:
             data_file=None, include=[str(ROOT / "gateway.py")], config_file=False
         )
         self.coverage.start()
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave out what is slow because it starts processes: nothing is seen of those."""
+        """Leave out what starts processes or reads text: nothing of a change is seen there."""
 
         def seen(item: pytest.Item) -> bool:
+            if item.path.stem in OF_TEXT:
+                return False
             slow = item.get_closest_marker("slow") and item.path.stem not in IN_PROCESS
             return not slow and "start_gateway" not in getattr(item, "fixturenames", ())
 
@@ -204,14 +221,25 @@ class Contexts:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Run one test."""
         self.coverage.switch_context(item.nodeid)
-        return (yield)
+        started = time.monotonic()
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.nodeid] = round(time.monotonic() - started, 3)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test that fails without any change judges nothing."""
+        if report.failed:
+            self.failed.add(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
         """Write what was found."""
         self.coverage.stop()
         data = self.coverage.get_data()
         lines = data.contexts_by_lineno(str(ROOT / "gateway.py"))
-        text = json.dumps({line: [n for n in names if n] for line, names in lines.items()})
+        passed = {name: s for name, s in self.seconds.items() if name not in self.failed}
+        found = {line: [n for n in names if n in passed] for line, names in lines.items()}
+        text = json.dumps({"seconds": passed, "lines": found})
         (self.folder / f"{os.getpid()}.json").write_text(text)
 
 
@@ -222,43 +250,62 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Contexts(Path(folder)))
 
 
-def draw_map(arguments: list[str]) -> None:
-    """Run the quick tests once, and write which lines each touches."""
+def draw_map(out: Path, arguments: list[str]) -> None:
+    """Run the tests of this process once, and write which lines each touches."""
+    seconds: dict[str, float] = {}
+    lines = defaultdict[str, set[str]](set)
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "MUTANTS_MAP": folder, "PYTHONPATH": str(ROOT / "tests")}
         command = [sys.executable, "-m", "pytest", *QUICK, *PLUGINS, "-p", "mutants", *arguments]
         subprocess.run(command, cwd=ROOT, env=environment, check=False)  # a map needs no passes
-        merged = defaultdict[str, list[str]](list)
         for path in Path(folder).glob("*.json"):
-            for line, names in json.loads(path.read_text()).items():
-                merged[LINES[int(line) - 1].strip()] += names
-    MAP.write_text(json.dumps({text: sorted(set(names)) for text, names in merged.items()}))
+            drawn = json.loads(path.read_text())
+            seconds |= drawn["seconds"]
+            for line, names in drawn["lines"].items():
+                lines[LINES[int(line) - 1].strip()].update(names)
+    place = {name: n for n, name in enumerate(seconds)}
+    numbers = {line: sorted(place[name] for name in names) for line, names in lines.items()}
+    out.write_text(json.dumps({"seconds": seconds, "lines": numbers}))
 
 
-def tests_of(mutant: Mutant, touched: dict[str, list[str]]) -> list[str]:
-    """The tests that touch a mutant's statement; the most specific ones first.
+class Map:
+    """Which tests touch a line, and how long each takes."""
 
-    What runs at import, such as a constant, is touched by those that run a line which names it.
-    """
-    lines = {LINES[n - 1].strip() for n in range(mutant.first, mutant.last + 1)}
-    names = {name for line in lines for name in touched.get(line, [])}
-    if not names:
-        users = {LINES[n - 1].strip() for n in _users(mutant.first)}
-        names = {name for line in users for name in touched.get(line, [])}
-    weight = defaultdict[str, int](int)
-    for tests in touched.values():
-        for name in tests:
-            weight[name] += 1
-    return sorted(names, key=lambda name: (weight[name], name))
+    def __init__(self, drawn: dict[str, Any]) -> None:
+        self.seconds: dict[str, float] = drawn["seconds"]
+        names = list(self.seconds)
+        self.lines = {text: [names[n] for n in numbers] for text, numbers in drawn["lines"].items()}
+        self.weight = Counter(name for tests in self.lines.values() for name in tests)
+        self.kills = Counter[str]()
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """The tests that touch a mutant's statement.
+
+        First those that touch few other lines, take little time and have noticed much. What runs
+        at import, such as a constant, is touched by those that run a line which names it.
+        """
+        lines, names = set(range(mutant.first, mutant.last + 1)), set[str]()
+        for _ in range(4):  # a type is named by the fields of another one, and that by a function
+            if names := {name for n in lines for name in self.lines.get(LINES[n - 1].strip(), [])}:
+                break
+            lines = _users(lines)
+        return sorted(names, key=lambda name: (self._price(name), name))
+
+    def _price(self, name: str) -> float:
+        return self.weight[name] * (0.1 + self.seconds[name]) / (1 + self.kills[name])
 
 
-def _users(line: int) -> set[int]:
-    """The lines that name what is defined around a line at the top of the module."""
-    outer = next(n for n in TREE.body if n.lineno <= line <= (n.end_lineno or n.lineno))
-    names = {outer.name} if isinstance(outer, ast.ClassDef | ast.FunctionDef) else set()
-    for node in ast.walk(outer):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
+def _users(lines: set[int]) -> set[int]:
+    """The lines that name what is defined around some lines at the top of the module."""
+    names: set[str] = set()
+    for outer in TREE.body:
+        if lines.isdisjoint(range(outer.lineno, (outer.end_lineno or outer.lineno) + 1)):
+            continue
+        if isinstance(outer, ast.ClassDef | ast.FunctionDef):
+            names.add(outer.name)
+        for node in ast.walk(outer):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
     found = set()
     for node in ast.walk(TREE):
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
@@ -268,74 +315,169 @@ def _users(line: int) -> set[int]:
 
 
 # -- Running ------------------------------------------------------------------
+#
+# To start Python and to read all tests takes 16 s, most of it for libraries. So one process reads
+# them once and forgets what is ours. It forks a child for each mutant, whose gateway.py is the
+# changed one; that reads only the files of the tests that it runs.
 
 
-class Copy:
-    """A copy of this tree whose gateway.py is changed again and again."""
+class Told:
+    """A plugin of pytest in such a child: runs these tests in this order, and tells the parent."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
-        files = subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-        for name in (".venv", ".parts"):
-            (folder / name).symlink_to(ROOT / name)
+    def __init__(self, tests: list[str], pipe: int) -> None:
+        self.place, self.pipe = {name: n for n, name in enumerate(tests)}, pipe
 
-    def put(self, text: str) -> None:
-        """Change it; its time moves too, so that Python compiles it again."""
-        self.number += 1
-        path = self.folder / "gateway.py"
-        path.write_text(text, "utf-8")
-        os.utime(path, (self.number, self.number))
+    def tell(self, what: str, name: str) -> None:
+        """Write a line: what happened, and where."""
+        os.write(self.pipe, f"{what} {name}\n".encode())
 
-    def notices(self, tests: list[str], timeout_s: float) -> str:
-        """The first test that fails, or why they did not end; "" if all pass.
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Choose; tests of an older map that are not there any more are left out."""
+        items[:] = [item for item in items if item.nodeid in self.place]
+        items.sort(key=lambda item: self.place[item.nodeid])
 
-        Tests of an older map that are not there any more are left out.
-        """
-        if not tests:
-            return ""
-        listed = self.folder / "tests.txt"
-        listed.write_text("\n".join(tests))
-        command = [sys.executable, "-m", "pytest", *QUICK, *PLUGINS, "-x", "--tb=no", "-rfE"]
-        command += ["--no-header", "-W", "ignore", f"--basetemp={self.folder}/t", f"@{listed}"]
-        started = time.monotonic()
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # compile each test file once
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """From now on it is this test's time."""
+        self.tell("start", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """The first one that fails is the last one."""
+        if report.failed:
+            self.tell("failed", report.nodeid)
+
+
+def warm_up(files: list[str]) -> None:
+    """Have all libraries in memory, and nothing of ours."""
+    pytest.main([*QUICK, *PLUGINS, "-qqq", "--collect-only", *files])
+    _forget()
+    assert threading.active_count() == 1, threading.enumerate()
+    gc.freeze()
+
+
+def _forget() -> None:
+    ours = (str(ROOT / "gateway.py"), str(ROOT / "tests"), str(ROOT / "notebooks"))
+    for name, module in list(sys.modules.items()):
+        if name != "__main__" and (getattr(module, "__file__", None) or "").startswith(ours):
+            del sys.modules[name]
+
+
+def _run(text: str, tests: list[str], folder: str, pipe: int) -> None:
+    """In the child: see whether these tests notice that gateway.py has this text."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nowhere, number)
+    told = Told(tests, pipe)
+    path = ROOT / "gateway.py"
+    spec = importlib.util.spec_from_file_location("gateway", path)
+    assert spec
+    sys.modules["gateway"] = module = importlib.util.module_from_spec(spec)
+    try:
+        exec(compile(text, path, "exec"), module.__dict__)
+    except Exception as error:
+        told.tell("failed", f"import: {error!r}")
+        return
+    if not tests:
+        told.tell("done", "0")
+        return
+    files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
+    options = ["-x", "--tb=no", "--no-header", "-W", "ignore", f"--basetemp={folder}"]
+    status = pytest.main([*QUICK, *PLUGINS, *options, *files], plugins=[told])
+    told.tell("done", str(int(status)))
+
+
+def notices(text: str, tests: list[str], drawn: Map) -> str:
+    """The first test that fails, or why they did not end; "" if all pass."""
+    read, write = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="m", ignore_cleanup_errors=True) as folder:
+        if not (child := os.fork()):
+            os.setsid()
+            try:
+                _run(text, tests, folder, write)
+            finally:
+                os._exit(0)
+        os.close(write)
         try:
-            done = subprocess.run(
-                command,
-                cwd=self.folder,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                env=environment,
-            )
-        except subprocess.TimeoutExpired:
-            return f"not done after {time.monotonic() - started:.0f} s"
-        if gone := re.findall(r"^ERROR: not found: .*/(tests/.*)$", done.stderr, re.M):
-            return self.notices([name for name in tests if name not in gone], timeout_s)
-        told = [n for n in done.stdout.splitlines() if n.startswith(("FAILED", "ERROR"))]
-        if done.returncode and not told:
-            return (done.stdout + done.stderr).strip().splitlines()[-1]
-        return told[0] if told else ""
+            return _listen(read, drawn)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(read)
 
 
-def judge(copy: Copy, mutant: Mutant, touched: dict[str, list[str]]) -> dict[str, Any]:
+def _listen(pipe: int, drawn: Map) -> str:
+    """Hear what a child tells, until it has an end or is silent for too long."""
+    last, limit_s, heard = "to read the tests", 180.0, b""
+    while True:
+        if not select.select([pipe], [], [], limit_s)[0]:
+            return f"{last}: not done after {limit_s:.0f} s"
+        if not (data := os.read(pipe, 65_536)):
+            return f"{last}: the process died"
+        *lines, heard = (heard + data).split(b"\n")
+        for line in lines:
+            what, _, name = line.decode().partition(" ")
+            if what == "failed":
+                return name
+            if what == "done":
+                return "" if name in "05" else f"{last}: pytest ended with {name}"
+            last, limit_s = name, 30 + 10 * drawn.seconds[name]
+
+
+def first_notice(text: str, tests: list[str], drawn: Map, sound: dict[str, bool]) -> str:
+    """Like ``notices``, but what fails without the change too, here and now, notices nothing."""
+    while (name := notices(text, tests, drawn)) in drawn.seconds:
+        if name not in sound:
+            sound[name] = not notices(SOURCE, [name], drawn)
+        if sound[name]:
+            drawn.kills[name] += 1
+            break
+        tests = [other for other in tests if other != name]
+    return name
+
+
+def judge(mutant: Mutant, drawn: Map, most: int, sound: dict[str, bool]) -> dict[str, Any]:
     """Try one mutant, with more and more tests until one of them notices."""
-    tests = tests_of(mutant, touched)
-    copy.put(mutant.text)
-    noticed = "" if tests else "no test touches it"
-    result: dict[str, Any] = {"line": mutant.first, "name": mutant.name, "tests": len(tests)}
-    rest = random.Random(0).sample(tests[FIRST_TESTS:], len(tests[FIRST_TESTS:]))
-    for some in (tests[:FIRST_TESTS], rest[:SECOND_TESTS], rest[SECOND_TESTS:]):
-        if some and not noticed:
-            noticed = copy.notices(some, 120 + len(some))
-    alive = not tests or not noticed
-    reason = SURVIVORS.get(mutant.name, "")
-    return {**result, "survives": alive, "noticed": "" if alive else noticed, "reason": reason}
+    started = time.monotonic()
+    tests = drawn.tests_of(mutant)
+    by_lot = tests[PARTS[1] :]
+    random.Random(0).shuffle(by_lot)
+    tests[PARTS[1] :] = sorted(by_lot, key=lambda name: drawn.seconds[name] > SLOW_S)
+    tests = tests[: most or None]
+    noticed = first_notice(mutant.text, tests[: PARTS[0]], drawn, sound)
+    for begin, end in pairwise((*PARTS, len(tests))):
+        if tests[begin:end] and not noticed:
+            noticed = first_notice(mutant.text, tests[begin:end], drawn, sound)
+    return {
+        "line": mutant.first,
+        "byte": mutant.place.start,
+        "name": mutant.name,
+        "tests": len(tests),
+        "survives": not noticed,
+        "noticed": noticed,
+        "reason": "" if noticed else SURVIVORS.get(mutant.name, ""),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def judge_all(sample: list[Mutant], drawn: Map, most: int, jobs: int) -> Iterator[dict[str, Any]]:
+    """Try a sample, some at a time, in processes that this one forks."""
+    files = sorted({name.partition("::")[0] for name in drawn.seconds})
+    warm_up(files)
+    sound: dict[str, bool] = {}
+    with multiprocessing.get_context("fork").Pool(jobs, _share, (drawn, most, sound)) as pool:
+        yield from pool.imap_unordered(_judge_shared, sample)
+
+
+_shared: list[Any] = []
+
+
+def _share(*given: Any) -> None:
+    _shared[:] = given
+
+
+def _judge_shared(mutant: Mutant) -> dict[str, Any]:
+    return judge(mutant, *_shared)
 
 
 def main() -> int:
@@ -345,30 +487,31 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=300, help="how many are drawn (300)")
     parser.add_argument("--seed", type=int, default=1, help="another sample (1)")
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first of the sample")
-    parser.add_argument("--only", default="", help="those whose text holds this, instead")
+    parser.add_argument("--only", default="", help="those whose name holds this, instead")
+    parser.add_argument("--jobs", type=int, default=2, help="so many at a time (2)")
+    parser.add_argument("--most", type=int, default=0, help="so many tests for each (all)")
     parser.add_argument("--map", action="store_true", help="find anew which tests touch a line")
-    parser.add_argument("--out", default="", help="a file that each result is added to, as JSON")
+    parser.add_argument("--drawn", type=Path, default=MAP, help="the file for that")
+    parser.add_argument("--out", help="a file that results are added to; what it holds is done")
     options, more = parser.parse_known_args()
-    if options.map or not MAP.exists():
-        draw_map(more)
-    touched: dict[str, list[str]] = json.loads(MAP.read_text())
+    if options.map or not options.drawn.exists():
+        draw_map(options.drawn, more)
+    drawn = Map(json.loads(options.drawn.read_text()))
     every = mutants()
     sample = random.Random(options.seed).sample(every, min(options.count, len(every)))
-    sample = (
-        [m for m in every if options.only in m.name] if options.only else sample[options.skip :]
-    )
-    results = []
-    with tempfile.TemporaryDirectory(prefix="m") as folder:
-        tree = Copy(Path(folder))
-        assert not tree.notices(tests_of(sample[0], touched)[:FIRST_TESTS], 600), "broken before"
-        for mutant in sample:
-            results.append(result := judge(tree, mutant, touched))
-            fate = result["noticed"] or f"SURVIVES {result['reason']}"
-            print(f"{mutant.first:5} {mutant.name}\n      {fate}", flush=True)
-            if options.out:
-                with Path(options.out).open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+    if options.only:
+        sample = [one for one in every if options.only in one.name]
+    out = Path(options.out or os.devnull)
+    results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(result["byte"], result["name"]) for result in results}
+    drawn.kills.update(result["noticed"] for result in results)
+    left = [one for one in sample if (one.place.start, one.name) not in done]
+    for result in judge_all(left, drawn, options.most, options.jobs):
+        results.append(result)
+        fate = result["noticed"] or f"SURVIVES {result['reason']}"
+        print(f"{result['line']:5} {result['name']}\n      {fate}", flush=True)
+        with out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
     alive = [result for result in results if result["survives"]]
     unexplained = [result["name"] for result in alive if not result["reason"]]
     print(f"{len(every)} possible, {len(results)} tried, {len(alive)} survive")

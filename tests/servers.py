@@ -60,7 +60,7 @@ def left_out() -> str:
 
 def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
     """Poll until ``true()`` gives something; it may raise while it is not there yet."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * support.shared()
     error: Exception | None = None
     while time.monotonic() < deadline:
         try:

@@ -353,6 +353,16 @@ def test_a_file_that_cannot_reach_the_disk_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_disk_is_asked_for_all_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    path = tmp_path / "secret"
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    gateway.write_private_file(path, b"all of it")
+    assert synced == [b"all of it"]
+
+
 @pytest.mark.parametrize("chmod", ["ignored", "refused"])
 @pytest.mark.parametrize("shown", [0o777, 0o644, 0o604, 0o640])
 def test_a_file_system_without_modes(

@@ -237,6 +237,11 @@ def test_where_the_replica_does_not_confirm_nobody_is_told_yes(tmp_path: Path) -
         with pytest.raises(gateway.Unavailable, match="second copy"):
             storage.commit(key, b"\x01b", b"\x01c", 1000)
         assert 0.1 <= time.monotonic() - started < 1 * shared()
+        with pytest.raises(
+            gateway.Unavailable, match="second copy"
+        ):  # the end of a number's proofs
+            storage.create(gateway.StorageId(b"ended"), b"1", 1000, copied=True)
+        storage.create(gateway.StorageId(b"a new session"), b"1", 1000)
         assert storage.commit(key, b"\x01c", b"\x01d") is gateway.Commit.DONE  # nothing to wait for
         replica.process.send_signal(signal.SIGCONT)
         replica.kill()

@@ -479,6 +479,6 @@ def test_random_lives_are_as_the_contract_says(make_client: MakeClient, gaps_s: 
     run_state_machine_as_test(
         ThisLife,
         settings=settings(
-            max_examples=60, stateful_step_count=30, deadline=None, database=None, derandomize=True
+            max_examples=30, stateful_step_count=30, deadline=None, database=None, derandomize=True
         ),
     )

@@ -167,6 +167,7 @@ def test_the_command_prints_a_row_for_each(capsys: pytest.CaptureFixture[str]) -
         ("😀" * 35, ("UCS-2", 70, 1)),
         ("😀" * 36, ("UCS-2", 72, 2)),
         ("a" * 69 + "”", ("UCS-2", 70, 1)),
+        ("\uffff" * 70, ("UCS-2", 70, 1)),  # the last one that is no surrogate pair
     ],
 )
 def test_segments(text: str, size: tuple[str, int, int]) -> None:
@@ -330,6 +331,7 @@ def test_long_codes_have_no_host_line(make_client: MakeClient) -> None:
         ("ro-MD", "ro"),  # C13
         ("de-CH-1901", "de"),
         ("fr-FR-u-ca-gregory", "fr"),
+        ("zh-TW-u-ca-roc", "zh-hant"),
         ("sh-RS", "sr-latn"),
         ("hi-Latn", "en"),  # C14: another script than our catalogue's
         ("hi-Latn, fr;q=0.5", "en"),

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import mutants
 import pytest
-from test_shape import LINES, SOURCE, section_of
+from test_shape import LINES, ROOT, SOURCE, section_of
 
 EVERY = mutants.mutants()
 SAMPLE = random.Random(0).sample(EVERY, 10)
@@ -37,7 +42,31 @@ def test_a_reason_is_about_a_mutant_that_is_there() -> None:
 
 def test_what_runs_at_import_is_touched_by_who_names_it() -> None:
     one = next(one for one in EVERY if one.name.startswith("LIMITED_BY") or "Final" in one.name)
-    users = {LINES[n - 1].strip() for n in mutants._users(one.first)}
-    touched = {line: ["tests/test_x.py::test_y"] for line in users}
-    assert mutants.tests_of(one, touched) == ["tests/test_x.py::test_y"]
-    assert mutants.tests_of(one, {}) == []
+    users = {LINES[n - 1].strip() for n in mutants._users({one.first})}
+    drawn = {"seconds": {"tests/test_x.py::test_y": 1}, "lines": {key: [0] for key in users}}
+    assert mutants.Map(drawn).tests_of(one) == ["tests/test_x.py::test_y"]
+    assert mutants.Map({"seconds": {}, "lines": {}}).tests_of(one) == []
+
+
+@pytest.mark.slow
+def test_a_change_is_noticed_or_survives(tmp_path: Path) -> None:
+    """By a test that seals one number twice: it does not see how long the result is."""
+    test = "tests/test_sealing.py::test_same_number_gives_the_same_bytes"
+    line = 'return _sealer(secret, hawk_id).encrypt(int(msisdn[1:]).to_bytes(8, "big"), None)'
+    drawn, out = tmp_path / "map.json", tmp_path / "out.json"
+    drawn.write_text(json.dumps({"seconds": {test: 0.1}, "lines": {line: [0]}}))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests:{ROOT}/notebooks:{ROOT}"}
+    command = [sys.executable, "tests/mutants.py", "--drawn", str(drawn), "--out", str(out)]
+    found = {}
+    for only in (f"{line} | 8 ->", f"{line} | "):  # a second run goes on where the first ended
+        ended = subprocess.run(
+            [*command, "--only", only], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert "without a reason" in ended.stdout, ended.stderr
+        assert ended.returncode == 1
+        results = [json.loads(text) for text in out.read_text().splitlines()]
+        found = {result["name"].removeprefix(f"{line} | "): result["noticed"] for result in results}
+        assert len(found) == len(results)
+    assert found["8 -> 9"] == ""
+    assert found["\"big\" -> 'bigX'"] == test
+    assert len(found) == 4

@@ -108,19 +108,20 @@ def test_a_message_waits_for_its_part_of_the_time(
     two: list[Provider], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the next provider has its chance; and all of it ends in time."""
-    monkeypatch.setattr(gateway, "SEND_BUDGET_S", 3.0)
+    budget_s = 3.0 * shared()
+    monkeypatch.setattr(gateway, "SEND_BUDGET_S", budget_s)
     one, another = two
     one.answer = nexmo("1")
     sender, begun_s = sender_of(one, another), time.monotonic()
     assert sender.send("Gateway", TO, "text").kind == "nexmo"
-    assert 1 < time.monotonic() - begun_s < 2.9
+    assert budget_s / 3 < time.monotonic() - begun_s < budget_s - 0.1
     assert len(another.received) == 1
-    assert 2 <= len(one.received) < 10  # it is not pestered
+    assert 2 <= len(one.received) < 10 * budget_s / 3  # it is not pestered
     another.answer = nexmo("1")
     begun_s = time.monotonic()
     with pytest.raises(gateway.SmsThrottled):
         sender.send("Gateway", OTHER, "text")
-    assert time.monotonic() - begun_s < 3.5
+    assert time.monotonic() - begun_s < budget_s + 0.5 * shared()
 
 
 def test_what_came_first_leaves_first() -> None:
@@ -144,7 +145,7 @@ def test_what_came_first_leaves_first() -> None:
         list(pool.map(message, range(8)))
     assert sorted(left) == list(range(8))
     moved = [abs(place - n) for place, n in enumerate(left)]
-    assert max(moved) <= 3
+    assert max(moved) <= 3 * shared()  # who is woken late is overtaken
 
 
 def test_without_a_word_there_is_no_pace() -> None:

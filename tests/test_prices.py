@@ -180,11 +180,11 @@ def test_time_outs_of_the_store_give_no_guess(
 def test_kill_leaves_a_message_without_a_code_at_worst(
     start_gateway: Start, vonage: Provider, store: gateway.EmbeddedStore, storage: gateway.Storage
 ) -> None:
-    """kill -9 of the gateway at twenty moments around RESERVE, SEND and ARM."""
+    """kill -9 of the gateway at some moments around RESERVE, SEND and ARM, others in each run."""
     vonage.answer = sms.after(0.03)
     options = ("--sms-providers", json.dumps([vonage.nexmo()]), "--storage-url", store.url)
     gate, numbers, verified = start_gateway(*options), [], 0
-    for n in range(20):
+    for n in range(random.randrange(3), 21, 3):
         client, number = gate.client(), f"+4477009001{n:02}"
         assert client.register().status == 200
         asking = threading.Thread(target=quietly, args=(client.verify, number))

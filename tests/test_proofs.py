@@ -334,6 +334,13 @@ ORDER_8 = int.from_bytes(bytes.fromhex(
 SMALL = [y + sign for y in (0, 1, P - 1, P, P + 1, ORDER_8, P - ORDER_8) for sign in (0, 2**255)]
 """Every encoding of a y of small order that libsodium knows, with both signs of x."""
 
+
+def plausible_n(bits: int) -> bytes:
+    """A modulus of so many bits without a small factor, and no number of Fermat's."""
+    odd = range(2 ** (bits - 1) + 3, 2**bits, 2)
+    return next(n for n in odd if math.gcd(n, gateway.SMALL_FACTORS) == 1).to_bytes(513, "big")
+
+
 REFUSED_JWKS: dict[str, Callable[[], Any]] = {
     "kty missing, so no JWK": lambda: jwk("EC", kty=None),
     "kty unknown": lambda: jwk("EC", kty="AKP"),
@@ -368,7 +375,8 @@ REFUSED_JWKS: dict[str, Callable[[], Any]] = {
     **{f"private RSA, {name}": partial(jwk, "RSA", **{name: "AQAB"})
        for name in ("d", "p", "q", "dp", "dq", "qi", "oth")},
     "RSA of 1024 bits": lambda: rsa_jwk(1024),
-    "RSA of 4104 bits": lambda: jwk("RSA", n=b64((2**4103 + 7).to_bytes(513, "big"))),
+    **{f"RSA of {bits} bits": partial(lambda bits: jwk("RSA", n=b64(plausible_n(bits))), bits)
+       for bits in (2047, 4097)},
     "RSA, e 3": lambda: jwk("RSA", e="Aw"),
     "RSA, e 1": lambda: jwk("RSA", e="AQ"),
     "RSA, e even": lambda: jwk("RSA", e="AQAC"),
@@ -384,8 +392,9 @@ REFUSED_JWKS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED_JWKS)
 def test_refused_jwks(name: str) -> None:
+    read = gateway.canonical_jwk if "prime" in name else gateway.client_key
     with pytest.raises(gateway.InvalidParameter) as caught:
-        gateway.client_key(REFUSED_JWKS[name]())
+        read(REFUSED_JWKS[name]())
     assert "publicKey must be" in caught.value.message
 
 

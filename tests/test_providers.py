@@ -821,7 +821,6 @@ def test_a_handshake_that_hangs_is_surely_not_sent(provider: Provider) -> None:
         assert 0.25 < time.monotonic() - started < 2 * shared()
 
 
-@pytest.mark.alone
 def test_surplus_sends_are_refused_at_once_and_the_rest_is_served(
     start_gateway: Callable[..., GatewayProcess],
 ) -> None:
@@ -1215,7 +1214,7 @@ def test_two_of_three_are_broken(
         results = list(pool.map(user, range(12)))
     print(fault, "slowest", max(seconds for _, seconds, _ in results))
     assert {status for status, *_ in results} == {200}
-    assert max(seconds for _, seconds, _ in results) < 12.5
+    assert max(seconds for _, seconds, _ in results) < gateway.SEND_BUDGET_S + shared() / 2
     codes = set()
     for n, (_, _, client) in enumerate(results):
         number = f"+4477009001{n:02}"

@@ -156,6 +156,36 @@ def test_the_record_of_an_ended_session_loses_the_number_at_its_next_use(
     assert 900 < storage._run("TTL", key, key=key) <= 1000  # no longer than before
 
 
+def test_where_an_ended_session_stands(
+    owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
+) -> None:
+    """A page that was reloaded is told before it asks for a proof."""
+    before, now, stranger = owners
+    assert before.call("/session", method="GET").json["msisdn"] == NUMBER
+    assert now.call("/unregister", {"everywhere": True}).status == 204
+    answers = [before.call("/session", method="GET", nonce="seen") for _ in range(2)]
+    assert answers[0].json["next"]["verified"] is False
+    assert "msisdn" not in answers[0].json
+    assert [answer.status for answer in answers] == [200, 401]  # its nonce is used up, as always
+    assert stranger.call("/session", method="GET").json["next"]["verified"]
+
+
+def test_a_shorter_life_of_verified_sessions_holds_for_older_ones(
+    make_client: Make, clock: Clock
+) -> None:
+    """Else they would outlive what ``everywhere`` and ``forget`` leave behind."""
+    month_s = 30 * 86400
+    before = make_client(clock=clock, verified_ttl_s=12 * month_s).verified()
+    shorter = make_client(clock=clock, verified_ttl_s=month_s)
+    shorter.credentials = before.credentials
+    clock.now_s += month_s
+    assert sign(shorter) == (200, None)
+    clock.now_s += 1
+    assert sign(shorter) == (401, 110)
+    assert shorter.call("/session", method="GET").errno == 110
+    assert sign(before) == (200, None)
+
+
 def test_a_code_that_waits_in_an_ended_session_still_verifies_its_number(
     owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock
 ) -> None:
@@ -184,7 +214,7 @@ def test_a_message_that_a_dead_worker_left_can_not_verify_an_ended_session(
     assert gateway.end_proofs(user, 4, gateway.Settings(), 200) is user
 
 
-@pytest.mark.parametrize("age_s", [601, 365 * 86400 - 60])
+@pytest.mark.parametrize("age_s", [601, 364 * 86400])
 def test_everywhere_needs_a_session_verified_just_now(
     owners: tuple[WsgiClient, WsgiClient, WsgiClient], clock: Clock, age_s: int
 ) -> None:
@@ -227,12 +257,12 @@ def test_everywhere_can_be_asked_again_after_a_503(
     fails = [True]
 
     def failing(call: Callable[..., Any], is_meant: Callable[..., bool]) -> Callable[..., Any]:
-        def one(*args: Any) -> Any:
+        def one(*args: Any, **more: Any) -> Any:
             if not (fails and is_meant(*args)):
-                return call(*args)
+                return call(*args, **more)
             fails.clear()
             if done:
-                call(*args)
+                call(*args, **more)
             raise gateway.Unavailable("timed out")
 
         return one
@@ -461,7 +491,7 @@ def test_bodies_that_never_end_keep_nobody_waiting(start_gateway: Start) -> None
             time.sleep(0.2)
         assert max(waits_s) < 2 * shared()
         ended = b"".join(until_closed(connection) for connection in late)
-        assert 9 < time.monotonic() - started_s < 15
+        assert 9 < time.monotonic() - started_s < 10 + 5 * shared()
         assert b" 200 " not in ended  # nobody was registered
     # All threads are back: as many bodies as before may be waited for. A further one ends the
     # oldest, so that whoever opens many keeps nobody out.
@@ -477,7 +507,7 @@ def test_bodies_that_never_end_keep_nobody_waiting(start_gateway: Start) -> None
         assert time.monotonic() - started_s < 5 * shared()
         assert process.client().call("GET", "/__heartbeat__").status == 200
     # Whoever hangs up leaves no thread behind.
-    assert eventually(lambda: process.client().call("POST", "/register", {}).status == 200, 3)
+    assert eventually(lambda: process.client().call("POST", "/register", {}).status == 200)
     assert "Traceback" not in process.output
 
 
@@ -510,7 +540,7 @@ def test_large_heads_take_little_memory(start_gateway: Start) -> None:
     with contextlib.ExitStack() as stack:
         connections = []
         for _ in range(400):
-            connection = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+            connection = socket.create_connection(("127.0.0.1", process.port), timeout=20)
             stack.enter_context(contextlib.closing(connection))
             connection.sendall(b"POST /register HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 15_000)
             connections.append(connection)
@@ -532,7 +562,7 @@ def test_heads_that_stay_just_below_the_limit_take_little_memory(start_gateway: 
     before = worker.memory_info().rss
     with contextlib.ExitStack() as stack:
         for _ in range(400):
-            connection = socket.create_connection(("127.0.0.1", process.port), timeout=5)
+            connection = socket.create_connection(("127.0.0.1", process.port), timeout=20)
             stack.enter_context(contextlib.closing(connection))
             connection.sendall(b"POST /register HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 16_000)
         assert process.client().register().status == 200

@@ -5,6 +5,7 @@ The names A01, B03 and so on are those of public bug reports that were tried on 
 
 from __future__ import annotations
 
+import inspect
 import json
 import unicodedata
 from collections.abc import Callable
@@ -333,3 +334,11 @@ def test_any_request_is_answered(
         if answer.status == 400:
             assert answer.errno in (107, 108)
             assert answer.json["message"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(gateway) if name.endswith("Body")))
+def test_a_body_is_made_by_names_and_stays_as_it_came(name: str) -> None:
+    body = getattr(gateway, name)
+    kinds = {field.kind for field in inspect.signature(body).parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+    assert body.__struct_config__.frozen

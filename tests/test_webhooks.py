@@ -364,7 +364,7 @@ def test_a_secret_in_path_or_query(make_client: MakeClient, kind: str, where: st
 
 @pytest.mark.parametrize(
     "sender",
-    ["", "+", "12345", "80808", "Bank", "+49110", "49110", "+12345", "tel:+447700900123",
+    ["", "+", "12345", "80808", "Bank", "+49110", "49110", "+12345", "tel:Bank",
      "0612345678", "+" + "9" * 20, "+44 7700 900123; DROP", "\x00"],
 )  # fmt: skip
 def test_odd_senders_do_no_harm(make_client: MakeClient, sender: str) -> None:

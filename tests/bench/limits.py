@@ -13,18 +13,28 @@ come from addresses that are limited (behind a named proxy), so that every row o
 
 For each: CPU µs per request of the gateway's own processes and of its store, with limits, without,
 and the median over the rounds of the difference.
+
+``--floor`` asks instead what any script costs that does the least: it writes eight counters that
+die by themselves and the round's list, and looks at nothing. Ours is measured beside it, and a GET.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+import psutil
 from bench import WORKLOADS, Bare, Bench, Row, Workload, World
+
+import gateway
 
 PROXY = "X-Forwarded-For: 192.0.2.9\r\n"
 
@@ -67,6 +77,63 @@ def pairs(bench: Bench) -> dict[str, tuple[Workload, dict[str, Proxied]]]:
     return found
 
 
+LEAST = """#!lua
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local before = redis.call('MGET', unpack(KEYS, 2))
+for i = 1, #before do redis.call('SET', KEYS[i + 1], now, 'PX', 10000) end
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+redis.call('EXPIRE', KEYS[1], 86400)
+return {0, 0}
+"""
+
+
+def floor(folder: Path, rounds: int, count: int) -> None:
+    """Print CPU µs per call, of the store and of this process: ours, the least script, a GET."""
+    embedded = gateway.EmbeddedStore(str(folder / "store"))
+    storage = gateway.Storage(embedded.url)
+    (store,) = (p for p in psutil.Process().children(recursive=True) if "valkey" in p.name())
+    open_to_all = {"*": "9999999/second"}
+    settings = gateway.Settings(
+        unverified_per_destination=open_to_all, unverified_per_prefix="9999999/second",
+        unverified_per_address="9999999/second", sends_per_hour=10**6, spend_per_day=1e6,
+    )  # fmt: skip
+    limits = gateway.Limits(storage, settings, secrets.token_bytes(32), time.time)
+
+    def message(script: str) -> Callable[[], object]:
+        number = gateway.Msisdn(f"+4477{secrets.randbelow(10**8):08}")
+        counters = limits.message(number, "GB", "192.0.2.9")
+        rows = [(one.period_us, one.cost_us, one.limit.kind) for one in counters]
+        ask = {"outcome": "refused", "rows": rows, "now": 0, "region": "GB", "prefix": number[:-4]}
+        keys = [limits.key("s", secrets.token_hex(8)), *(one.key for one in counters)]
+        more = [secrets.token_bytes(8), b"-", secrets.token_bytes(8), secrets.token_bytes(60)]
+        packed = msgspec.msgpack.encode(ask)
+        return lambda: storage._run("EVAL", script, len(keys), *keys, packed, *more, key=keys[0])
+
+    def get() -> Callable[[], object]:
+        return lambda: storage.get(gateway.StorageId(bytes(16)))
+
+    what: dict[str, Callable[[], Callable[[], object]]] = {
+        "TAKE_SCRIPT": lambda: message(gateway.TAKE_SCRIPT),
+        "the least": lambda: message(LEAST),
+        "GET": get,
+    }
+    used: dict[str, list[tuple[float, float]]] = {name: [] for name in what}
+    for _ in range(rounds):
+        for name, make in what.items():
+            calls = [make() for _ in range(count)]
+            times = store.cpu_times()
+            before = times.user + times.system, time.process_time()
+            for call in calls:
+                call()
+            times = store.cpu_times()
+            after = times.user + times.system, time.process_time()
+            used[name].append((after[0] - before[0], after[1] - before[1]))
+    for name, each in used.items():
+        ours, theirs = (statistics.median(v) / count * 1e6 for v in zip(*each, strict=True))
+        print(f"{name:11} store {ours:.0f}, this process {theirs:.0f}")
+
+
 def main() -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -74,7 +141,12 @@ def main() -> int:
     # The kernel tells CPU in ticks of 10 ms: with so many requests a tick is 12 µs of each.
     parser.add_argument("--requests", type=int, default=800)
     parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--floor", action="store_true")
     given = parser.parse_args()
+    if given.floor:
+        with tempfile.TemporaryDirectory(prefix="limits") as folder:
+            floor(Path(folder), given.rounds, 10 * given.requests)
+        return 0
     with tempfile.TemporaryDirectory(prefix="limits") as folder:
         bench = Bench(Path(folder), "python", given.requests, given.rounds)
         rows: dict[tuple[str, str], Row] = {}
