@@ -314,7 +314,7 @@ def test_later_source_wins(
     ended = run(*argv)
     assert ended.status == 0
     [line] = [line for line in ended.out.splitlines() if line.split()[0] == "port"]
-    assert line.split()[1] == str(expected)
+    assert line.split()[2] == str(expected)
 
 
 def test_sources_add_up(toml: Callable[[str], str]) -> None:
