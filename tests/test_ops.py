@@ -106,7 +106,7 @@ def test_sends_receipts_and_limits_are_counted(make_client: MakeClient) -> None:
         client = make_client(
             sms_providers=[api.entry()], sms_inbound=[hook], trusted_proxies=["127.0.0.1"],
             sends_per_number="2/day", unverified_per_destination={"*": "8/day"},
-            spend_per_day=1.0, sms_price={"*": 1.0, "GB": 0.05},
+            spend_per_day=20.0, sms_price={"*": 1.0, "GB": 1.0},
         )  # fmt: skip
         client.register()
         statuses = [client.ask(NUMBER).status for _ in range(3)]
