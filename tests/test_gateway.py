@@ -138,7 +138,7 @@ def test_a_default_mo_number_serves_every_network(make_client: MakeClient) -> No
     assert found == {"verificationMethods": ["sms/momt"], "verificationDetails": details}
 
 
-BAD_MCC = ["21", "2144", "abc", "21a", " 214", "214\n", "２１４", "-14", 65535, 2.14, True, ["214"]]
+BAD_MCC = ["21", "2144", "21a", " 214", "214\n", "２１４", "-14", 99, 1000, 2.14, True, ["214"]]
 BAD_MNC = ["7", "0777", "ab", " 07", "07\n", "０７", "-7", 7, True, ["07"], {"mnc": "07"}]
 BAD_MSISDN = [
     "447700900123",  # no plus
