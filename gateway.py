@@ -4103,7 +4103,7 @@ class HttpSms(SmsProvider):
         status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
         words = f"{self.kind}: its login was answered {status} {responses.get(status, '')}"
         if not 200 <= status < 300:
-            raise SmsDenied(words)
+            raise SmsDenied(f"{words}: see its login and endpoint in sms_providers")
         return f"sms: {words}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
