@@ -4103,7 +4103,7 @@ class HttpSms(SmsProvider):
         status = self._exchange(request | {pycurl.CUSTOMREQUEST: "GET"}, 5.0)[0]
         words = f"{self.kind}: its login was answered {status} {responses.get(status, '')}"
         if not 200 <= status < 300:
-            raise SmsDenied(words)
+            raise SmsDenied(f"{words}: see its login and endpoint in sms_providers")
         return f"sms: {words}"
 
     def _judge(self, status: int, body: bytes, retry_after_s: int) -> list[str]:
@@ -7470,7 +7470,7 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
 
 def rotate_keys(settings: Settings, leaked: bool) -> int:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
-    master, keys = load_master_secret(settings)[0], load_keys(settings)[0]
+    master, keys = _master_secret_of(settings), load_keys(settings)[0]
     if url := settings.storage_url:  # an older copy of keys_dir must not go a way of its own
         check_store(settings, url, master, keys.fingerprint, patient=False)
     now_s, known = int(time.time()), keys.files.proofs
@@ -7627,7 +7627,7 @@ def _entry_of(settings: Settings, kind: str, number: str) -> tuple[Storage, Stor
 
 def _master_secret_of(settings: Settings) -> bytes:
     if not _has_master_secret(settings):
-        raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: name the gateway's")
+        raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: --config FILE?")
     return load_master_secret(settings)[0]
 
 

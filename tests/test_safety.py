@@ -430,6 +430,7 @@ Number = gateway.Msisdn(NUMBER)
         (["principal", "+44123"], 2, "“+44123” is too short"),
         (["block", NUMBER], 1, "master.secret"),
         (["principal", NUMBER], 1, "master.secret"),
+        (["rotate-keys"], 1, "master.secret"),  # it made keys in a wrong folder, and changed none
         (["messages", NUMBER], 2, "messages takes no number"),
         (["serve", NUMBER], 2, "serve takes no number"),
     ],
