@@ -370,6 +370,20 @@ def test_who_may_write_in_a_folder_of_keys(
         gateway.check_folder(tmp_path)
 
 
+@pytest.mark.parametrize(("owner", "refused"), [(0, False), (1000, False), (1, True)])
+def test_whose_a_folder_of_keys_may_be(
+    owner: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root's or ours. Here we are user 1000."""
+    found = tmp_path.stat()
+    shown = os.stat_result((*found[:4], owner, *found[5:10]))
+    monkeypatch.setattr(Path, "stat", lambda _: shown)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    wanted = pytest.raises(StartError, match="run this as its owner")
+    with wanted if refused else contextlib.nullcontext():
+        gateway.check_folder(tmp_path)
+
+
 def test_the_disk_is_asked_for_all_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
