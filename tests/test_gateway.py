@@ -911,6 +911,16 @@ def test_resend_keeps_the_kind_last_used(
     assert found == digits
 
 
+@pytest.mark.parametrize(("short", "kind"), [(True, "digits"), (False, "hex digits")])
+def test_a_code_of_the_other_kind_hears_which_one_waits(
+    session: WsgiClient, short: bool, kind: str
+) -> None:
+    session.ask(shortVerificationCode=short)
+    answer = session.call("/sms/verify_code", {"code": "ab" * 16 if short else "123456"})
+    assert answer.errno == 107
+    assert answer.json["message"] == f"the code that is waiting is one of {kind}"
+
+
 def test_resend_keeps_the_network_last_used(mapped: WsgiClient) -> None:
     client = mapped.another()
     client.register()
