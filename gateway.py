@@ -963,11 +963,8 @@ def load_settings(
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
-    settings.origins.update(
-        dict.fromkeys(in_file, f"file {path}")
-        | dict.fromkeys(named, "environment")
-        | dict.fromkeys(options, "option")
-    )
+    for names, origin in ((in_file, f"file {path}"), (named, "environment"), (options, "option")):
+        settings.origins.update(dict.fromkeys(names, origin))
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
         LOG.warning(
@@ -4054,8 +4051,7 @@ class HttpSms(SmsProvider):
             request = self._request(values)
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
-        status, body, retry_after_s = self._exchange(request, timeout_s)
-        ids = self._judge(status, body, retry_after_s)
+        ids = self._judge(*self._exchange(request, timeout_s))
         return ids or [values["id"]] * self.entry["receipts"]
 
     def try_login(self) -> str:
@@ -5904,11 +5900,11 @@ class Route(NamedTuple):
 
 _SENDING: Final = (TooManyCodes, TooManyToNumber, TooManyMessages, TooManyFromAddress)
 _RESENDING: Final = (Expired, *_SENDING)
-_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
 _CODE: Final = (CodeBody, CodeJwtBody)
 _JUDGED: Final = (WrongCode, Expired)
-_OURS: Final = "provider secret"
 _SIGN: Final = (SignBody, JwtBody)
+_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
+_webhook: Final = partial(Route, "GET POST", errors=_CALLED, query="provider secret")
 _Texts = dict[str, str]
 ROUTES: Final = (
     Route("GET", "/", "home", answer=_Texts),
@@ -5917,12 +5913,8 @@ ROUTES: Final = (
     Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
     Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), "Asked", _SENDING),
     Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), "Asked", _RESENDING),
-    Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
+    *(_webhook("/sms/momt" + end, "sms_momt") for end in ("", "/", "/<secret>")),
+    *(_webhook("/sms/receipt" + end, "sms_receipt") for end in ("", "/", "/<secret>")),
     Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, "Verified", _JUDGED),
     Route("GET", "/session", "session_state", hawk=True, answer="State"),
     Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, "Signed", (NotVerified,)),
@@ -6253,9 +6245,7 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
 """What a client may call its request."""
-_TIMES_S: Final = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf
-)  # fmt: skip
+_TIMES_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf)
 """The classes in which the time of requests is counted: the upper bound of each."""
 _PREFIXES: Final = 10, 5
 """/metrics names the prefixes that were sent to and refused most: so many of each, and from so many
@@ -7345,7 +7335,7 @@ def fit_threads(settings: Settings) -> Settings:
     return structs.replace(settings, threads=room)
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
     _handle_signals()
     logging.config.dictConfig(logging_of(settings))
@@ -7374,7 +7364,6 @@ def serve(settings: Settings) -> int:
             store.stop()
         holder.close()
     LOG.info("stopped")
-    return 0
 
 
 def _handle_signals() -> None:
@@ -7449,7 +7438,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             os.write(sys.stderr.fileno(), ("\n".join(lines) + "\n").encode(errors="replace"))
 
 
-def generate_keypair(settings: Settings, algorithm: str) -> int:
+def generate_keypair(settings: Settings, algorithm: str) -> None:
     """Make the server's key pair and print its public half; never replaces a pair."""
     path = Path(settings.keys_dir, "browserid.pem")
     if os.path.exists(path):
@@ -7457,10 +7446,9 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
     key, _ = load_signing_key(settings, algorithm)
     print(f"made {path}", file=sys.stderr)
     print(json.dumps(public_key_json(key.public_key()), indent=2))
-    return 0
 
 
-def rotate_keys(settings: Settings, leaked: bool) -> int:
+def rotate_keys(settings: Settings, leaked: bool) -> None:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
     master, keys = _master_secret_of(settings), load_keys(settings)[0]
     if url := settings.storage_url:  # an older copy of keys_dir must not go a way of its own
@@ -7477,7 +7465,6 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     if leaked:  # the only key signs at once
         told = "it signs at once, and all others are removed; now"
     print(f"made {path}; {told} other machines need a copy of the whole folder", file=sys.stderr)
-    return 0
 
 
 def check_setup(settings: Settings, send: str) -> int:
@@ -7539,7 +7526,7 @@ def _is_in_use(data_dir: str) -> bool:
     return False
 
 
-def show_settings(settings: Settings, as_toml: bool) -> int:
+def show_settings(settings: Settings, as_toml: bool) -> None:
     """Print every setting with the value in force, and its origin; or as a TOML file."""
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
@@ -7559,14 +7546,13 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
                 print(
                     f"#   {own} = {_as_toml(field.get('default', '…'))}  # {field['description']}"
                 )
-    return 0
 
 
 _as_toml: Final = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
 """TOML writes lists and texts as JSON does, and tables with " = "."""
 
 
-def show_messages(settings: Settings) -> int:
+def show_messages(settings: Settings) -> None:
     """Print the message in every language, its size, and whether a host line fits."""
     code = "1" * settings.short_code_digits
     host = max(map(settings.line_host, ["", *settings.allowed_origins]), key=len)
@@ -7574,7 +7560,6 @@ def show_messages(settings: Settings) -> int:
         text = message_text(code, catalogue, host)
         line, n = "host line" if "\n" in text else "-", measure(text)
         print(f"{tag:8} {n.encoding} {n.units:3} {n.segments} {line:9}", text.replace("\n", " ⏎ "))
-    return 0
 
 
 def principal(settings: Settings, number: str) -> None:
@@ -7623,7 +7608,7 @@ def _master_secret_of(settings: Settings) -> bytes:
     return load_master_secret(settings)[0]
 
 
-def bill(settings: Settings) -> int:
+def bill(settings: Settings) -> None:
     """Print the most that can be spent, with the limit that bounds each line."""
     prices = _destination_prices(settings)
     places = [("everywhere", "", max(prices.values()))]
@@ -7633,7 +7618,6 @@ def bill(settings: Settings) -> int:
         lines = _worst_case(settings, price, region).values()
         amounts = "".join(f" {amount:10.2f}" for amount, _ in lines)
         print(f"{place:10} {price:8.3f}{amounts} ", ", ".join({name: 0 for _, name in lines}))
-    return 0
 
 
 def _bill_line(settings: Settings) -> str:
