@@ -19,7 +19,7 @@ from typing import Any
 import lab
 import psutil
 import pytest
-from support import NUMBER, ROOT, GatewayProcess, free_port
+from support import NUMBER, ROOT, GatewayProcess, free_port, shared
 from test_sms import SmsApi, refused
 
 import gateway
@@ -52,7 +52,7 @@ class Demo:
 
     def end(self, typed: str = "") -> tuple[int, str, str]:
         """Wait for its end; gives exit status, stdout, stderr."""
-        self.process.communicate(typed or None, timeout=40)
+        self.process.communicate(typed or None, timeout=40 * shared())
         return self.process.returncode, self.out.read_text(), self.err.read_text()
 
     def left(self) -> list[str]:
@@ -173,7 +173,7 @@ def test_who_does_not_know_the_token_types_the_code(
     process = start_gateway()
     demo = start_demo(port=process.port, typed=True)
     shown = re.compile("SMS to .*: ([0-9]{6})\n")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * shared()
     while not (found := shown.search(process.output)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert found
@@ -238,7 +238,7 @@ def test_with_a_real_provider_it_asks_for_the_code(
     with SmsApi() as api:
         process = start_gateway(*api.option())
         demo = start_demo(port=process.port, typed=True)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 20 * shared()
         while not api.received and time.monotonic() < deadline:
             time.sleep(0.01)
         status, out, err = demo.end(api.code() + "\n")
@@ -303,7 +303,7 @@ def test_stopped_in_the_middle_it_leaves_no_gateway(
     """As in ``timeout 5 python gateway.py demo``, or Ctrl-C."""
     demo = start_demo()
     main = psutil.Process(demo.process.pid)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 20 * shared()
     while not main.children() and time.monotonic() < deadline:
         time.sleep(0.01)
     children = main.children()
@@ -313,7 +313,7 @@ def test_stopped_in_the_middle_it_leaves_no_gateway(
         process.send_signal(how)
     demo.end()
     assert demo.process.returncode != 0
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 5 * shared()
     while any("process" in told for told in demo.left()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [told for told in demo.left() if "process" in told]

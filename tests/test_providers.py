@@ -787,7 +787,9 @@ for _ in range(3):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "hang.c"], check=True)
     environ = {**os.environ, "LD_PRELOAD": library}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, cwd=lab.ROOT, env=environ, timeout=40)
+    done = subprocess.run(
+        command, capture_output=True, cwd=lab.ROOT, env=environ, timeout=40 * shared()
+    )
     assert (done.stdout, done.stderr) == (b"SmsFailed True\n" * 3, b"")
 
 

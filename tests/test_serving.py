@@ -619,8 +619,8 @@ def log_line(text: str, *args: Any) -> logging.LogRecord:
 
 
 def read_until(file: int, end: bytes) -> bytes:
-    """Read from a pipe until its text ends so; 5 seconds at most."""
-    text, deadline = b"", time.monotonic() + 5
+    """Read from a pipe until its text ends so; 5 seconds at most, where nobody else works."""
+    text, deadline = b"", time.monotonic() + 5 * shared()
     while not text.endswith(end) and time.monotonic() < deadline:
         if select.select([file], [], [], 0.1)[0]:
             text += os.read(file, 65536)

@@ -20,7 +20,7 @@ import lab
 import msgspec
 import psutil
 import pytest
-from support import ROOT, GatewayProcess, free_port
+from support import ROOT, GatewayProcess, free_port, shared
 
 import gateway
 from gateway import Settings, SettingsError
@@ -1001,7 +1001,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path)
         while not psutil.Process(process.pid).children():  # a gateway or a store of its own
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        _, told = process.communicate(timeout=20 * shared())
     assert process.returncode == 130
     assert "Traceback" not in told
 
