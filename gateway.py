@@ -74,6 +74,10 @@ Glossary:
     assertion  a statement signed with the client's key, valid at one relying party
     SD-JWT     what a certificate is today (RFC 9901); its assertion is called a KB-JWT
     JWK, JWKS  a public key as JSON, and a document of several (RFC 7517)
+    outbox     the provider of SMS that sends nothing: it shows each message on this machine
+    attempt    one provider of SMS, asked once to send one message
+    round      the messages of a session between two right codes; a right code pays them back
+    GCRA       a limit that is kept as one number: the time at which it is unused again
 """
 
 from __future__ import annotations
@@ -959,11 +963,8 @@ def load_settings(
         if isinstance(values[name], str):
             values[name] = os.path.expanduser(values[name])
     settings = Settings(**values)
-    settings.origins.update(
-        dict.fromkeys(in_file, f"file {path}")
-        | dict.fromkeys(named, "environment")
-        | dict.fromkeys(options, "option")
-    )
+    for names, origin in ((in_file, f"file {path}"), (named, "environment"), (options, "option")):
+        settings.origins.update(dict.fromkeys(names, origin))
     secret = [n for n in in_file if json.loads(settings.shown(n)) != getattr(settings, n)]
     if secret and os.stat(path).st_mode & 0o004:
         LOG.warning(
@@ -1093,18 +1094,24 @@ def parse_msisdn(value: object) -> Msisdn:
     >>> parse_msisdn("tel:+44 (7700) 900-123"), parse_msisdn("+52 1 55 5555 0123")
     ('+447700900123', '+525555550123')
     """
+    return _read_number(value)[1]
+
+
+def _read_number(value: object) -> tuple[phonenumbers.PhoneNumber, Msisdn]:
     text = fold(value, "()./").removeprefix("tel:")
     if not re.fullmatch(r"\+[0-9]+", text):
         raise InvalidParameter("msisdn must be + with country code and number: +447700900123")
     try:
         number = phonenumbers.parse(text)
-        if (e164 := _living(number)) != text:  # a trunk prefix was dropped, or a form was old
+        e164 = again = _living(number)
+        if e164 != text:  # a trunk prefix was dropped, or a form was old
             number = phonenumbers.parse(e164)
+            again = _living(number)
         possible = phonenumbers.is_possible_number_with_reason(number)
         fault = phonenumbers.ValidationResult.to_string(possible)
         # What was read must be read again as itself; E.164 ends at 15 digits.
-        if fault == "IS_POSSIBLE" and _living(number) == e164 and len(e164) <= 16:
-            return Msisdn(e164)
+        if fault == "IS_POSSIBLE" and again == e164 and len(e164) <= 16:
+            return number, Msisdn(e164)
     except phonenumbers.NumberParseException as error:
         fault = "TOO_LONG" if len(text) > 16 else "TOO_SHORT"
         if error.error_type == error.INVALID_COUNTRY_CODE:
@@ -1123,7 +1130,16 @@ def check_reachable(msisdn: Msisdn, countries: Collection[str] = ()) -> str:
 
     Source: the kinds of numbers are libphonenumber's.
     """
-    number = phonenumbers.parse(msisdn)
+    return _reach(phonenumbers.parse(msisdn), countries)
+
+
+def reachable_msisdn(value: object, countries: Collection[str] = ()) -> tuple[Msisdn, str]:
+    """``parse_msisdn`` and ``check_reachable`` in one: a number that can get SMS, its region."""
+    number, msisdn = _read_number(value)
+    return msisdn, _reach(number, countries)
+
+
+def _reach(number: phonenumbers.PhoneNumber, countries: Collection[str]) -> str:
     kind, region = phonenumbers.number_type(number), _region(number)
     if what := _NO_SMS.get(phonenumbers.PhoneNumberType.to_string(kind)):
         raise InvalidParameter(f"msisdn cannot get SMS: it is {what}; use a mobile number")
@@ -1471,16 +1487,14 @@ def hawk_mac(kind: str, key: HawkKey, header: HawkHeader, request: HawkRequest) 
     lines = (f"hawk.1.{kind}", header.ts, header.nonce, request.method, request.path,
              request.host, str(request.port), header.hash, header.ext, "")  # fmt: skip
     app = f"{header.app}\n{header.dlg}\n" if header.app else ""
-    return _hmac64(key, "\n".join(lines) + app)
+    text = "\n".join(lines) + app
+    return base64.b64encode(hmac.new(key.hex().encode(), text.encode(), "sha256").digest()).decode()
 
 
 def time_mac(key: HawkKey, ts: int) -> str:
     """The MAC of our own time, so that a client may trust it to correct its clock."""
-    return _hmac64(key, f"hawk.1.ts\n{ts}\n")
-
-
-def _hmac64(key: HawkKey, text: str) -> str:
-    return base64.b64encode(hmac.new(key.hex().encode(), text.encode(), "sha256").digest()).decode()
+    digest = hmac.new(key.hex().encode(), f"hawk.1.ts\n{ts}\n".encode(), "sha256").digest()
+    return base64.b64encode(digest).decode()
 
 
 def hawk_target(method: str, url: str) -> HawkRequest:
@@ -1491,17 +1505,19 @@ def hawk_target(method: str, url: str) -> HawkRequest:
     return HawkRequest(method.upper(), path, parts.hostname or "", port)
 
 
-def _spellings(request: HawkRequest) -> Iterator[HawkRequest]:
-    """A request as clients may have spelled its path, the usual way first.
+def as_signed(key: HawkKey, header: HawkHeader, request: HawkRequest) -> HawkRequest | None:
+    """A request with its path as the client spelled it; ``None`` if its MAC is wrong.
 
     WSGI shows neither which characters were escaped, of which only ``_`` stands in paths of ours
-    and is ever escaped, nor a ``?`` that no query follows.
+    and is ever escaped, nor a ``?`` that no query follows. The usual spelling is tried first.
     """
     base, mark, query = request.path.partition("?")
-    for path in (base, base.replace("_", "%5F"), base.replace("_", "%5f")):
-        yield request._replace(path=path + mark + query)
-        if not query:
-            yield request._replace(path=path + "?")
+    escaped = [base.replace("_", code) + mark + query for code in ("%5F", "%5f")]
+    for path in dict.fromkeys((request.path, request.path + "?" * (not query), *escaped)):
+        spelled = request._replace(path=path)
+        if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
+            return spelled
+    return None
 
 
 def build_authorization(
@@ -1989,14 +2005,8 @@ def parse_public_key(value: object) -> PublicKey:
 
 def sign_token(claims: Json, key: PrivateKey) -> str:
     """``b64url(header).b64url(claims).b64url(signature)``; the header is only ``alg``."""
-    algorithm = algorithm_of(key.public_key())
-    return _signed(algorithm, _HEADERS[algorithm], claims, key)
-
-
-def _signed(algorithm: str, header: bytes, claims: Json, key: Any) -> str:
-    signed = header + b"." + _b64url(_json(claims))
-    signature = _JWS.get_algorithm_by_name(algorithm).sign(signed, key)
-    return (signed + b"." + _b64url(signature)).decode()
+    # PyJWT leaves out a "typ" that is empty.
+    return _JWS.encode(_json(claims), cast(Any, key), algorithm_of(key.public_key()), {"typ": ""})
 
 
 def _json(value: Json) -> bytes:
@@ -2005,7 +2015,6 @@ def _json(value: Json) -> bytes:
 
 _COMPACT: Final = json.JSONEncoder(separators=(",", ":"))
 _b64url: Final = jwt.utils.base64url_encode
-_HEADERS: Final = {name: _b64url(_json({"alg": name})) for name in ALGORITHMS}
 
 
 def verify_token(token: str, key: PublicKey, now_ms: int) -> Json:
@@ -2327,8 +2336,8 @@ def issue_proof(key: ProofKey, claims: Json) -> str:
     Whoever has the private half of ``cnf.jwk`` may show the SD-JWT, whoever holds the JWT that.
     """
     kind, end = ("JWT", "") if "aud" in claims else ("dc+sd-jwt", "~")
-    header = _b64url(_json({"alg": "ES256", "kid": key.jwk["kid"], "typ": kind}))
-    return _signed("ES256", header, claims, key.private) + end
+    header = {"kid": key.jwk["kid"], "typ": kind}
+    return _JWS.encode(_json(claims), key.private, "ES256", header) + end
 
 
 def verify_proof(token: str, jwks: Json, issuer: str, now_s: float, audience: str = "") -> Json:
@@ -3378,45 +3387,6 @@ def address_block(address: str, ipv6_bits: int) -> str:
     return f"{socket.inet_ntop(socket.AF_INET6, network.ljust(16, bytes(1)))}/{ipv6_bits}"
 
 
-def session_sends(user: User, settings: Settings, now_s: int) -> int:
-    """How many messages a session has asked for, if it may ask for one more.
-
-    The count starts again ``HOUR_S`` after the last message; where limits are off, nothing counts.
-
-    Raises:
-        TooManyCodes: What ``session_refusal`` says, where limits are enforced.
-    """
-    refusal = session_refusal(user, settings, now_s)
-    if refusal and settings.limits == "enforce":
-        raise refusal
-    counts = settings.limits != "off" and now_s - user.asked_s < HOUR_S
-    # The record has one byte for it. It gets there only where limits are not enforced.
-    return min(user.sends, 254) if counts else 0
-
-
-def session_refusal(user: User, settings: Settings, now_s: int) -> TooManyCodes | None:
-    """What the session's own limits say against another message, if anything.
-
-    It has asked for ``sends_per_session``, or for the last one too recently.
-    """
-    passed_s = now_s - user.asked_s
-    if not user.sends or passed_s >= HOUR_S:
-        return None
-    if user.sends >= settings.sends_per_session:
-        # If our clock was ahead, the last message is in the future: do not wait longer for that.
-        wait_s = min(HOUR_S - passed_s, HOUR_S)
-        return TooManyCodes("sends_per_session: it has asked for all the codes it may", wait_s)
-    gaps_s = settings.resend_gaps_s
-    gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
-    # There is no gap after a message that did not leave: then no number is bound any more, or
-    # the worker that was sending it died.
-    early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
-    if early and user.sealed and not user.sending:
-        wait_s = min(gap_s - passed_s, gap_s)
-        return TooManyCodes("resend_gaps_s: this session asked for a message just now", wait_s)
-    return None
-
-
 class Limit(NamedTuple):
     """A row of the table of limits, counted in the store for all workers and machines.
 
@@ -3559,7 +3529,7 @@ class Limits:
         With 12 bytes the list of a round would take twice the memory: its entry for a message
         names five counters, and a hash of values above 64 bytes is no listpack.
         """
-        digest = hmac.digest(self._secret, f"{row} {what}".encode(), "sha256")
+        digest = hmac.new(self._secret, f"{row} {what}".encode(), "sha256").digest()
         return b"{limits}%b%b" % (row.encode(), digest[:11])
 
     def counters(self, who: Mapping[str, str], region: str = "", price: float = 1) -> list[Counter]:
@@ -3659,38 +3629,30 @@ class Limits:
 class Payments:
     """The message of one request that may cost money, counted before it may leave.
 
-    An attempt is one provider asked once. ``count`` counts one in advance; ``SmsSender`` calls
-    ``use`` just before each. The first attempt takes the message from all its limits, in one round
+    An attempt is one provider asked once. ``Gateway._reserve`` calls ``count``, which counts one
+    in advance, if the provider that is asked first costs money. ``SmsSender._attempt`` calls
+    ``use`` for each such provider, just before it is asked; that counts, too, unless one is
+    counted in advance. The first attempt takes the message from all its limits, in one round
     trip; if providers fail over, each further one takes from the gateway's hour and money. What is
     unused at the end of the ``with`` block is given back. ``SmsSender`` gives back each attempt
-    that surely failed, and ``undo`` the message, if no attempt was left. Each has a random name in
-    the list of the session's round, and so can be given back even if a time-out left it unknown
-    whether it was taken, and once only.
+    that surely failed, and ``Gateway._send`` calls ``undo`` for the message, if none was left.
+    Each has a random name in the list of the session's round, and so can be given back even if a
+    time-out left it unknown whether it was taken, and once only.
 
     Args:
         session: Names the session's round: what was asked for since its number was last verified.
+        msisdn, region: Where the message goes.
         address: The client's; "" = not limited.
     """
 
     def __init__(
-        self, limits: Limits, session: str, address: str, random_bytes: RandomBytes
-    ) -> None:
-        self._limits, self._address, self._random_bytes = limits, address, random_bytes
-        self._session, self._msisdn = session, Msisdn("")
+        self, limits: Limits, session: str, msisdn: Msisdn, region: str, address: str,
+        random_bytes: RandomBytes,
+    ) -> None:  # fmt: skip
+        self._limits, self._random_bytes = limits, random_bytes
+        self._place, self._list = (region, msisdn[:-4]), limits.key("s", session)
+        self._counters = limits.message(msisdn, region, address)
         self._message = self._unused = b""
-
-    def bind(self, msisdn: Msisdn, region: str) -> None:
-        """Name the number that is counted for, and its region, before anything is.
-
-        Raises:
-            Unavailable: Another number is named meanwhile: another request changed the session.
-        """
-        if self._msisdn not in ("", msisdn):
-            raise Unavailable("another request changed this session; try again")
-        if not self._msisdn:
-            self._msisdn, self._place = msisdn, (region, msisdn[:-4])
-            self._list = self._limits.key("s", self._session)
-            self._counters = self._limits.message(msisdn, region, self._address)
 
     def count(self) -> None:
         """Count one attempt in advance, unless one is counted; with the first, the message.
@@ -3734,7 +3696,7 @@ class Payments:
 
         Args:
             refused: A provider refused the number for good; the address's counts stay.
-            later: The store has just failed, so do not ask it again in this thread.
+            later: As for ``owe``.
         """
         message = self._message, _OF_NUMBER if refused else _OF_MESSAGE
         owe(partial(self._give_back, (self._unused, _OF_ATTEMPT), message), later)
@@ -3742,7 +3704,7 @@ class Payments:
 
     def _give_back(self, *parts: tuple[bytes, str]) -> None:
         for name, rows in parts:
-            if name and self._limits.mode != "off":
+            if name:
                 back = [counter for counter in self._counters if counter.limit.row in rows]
                 keys = [self._list, *(counter.key for counter in back)]
                 ask = {"costs": [counter.cost_us for counter in back]}
@@ -3760,15 +3722,15 @@ def owe(write: Callable[[], object], later: bool = False) -> None:
     """Do a write now; if the store is unavailable, ``persist`` in another thread.
 
     Args:
-        later: The store has just failed, so do not ask it again in this thread.
+        later: Leave it to the other thread at once, because the store has just failed this request.
+            To ask it again here would most likely take another ``STORAGE_TIMEOUT_S``, and the
+            client is to have its 503 within a second.
     """
-    try:
+    with contextlib.suppress(Unavailable):
         if not later:
             write()
-    except Unavailable:
-        later = True
-    if later:
-        _OWED.submit(persist, write)
+            return
+    _OWED.submit(persist, write)
 
 
 _OWED: Final = ThreadPoolExecutor(4, "owed")
@@ -4008,6 +3970,7 @@ class HttpSms(SmsProvider):
         self.method = self.entry.get("method", "POST")
         self._options = _curl_options(self.method, self.entry["connect_timeout_s"])
         self._idle: deque[tuple[pycurl.Curl, int]] = deque(maxlen=_IDLE_CONNECTIONS_MAX)
+        self._form = parse_qsl(self.shape.body)
         templates = [self.url, *self.shape.headers.values(), unquote(self.shape.body)]
         self._places = set(re.findall(_PLACE, " ".join(templates)))
         self._check_templates()
@@ -4068,11 +4031,10 @@ class HttpSms(SmsProvider):
         def fill(template: str, escape: Callable[[str], str]) -> str:
             return re.sub(_PLACE, lambda place: escape(values[place[1]]), template)
 
-        template = self.shape.body
         if self.content_type == FORM:
-            body = urlencode([(n, text) for n, t in parse_qsl(template) if (text := fill(t, str))])
+            body = urlencode([(n, text) for n, t in self._form if (text := fill(t, str))])
         else:
-            body = fill(template, ESCAPES[self.content_type])
+            body = fill(self.shape.body, ESCAPES[self.content_type])
         headers = self.shape.headers.items()
         lines = [f"{name}: {text}" for name, t in headers if (text := fill(t, str))]
         if not all(re.fullmatch("[!-9;-~]+: [\t -~\x80-\xff]*", line) for line in lines):
@@ -4090,8 +4052,7 @@ class HttpSms(SmsProvider):
             request = self._request(values)
         except ValueError:
             raise SmsFailed(f"{self.kind} is sent no header that can say this") from None
-        status, body, retry_after_s = self._exchange(request, timeout_s)
-        ids = self._judge(status, body, retry_after_s)
+        ids = self._judge(*self._exchange(request, timeout_s))
         return ids or [values["id"]] * self.entry["receipts"]
 
     def try_login(self) -> str:
@@ -4824,7 +4785,10 @@ class Session:
     """One request whose MAC is right: the session that signed it, and its record as read.
 
     Attributes:
-        hawk_key: Signs the answer.
+        header: Of Hawk. Of an SMS it has a nonce only.
+        nonce_ttl_s: How long the nonce is remembered; 0 = there is none.
+        request, hawk_key: What was signed, and what signs the answer.
+        user, record: As the store had them when it was last asked.
         nonce_used: Whether its nonce is used up, as it must be before anything is answered.
         outcome_unknown: The store did not answer. What it was asked may have been done, and is
             not asked again.
@@ -4834,13 +4798,13 @@ class Session:
     """
 
     hawk_id: HawkId
-    hawk_key: HawkKey
-    user: User
     storage_id: StorageId
-    record: bytes
     header: HawkHeader
-    request: HawkRequest
     nonce_ttl_s: int
+    request: HawkRequest = HawkRequest("", "", "", 0)
+    hawk_key: HawkKey = HawkKey(b"")
+    user: User = User(b"")
+    record: bytes = b""
     nonce_used: bool = False
     outcome_unknown: bool = False
     address: str = ""
@@ -4961,18 +4925,6 @@ class Ask(NamedTuple):
     again: bool = False
 
 
-class Reservation(NamedTuple):
-    """What RESERVE decided: what was asked for, the user before it and after it.
-
-    Attributes:
-        user: ``None`` if nothing is to be sent: the same was asked for a moment ago.
-    """
-
-    ask: Ask
-    before: User
-    user: User | None
-
-
 def is_being_sent(user: User, now_s: int) -> bool:
     """Whether a message of this session is being sent, as far as anybody knows.
 
@@ -4988,6 +4940,34 @@ def code_waits(user: User, settings: Settings, now_s: int) -> bool:
     return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
 
 
+def session_sends(user: User, settings: Settings, now_s: int) -> tuple[int, int, str]:
+    """What the session's own limits say about another message.
+
+    Returns:
+        How many messages it has asked for (this starts again ``HOUR_S`` after the last one; where
+        limits are off, nothing counts); in how many seconds it may ask for another one; and why
+        not now, "" if it may: it has asked for ``sends_per_session``, or for the last one too
+        recently (``resend_gaps_s``).
+    """
+    passed_s, gaps_s = now_s - user.asked_s, settings.resend_gaps_s
+    if not user.sends or passed_s >= HOUR_S or settings.limits == "off":
+        return 0, 0, ""
+    # The record has one byte for it. It gets there only where limits are not enforced.
+    count = min(user.sends, 254)
+    if user.sends >= settings.sends_per_session:
+        # If our clock was ahead, the last message is in the future: do not wait longer for that.
+        wait_s = min(HOUR_S - passed_s, HOUR_S)
+        return count, wait_s, "sends_per_session: it has asked for all the codes it may"
+    gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
+    # There is no gap after a message that did not leave: then no number is bound any more, or
+    # the worker that was sending it died.
+    early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
+    if early and user.sealed and not user.sending:
+        wait_s = min(gap_s - passed_s, gap_s)
+        return count, wait_s, "resend_gaps_s: this session asked for a message just now"
+    return count, 0, ""
+
+
 def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -> User | None:
     """RESERVE: bind the number to the session, and count the message before it may leave.
 
@@ -4999,8 +4979,11 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
 
     Raises:
         InvalidParameter: The session is bound to another number.
+        Expired: An SMS asks, but this session was not begun by one, or by one of another number.
         TooManyCodes: Too soon, or too often.
     """
+    if ask.by_phone and user.sealed and (not user.by_phone or user.sealed != ask.sealed):
+        raise Expired("this session is verified in another way")
     if user.sealed not in (b"", ask.sealed):  # a number is always sealed to the same bytes
         raise InvalidParameter("msisdn is another number than this session's: register anew")
     sending = is_being_sent(user, now_s)
@@ -5012,8 +4995,11 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
         return None
     if sending:
         raise TooManyCodes("a message of this session is being sent just now", 1)
+    sends, wait_s, refusal = session_sends(user, settings, now_s)
+    if refusal and settings.limits == "enforce":
+        raise TooManyCodes(refusal, wait_s)
     return user._replace(
-        sealed=ask.sealed, sends=session_sends(user, settings, now_s) + 1, asked_s=now_s,
+        sealed=ask.sealed, sends=sends + 1, asked_s=now_s,
         asked_long=ask.long, by_phone=ask.by_phone, again=ask.again, sending=True, ticket=ticket,
     )  # fmt: skip
 
@@ -5121,13 +5107,12 @@ def next_action(user: User, settings: Settings, now_s: int) -> Json:
         lives (0: none waits); ``verified``.
     """
     sending, waits = is_being_sent(user, now_s), code_waits(user, settings, now_s)
-    wait_s, sends = int(sending), user.sends
-    try:  # as if it had left: then its gap begins
-        sends = session_sends(user._replace(sending=user.sending and not sending), settings, now_s)
-    except TooManyCodes as error:
-        wait_s = max(wait_s, error.retry_after_s or 0)
+    if sending:  # as if it had left: then its gap begins
+        user = user._replace(sending=False)
+    sends, wait_s, _ = session_sends(user, settings, now_s)
+    wait_s *= settings.limits == "enforce"
     return {
-        "resendIn": wait_s,
+        "resendIn": max(wait_s, int(sending)),
         "sendsLeft": max(int(settings.limits != "enforce"), settings.sends_per_session - sends),
         "triesLeft": settings.code_tries - user.tries if waits else 0,
         "expiresIn": user.code_expires_s - now_s if waits else 0,
@@ -5220,55 +5205,62 @@ class Gateway:
         header = parse_hawk_header(authorization)
         if not (all(header[:4]) and re.fullmatch("[0-9]{1,11}", header.ts)):
             raise BadSignature("the Hawk header needs id, ts in seconds, nonce and mac")
-        hawk_id = HawkId(header.id if re.fullmatch("[0-9a-f]{64}", header.id) else "")
-        storage_id = self.secrets.id_for(hawk_id)
-        record = self.storage.get(storage_id) if hawk_id else None
-        user = self._user(hawk_id, record) if record else None
-        if user is None or self._is_too_old(user):
-            raise UnknownSession("this session is unknown: /register opens one")
-        key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key))
-        for spelled in _spellings(request):
-            if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
-                break
-        else:
-            where = f"{request.host} port {request.port}"
-            raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
+        if not re.fullmatch("[0-9a-f]{64}", header.id):
+            raise UnknownSession(_UNKNOWN)
+        hawk_id = HawkId(header.id)
         # As long as any gateway may find the request fresh: their clocks may differ.
         ttl_s = 2 * self.settings.hawk_skew_s + 1
-        who = (hawk_id, key, user, storage_id, record)
-        return Session(*who, header, spelled, ttl_s, address=address)
+        session = Session(hawk_id, self.secrets.id_for(hawk_id), header, ttl_s)
+        self._read(session)
+        key = HawkKey(mask_hawk_key(self.secrets.mask, hawk_id, session.user.hawk_key))
+        if not (spelled := as_signed(key, header, request)):
+            where = f"{request.host} port {request.port}"
+            raise BadSignature(f"the MAC is wrong: it covers method, path, body hash and {where}")
+        session.hawk_key, session.request, session.address = key, spelled, address
+        return session
 
-    def _user(self, hawk_id: HawkId, record: bytes) -> User:
-        """Unpack a record; a Hawk key that is not masked yet (version 1) is masked."""
-        user = User.unpack(record)
-        if user.masked:
-            return user
-        masked = mask_hawk_key(self.secrets.mask, hawk_id, user.hawk_key)
-        return user._replace(hawk_key=masked, masked=True)
+    def _read(self, session: Session) -> None:
+        """Read a session's record. A Hawk key that is not masked yet (version 1) is masked.
 
-    def _is_too_old(self, user: User) -> bool:
-        # The store deletes it, but by the setting of the day on which it was verified.
+        Raises:
+            UnknownSession: There is none, and so nothing that its nonce protects.
+        """
+        record = self.storage.get(session.storage_id)
+        user = User.unpack(record) if record else User(b"")
+        # The store deletes what is too old, by the setting of the day on which it was verified.
         life_s = self.settings.verified_ttl_s or math.inf
-        return bool(user.verified_s) and self.clock() - user.verified_s > life_s
+        if not record or (user.verified_s and self.clock() - user.verified_s > life_s):
+            session.nonce_used = True
+            raise UnknownSession(_UNKNOWN)
+        if not user.masked:
+            masked = mask_hawk_key(self.secrets.mask, session.hawk_id, user.hawk_key)
+            user = user._replace(hawk_key=masked, masked=True)
+        session.user, session.record = user, record
 
     def perform(
         self, session: Session, content_type: str, body: Callable[[], bytes],
-        act: Callable[[Session], T],
+        act: Callable[[Session, bytes], T],
     ) -> T:  # fmt: skip
         """Do what a signed request asks for; its nonce is used up, however that ends.
 
         Args:
             body: Reads the request's body.
+            act: The step. It gets the session and the body.
 
         Raises:
             BadSignature: The request is stale, or its body is not the one that was signed.
         """
         self._check_time(session)
         try:
-            content = body()
+            content, hash = body(), session.header.hash
             self._check_time(session)  # a body may come when its nonce is no longer remembered
-            self._check_payload(session, content_type, content)
-            return act(session)
+            if self.settings.hawk_require_hash and not hash:
+                raise BadSignature("the Hawk header needs the hash of the body, even of none")
+            # Some servers invent a media type if there is no body (wsgiref: text/plain).
+            types = [content_type] if content else [content_type, ""]
+            if hash and hash not in (payload_hash(kind, content) for kind in types):
+                raise BadSignature("the payload hash is not that of the body and its media type")
+            return act(session, content)
         finally:
             if not session.nonce_used and not session.outcome_unknown:
                 self.step(session, lambda user: (user, None))
@@ -5283,14 +5275,6 @@ class Gateway:
                 "the timestamp is stale: set your clock by the ts in WWW-Authenticate",
                 headers={"WWW-Authenticate": challenge},
             )
-
-    def _check_payload(self, session: Session, content_type: str, body: bytes) -> None:
-        if self.settings.hawk_require_hash and not session.header.hash:
-            raise BadSignature("the Hawk header needs the hash of the body, also of an empty one")
-        # Some servers invent a media type if there is no body (wsgiref: text/plain).
-        types, hash = [content_type] if body else [content_type, ""], session.header.hash
-        if hash and hash not in (payload_hash(kind, body) for kind in types):
-            raise BadSignature("the payload hash is not that of the body and its media type")
 
     def step(
         self, session: Session, decide: Callable[[User], tuple[User | None, T | GatewayError]],
@@ -5312,12 +5296,10 @@ class Gateway:
             (user, answer), decided = decided or decide(session.user), None
             new = session.record if user is session.user else user.pack() if user else b""
             verified = user and user.verified_s not in (0, session.user.verified_s)
+            ttl_s = self.settings.verified_ttl_s if verified else -1
+            nonce = session.header.nonce, session.nonce_ttl_s
             session.outcome_unknown = True
-            result = self.storage.commit(
-                session.storage_id, session.record, new,
-                self.settings.verified_ttl_s if verified else -1,
-                session.header.nonce, session.nonce_ttl_s,
-            )  # fmt: skip
+            result = self.storage.commit(session.storage_id, session.record, new, ttl_s, *nonce)
             session.outcome_unknown, session.nonce_used = False, result is not Commit.CHANGED
             if result is Commit.REPLAYED:
                 raise BadSignature("the nonce was used before: sign every request anew")
@@ -5326,11 +5308,9 @@ class Gateway:
                 if isinstance(answer, GatewayError):
                     raise answer
                 return answer
-            record = None if session.nonce_used else self.storage.get(session.storage_id)
-            if record is None:
-                session.nonce_used = True
-                raise UnknownSession("this session is unknown: /register opens one")
-            session.user, session.record = self._user(session.hawk_id, record), record
+            if result is Commit.GONE:
+                raise UnknownSession(_UNKNOWN)
+            self._read(session)
         raise Unavailable("too many requests change this session at once; try again")
 
     # -- The steps ------------------------------------------------------------
@@ -5342,7 +5322,7 @@ class Gateway:
             address: The client's; "" = not limited.
         """
         # VALIDATE
-        msisdn, _ = self._msisdn(params)
+        msisdn = self._msisdn(params)
         details = self._ways(params, msisdn) if "mcc" in params else {}
         self.limits.take_register(address)
         # ACT
@@ -5358,7 +5338,7 @@ class Gateway:
     def discover(self, params: Json) -> Json:
         """Tell how a number on a network can be verified, the preferred way first."""
         # VALIDATE
-        msisdn, _ = self._msisdn(params)
+        msisdn = self._msisdn(params)
         if not msisdn:
             require(params, NetworkBody)
             check_body(params, NetworkBody)
@@ -5367,8 +5347,9 @@ class Gateway:
 
     def _ways(self, params: Json, msisdn: Msisdn) -> Json:
         network = parse_network(params.get("mcc"), params.get("mnc"))
-        numbers = self.settings.mo_verifier_map, self.settings.mo_verifier
-        verifier, sender = number_for(*numbers, network, msisdn), self._sender(network, msisdn)
+        settings = self.settings
+        verifier = number_for(settings.mo_verifier_map, settings.mo_verifier, network, msisdn)
+        sender = number_for(settings.mt_sender_map, settings.mt_sender, network, msisdn)
         details: Json = {}
         if msisdn or not verifier:
             details["sms/mt"] = {"mtSender": sender}
@@ -5384,26 +5365,24 @@ class Gateway:
         """
         # VALIDATE
         require(params, SendBody)
-        msisdn, region = self._msisdn(params)
+        msisdn, region = reachable_msisdn(params["msisdn"], self.settings.countries)
         network = parse_network(params.get("mcc"), params.get("mnc"))
         sealed = seal_msisdn(self.secrets.seal, session.hawk_id, msisdn)
         ask = Ask(msisdn, region, sealed, network, not _choice(params, short))
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, lambda user: ask)
+        return self._send(session, ask)
 
     def resend_code(self, session: Session, params: Json) -> str:
         """Send a fresh code to the session's number; once it is on its way the old one is dead."""
-
-        def asks(user: User) -> Ask:
-            # VALIDATE
-            if not user.sealed:
-                raise Expired("no code was asked for yet: /sms/verify sends the first")
-            msisdn, long = self._number(session, user), not _choice(params, not user.asked_long)
-            region = check_reachable(msisdn, self.settings.countries)
-            return Ask(msisdn, region, user.sealed, user.network, long, again=True)
-
+        # VALIDATE
+        user = session.user
+        if not user.sealed:
+            raise Expired("no code was asked for yet: /sms/verify sends the first")
+        msisdn, long = self._number(session, user), not _choice(params, not user.asked_long)
+        region = check_reachable(msisdn, self.settings.countries)
         # RECORD, ACT, RECORD, ANSWER
-        return self._send(session, asks)
+        ask = Ask(msisdn, region, user.sealed, user.network, long, again=True)
+        return self._send(session, ask)
 
     def receive_sms(self, message: InboundSms) -> str:
         """Answer an SMS that holds a Hawk id: send a long code to whoever sent it.
@@ -5415,23 +5394,19 @@ class Gateway:
         """
         # VALIDATE
         try:
-            msisdn, region = self._msisdn({"msisdn": message.sender})
+            msisdn, region = reachable_msisdn(message.sender, self.settings.countries)
         except InvalidParameter:
             return "it has no sender, or one that cannot get SMS"
         whole = self._join(message) if message.parts > 1 else message
         if not whole:
             return ""
         named = re.search(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", whole.text.lower())
-        hawk_id = HawkId(named[0] if named else "")
-        storage_id = self.secrets.id_for(hawk_id)
-        if not (hawk_id and (record := self.storage.get(storage_id))):
-            return "its session is unknown" if hawk_id else "there is no Hawk id in its text"
+        if not named:
+            return "there is no Hawk id in its text"
+        hawk_id = HawkId(named[0])
         # The id of the message stands in for a nonce: each one is handled once.
-        header = HawkHeader(nonce="sms " + whole.message_id)
-        ttl_s = DAY_S if whole.message_id else 0
-        user, request = self._user(hawk_id, record), HawkRequest("", "", "", 0)
-        who = (hawk_id, HawkKey(b""), user, storage_id, record)
-        session = Session(*who, header, request, ttl_s)
+        header, ttl_s = HawkHeader(nonce="sms " + whole.message_id), DAY_S * bool(whole.message_id)
+        session = Session(hawk_id, self.secrets.id_for(hawk_id), header, ttl_s)
         sealed = seal_msisdn(self.secrets.seal, hawk_id, msisdn)
         ask = Ask(msisdn, region, sealed, message.network, long=True, by_phone=True)
         return self._answer_sms(session, ask)
@@ -5451,13 +5426,11 @@ class Gateway:
         return message._replace(message_id=parts[0][0], text="".join(text for _, text in parts))
 
     def _answer_sms(self, session: Session, ask: Ask) -> str:
-        def asks(user: User) -> Ask:
-            if user.sealed and (not user.by_phone or user.sealed != ask.sealed):
-                raise Expired("this session is verified in another way")
-            return ask
-
         try:
-            self._send(session, asks)
+            self._read(session)
+            self._send(session, ask)
+        except UnknownSession:
+            return "its session is unknown"
         except GatewayError as error:
             if isinstance(error, Unavailable) and not session.nonce_used:
                 raise  # so that the provider delivers it again
@@ -5491,18 +5464,16 @@ class Gateway:
 
         # ACT, RECORD. Before the commit nothing, not even the time it takes, may depend on whether
         # the code is right: only the commit counts the try, and knows whether the nonce is fresh.
-        rounds: list[str] = []
-
-        def decide(user: User) -> tuple[User, GatewayError | None]:
+        def decide(user: User) -> tuple[User, str | GatewayError]:
             self._expect_code(user)
-            rounds.append(_round(session, user))
             long, now_s = len(code) == lengths[1], int(self.clock())
-            return return_code(user, digest, long, settings, now_s)
+            judged, refusal = return_code(user, digest, long, settings, now_s)
+            return judged, refusal or _round(session, user)
 
-        self.step(session, decide)
+        verified_round = self.step(session, decide)
         number = self._number(session, session.user)
-        if self._costs(number):
-            self.limits.pay_back(rounds[-1], number)
+        if self.sms.paid and number not in settings.test_numbers:
+            self.limits.pay_back(verified_round, number)
         answer: Json = {"msisdn": number}
         # ANSWER
         if asked.client_key:
@@ -5576,11 +5547,10 @@ class Gateway:
         """Whether the store takes a write; the result is reused for ``HEARTBEAT_S``."""
         with self._heartbeat:
             if time.monotonic() > self._checked_s + HEARTBEAT_S:
-                try:
+                self._writable = False
+                with contextlib.suppress(Unavailable):
                     self.storage.ping(self.clock())
                     self._writable = True
-                except Unavailable:
-                    self._writable = False
                 self._checked_s = time.monotonic()
             return self._writable
 
@@ -5614,115 +5584,115 @@ class Gateway:
         self._ask(session, ended)
 
     def _ask(self, session: Session, question: Callable[[], T]) -> T:
-        """Ask the store something; if it does not answer, this request asks nothing more."""
+        """Ask the store something; if it does not answer, this request asks nothing more.
+
+        So ``perform`` does not use up the nonce then: that, too, would wait for the store in vain.
+        """
         try:
             return question()
         except Unavailable:
             session.outcome_unknown = True
             raise
 
-    def _msisdn(self, params: Json) -> tuple[Msisdn, str]:
-        """The number that is named, if it can get SMS, and its region; "" if there is none."""
+    def _msisdn(self, params: Json) -> Msisdn:
+        """The number that is named, if it can get SMS; "" if there is none."""
         if "msisdn" not in params:
-            return Msisdn(""), ""
-        msisdn = parse_msisdn(params["msisdn"])
-        return msisdn, check_reachable(msisdn, self.settings.countries)
+            return Msisdn("")
+        return reachable_msisdn(params["msisdn"], self.settings.countries)[0]
 
     def _number(self, session: Session, user: User) -> Msisdn:
         if not user.sealed:
             return Msisdn("")
         return _living_form(open_msisdn(self.secrets.seal, session.hawk_id, user.sealed))
 
-    def _sender(self, network: Network, msisdn: Msisdn) -> str:
-        return number_for(self.settings.mt_sender_map, self.settings.mt_sender, network, msisdn)
-
     def _expect_code(self, user: User) -> None:
         expect_code(user, self.settings, int(self.clock()))
         if user.by_outbox and not self.shows_codes:
             raise Expired("the outbox that showed this code is gone: ask for another")
 
-    def _costs(self, msisdn: Msisdn) -> bool:
-        """Whether a message to a number may cost money."""
-        return self.sms.paid and msisdn not in self.settings.test_numbers
+    def _send(self, session: Session, ask: Ask) -> str:
+        """RESERVE, SEND and ARM a message; return the number or name that it is sent from.
 
-    def _send(self, session: Session, asks: Callable[[User], Ask]) -> str:
-        """RESERVE, SEND and ARM a message (see the class); return the number that it is sent from.
-
-        Args:
-            asks: Takes the user as it is, and returns what is asked for; raises if that is refused.
+        1. RESERVE: ``_reserve`` asks the rule ``reserve``, counts the message within the limits of
+           section 11, and commits the reservation with the nonce.
+        2. SEND: ``_compose`` makes code and text, and ``SmsSender.send`` hands them to a provider.
+           If all surely failed, or the limits refuse an attempt, message and reservation are given
+           back.
+        3. ARM: ``_arm`` writes the digest of the code.
         """
-        who = (_round(session, session.user), session.address, self.random_bytes)
+        settings = self.settings
+        # A message that costs nothing counts in its session only, and not in section 11.
+        paying: Payments | contextlib.nullcontext[None] = contextlib.nullcontext()
+        counts = self.sms.paid and self.limits.mode != "off"
+        if counts and ask.msisdn not in settings.test_numbers:
+            who = _round(session, session.user), ask.msisdn, ask.region, session.address
+            paying = Payments(self.limits, *who, self.random_bytes)
         # A slot: so many may be sent at once that some threads stay free for other requests.
-        with self.sms.slot(), Payments(self.limits, *who) as payments:
-            reservation = self._reserve(session, asks, payments)
-            ask, before, reserved = reservation
+        with self.sms.slot(), paying as payments:
+            before, reserved = self._reserve(session, ask, payments)
+            # The record has a message's network only once that has left.
+            network = ask.network if reserved or before.sending else before.network
+            sender = number_for(settings.mt_sender_map, settings.mt_sender, network, ask.msisdn)
             if reserved is None:  # a double click is answered like the first one
-                # The record has a message's network only once that has left.
-                network = ask.network if before.sending else before.network
-                return self._sender(network, ask.msisdn)
-            if self.limits.mode == "record":
-                self._report(before)
-            sender = self._sender(ask.network, ask.msisdn)
-            if test_code := self.settings.test_numbers.get(ask.msisdn):
-                # No more a proof than what an outbox shows, and marked like that.
-                self._arm(session, reservation, test_code, Sent("outbox", before.tried))
                 return sender
-            if ask.long:
-                code = long_code(self.settings.long_code_bytes, self.random_bytes)
-            else:
-                code = short_code(self.settings.short_code_digits, self.random_bytes)
-            text = code if ask.long else self._short_text(session, code, ask.region)
+            if settings.limits == "record":
+                refusal = session_sends(before, settings, reserved.asked_s)[2]
+                if refusal:
+                    LOG.info("limits: %s would refuse a request", refusal.partition(":")[0])
+            if test_code := settings.test_numbers.get(ask.msisdn):
+                # No more a proof than what an outbox shows, and marked like that.
+                self._arm(session, ask, reserved, test_code, Sent("outbox", before.tried))
+                return sender
+            code, text = self._compose(session, ask)
             try:
-                message = sender, ask.msisdn, text
-                sent = self.sms.send(*message, before.tried, payments, ask.region)
-            except (SmsFailed, GatewayError) as error:
+                sent = self.sms.send(sender, ask.msisdn, text, before.tried, payments, ask.region)
+            except (SmsFailed, GatewayError) as error:  # GatewayError: an attempt was not counted
                 refused = isinstance(error, SmsRefused)
-                payments.undo(refused, later=isinstance(error, Unavailable))
-                self._give_back(session, reservation, refused)
+                if payments:
+                    payments.undo(refused, later=isinstance(error, Unavailable))
+                self._give_back(session, before, reserved, refused)
                 if isinstance(error, GatewayError):
                     raise
                 raise _not_sent(error) from None
-            self._arm(session, reservation, code, sent)
+            self._arm(session, ask, reserved, code, sent)
         return sender
 
-    def _report(self, user: User) -> None:
-        """Log what the session's own limits would have refused."""
-        refusal = session_refusal(user, self.settings, int(self.clock()))
-        if refusal:
-            LOG.info("limits: %s would refuse a request", refusal.message.partition(":")[0])
-
     def _reserve(
-        self, session: Session, asks: Callable[[User], Ask], payments: Payments
-    ) -> Reservation:
+        self, session: Session, ask: Ask, payments: Payments | None
+    ) -> tuple[User, User | None]:
         """The session's own rules; then the limits; then one commit, with the nonce.
 
         A refusal by the limits is raised after the commit, which finds out whether the same was
         asked for meanwhile: of a double click the first may have taken the last message.
+
+        If the store does not answer to the commit, the reservation may be there. Then another
+        thread gives it back.
+
+        Returns:
+            The user before it, and after it: ``None`` for a double click, for which nothing is to
+            be sent.
         """
-        decided: list[Reservation] = []
+        decided: list[tuple[User, User | None]] = []
         refused: list[GatewayError] = []
         ticket = int.from_bytes(self.random_bytes(2), "big")
 
-        def decide(user: User) -> tuple[User, Reservation | GatewayError]:
-            ask = asks(user)
-            if self._costs(ask.msisdn):
-                payments.bind(ask.msisdn, ask.region)
+        def decide(user: User) -> tuple[User, tuple[User, User | None] | GatewayError]:
             reserved = reserve(user, ask, ticket, self.settings, int(self.clock()))
             if reserved and ask.msisdn in self.settings.test_numbers:
                 reserved = reserved._replace(sends=user.sends)
             if reserved and refused:
                 return user, refused[0]
-            decided.append(Reservation(ask, user, reserved))
+            decided.append((user, reserved))
             return reserved or user, decided[-1]
 
         # A message that the session's own rules refuse must not be counted.
         first = decide(session.user)
-        if reserved := decided[0].user:
-            blocked = self.secrets.key_for("blocked", decided[0].ask.msisdn)
+        if reserved := decided[0][1]:
+            blocked = self.secrets.key_for("blocked", ask.msisdn)
             if self._ask(session, partial(self.storage.get, blocked)) is not None:
                 raise InvalidParameter("this number cannot get SMS: its owner wants none from us")
             # Else SmsSender counts when it comes to a provider that costs money.
-            if self._costs(decided[0].ask.msisdn) and self.sms.is_first_paid(reserved.tried):
+            if payments and self.sms.is_first_paid(reserved.tried):
                 try:
                     self._ask(session, payments.count)
                 except (TooManyToNumber, TooManyMessages, TooManyFromAddress) as error:
@@ -5733,23 +5703,32 @@ class Gateway:
             return self.step(session, decide, None if refused or late else first)
         except Unavailable:
             if session.outcome_unknown:
-                self._give_back(session, decided[-1], refused=False, later=True)
+                self._give_back(session, *decided[-1], refused=False, later=True)
             raise
 
     def _give_back(
-        self, session: Session, reservation: Reservation, refused: bool, later: bool = False
-    ) -> None:
-        if reserved := reservation.user:
-            settled = partial(give_back, before=reservation.before, refused=refused)
+        self, session: Session, before: User, reserved: User | None, refused: bool,
+        later: bool = False,
+    ) -> None:  # fmt: skip
+        """Undo a reservation by the rule ``give_back``; ``later`` as for ``owe``."""
+        if reserved:
+            settled = partial(give_back, before=before, refused=refused)
             owe(partial(self._settle, session, reserved, settled), later)
 
-    def _arm(self, session: Session, reservation: Reservation, code: str, sent: Sent) -> None:
-        reserved = cast(User, reservation.user)
+    def _arm(self, session: Session, ask: Ask, reserved: User, code: str, sent: Sent) -> None:
+        """Write the digest of a code whose message has left, or may have, by the rule ``arm``.
+
+        The request waits for it (``persist``), because its answer says that the code may be
+        returned.
+
+        Raises:
+            UnknownSession: The user has unregistered meanwhile.
+            Unavailable: The reservation is no longer this one, or the store stayed away for
+                ``SETTLE_S``. The message stays counted.
+        """
         digest = code_digest(self.secrets.code, session.storage_id, code)
-        now_s = int(self.clock())
-        armed = partial(
-            arm, ask=reservation.ask, digest=digest, sent=sent, settings=self.settings, now_s=now_s
-        )
+        facts: Json = {"settings": self.settings, "now_s": int(self.clock())}
+        armed = partial(arm, ask=ask, digest=digest, sent=sent, **facts)
         user = persist(partial(self._settle, session, reserved, armed))
         if user is None:
             raise UnknownSession("this session has just been unregistered")
@@ -5770,30 +5749,35 @@ class Gateway:
         Returns:
             The user as it is then; ``None`` if they have unregistered.
         """
-        user, record = session.user, session.record
         session.outcome_unknown = True
         for _ in range(2 * COMMIT_TRIES):
-            if is_reserved(user, reserved):
-                new = settled(user)
-                if self.storage.commit(session.storage_id, record, new.pack()) is Commit.DONE:
-                    session.user, session.outcome_unknown = new, False
-                    return new
-            latest = self.storage.get(session.storage_id)
-            if latest is None:
+            if is_reserved(session.user, reserved):
+                user = settled(session.user)
+                result = self.storage.commit(session.storage_id, session.record, user.pack())
+                if result is Commit.DONE:
+                    session.user, session.outcome_unknown = user, False
+                    return user
+            try:
+                self._read(session)
+            except UnknownSession:
                 return None
-            user, record = self._user(session.hawk_id, latest), latest
-            if not is_reserved(user, reserved):
-                session.user, session.outcome_unknown = user, False
-                return user
+            if not is_reserved(session.user, reserved):
+                session.outcome_unknown = False
+                return session.user
         raise Unavailable("too many requests change this session at once; try again")
 
-    def _short_text(self, session: Session, code: str, region: str) -> MessageText:
+    def _compose(self, session: Session, ask: Ask) -> tuple[str, str]:
+        """A fresh code, and the text of the message that carries it."""
+        if ask.long:
+            code = long_code(self.settings.long_code_bytes, self.random_bytes)
+            return code, code
+        host = self.settings.line_host(session.origin)
+        code = short_code(self.settings.short_code_digits, self.random_bytes)
         language = session.language[:ACCEPT_LANGUAGE_MAX_CHARS]
         if self.settings.language_by_country:
-            language += country_languages(region)
+            language += country_languages(ask.region)
         tag = negotiate_language(language, self.catalogues)
-        host = self.settings.line_host(session.origin)
-        return MessageText(message_text(code, self.catalogues[tag], host), code, tag)
+        return code, MessageText(message_text(code, self.catalogues[tag], host), code, tag)
 
     def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
         """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
@@ -5832,6 +5816,9 @@ class Gateway:
         if asked.nonce:
             claims["nonce"] = asked.nonce
         return {"cert": issue_proof(self.keys.signer(now_s), claims)}
+
+
+_UNKNOWN: Final = "this session is unknown: /register opens one"
 
 
 def _duration_s(params: Json) -> int | None:
@@ -5914,11 +5901,11 @@ class Route(NamedTuple):
 
 _SENDING: Final = (TooManyCodes, TooManyToNumber, TooManyMessages, TooManyFromAddress)
 _RESENDING: Final = (Expired, *_SENDING)
-_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
 _CODE: Final = (CodeBody, CodeJwtBody)
 _JUDGED: Final = (WrongCode, Expired)
-_OURS: Final = "provider secret"
 _SIGN: Final = (SignBody, JwtBody)
+_CALLED: Final = (InvalidParameter, Forbidden, Unavailable)
+_webhook: Final = partial(Route, "GET POST", errors=_CALLED, query="provider secret")
 _Texts = dict[str, str]
 ROUTES: Final = (
     Route("GET", "/", "home", answer=_Texts),
@@ -5927,12 +5914,8 @@ ROUTES: Final = (
     Route("POST", "/sms/mt/verify", "sms_mt_verify", True, (SendBody,), None, _SENDING),
     Route("POST", "/sms/verify", "sms_verify", True, (SendBody,), "Asked", _SENDING),
     Route("POST", "/sms/resend_code", "sms_resend_code", True, (ResendBody,), "Asked", _RESENDING),
-    Route("GET POST", "/sms/momt", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/momt/", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/momt/<secret>", "sms_momt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt/", "sms_receipt", errors=_CALLED, query=_OURS),
-    Route("GET POST", "/sms/receipt/<secret>", "sms_receipt", errors=_CALLED, query=_OURS),
+    *(_webhook("/sms/momt" + end, "sms_momt") for end in ("", "/", "/<secret>")),
+    *(_webhook("/sms/receipt" + end, "sms_receipt") for end in ("", "/", "/<secret>")),
     Route("POST", "/sms/verify_code", "sms_verify_code", True, _CODE, "Verified", _JUDGED),
     Route("GET", "/session", "session_state", hawk=True, answer="State"),
     Route("POST", "/certificate/sign", "certificate_sign", True, _SIGN, "Signed", (NotVerified,)),
@@ -6263,9 +6246,7 @@ WEBHOOK_ANSWERS: Final = {"twilio": TWIML, "kannel": EMPTY, "http": EMPTY}
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=-]{1,128}")
 """What a client may call its request."""
-_TIMES_S: Final = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf
-)  # fmt: skip
+_TIMES_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, math.inf)
 """The classes in which the time of requests is counted: the upper bound of each."""
 _PREFIXES: Final = 10, 5
 """/metrics names the prefixes that were sent to and refused most: so many of each, and from so many
@@ -6400,14 +6381,11 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return str(bottle.request.environ.get("HTTP_" + name, ""))
 
     def body(self) -> bytes:
-        """The request's body; read once."""
-        environ = bottle.request.environ
-        if "gateway.body" not in environ:
-            environ["gateway.body"] = read_body(environ, self.settings.request_max_bytes)
-        return cast(bytes, environ["gateway.body"])
+        """The request's body, which can be read once."""
+        return read_body(bottle.request.environ, self.settings.request_max_bytes)
 
     def params(self) -> Json:
-        """The parameters in the request's JSON body."""
+        """The parameters in the JSON body of an unsigned request."""
         return json_params(self.body(), bottle.request.content_type)
 
     def client_address(self) -> str:
@@ -6555,18 +6533,21 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
             mt["url"] = self.url("/sms/mt/verify")
         return answer
 
-    def sms_mt_verify(self, session: Session) -> None:
+    def sms_mt_verify(self, session: Session, body: bytes) -> None:
         """POST /sms/mt/verify : send a long code."""
-        self.gateway.send_code(session, self.params(), short=False)
+        params = json_params(body, bottle.request.content_type)
+        self.gateway.send_code(session, params, short=False)
 
-    def sms_verify(self, session: Session) -> Json:
+    def sms_verify(self, session: Session, body: bytes) -> Json:
         """POST /sms/verify : send a PIN, and tell from where it comes."""
-        sender = self.gateway.send_code(session, self.params(), short=True)
+        params = json_params(body, bottle.request.content_type)
+        sender = self.gateway.send_code(session, params, short=True)
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
-    def sms_resend_code(self, session: Session) -> Json:
+    def sms_resend_code(self, session: Session, body: bytes) -> Json:
         """POST /sms/resend_code : send a fresh code."""
-        sender = self.gateway.resend_code(session, self.params())
+        params = json_params(body, bottle.request.content_type)
+        sender = self.gateway.resend_code(session, params)
         return {"mtSender": sender, "next": self.gateway.next_action(session)}
 
     def webhook(self, secret: str) -> tuple[Json, WebhookCall]:
@@ -6611,21 +6592,22 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         self.gateway.receive_receipt(entry["kind"], *parse_receipt(call.params, entry))
         return WEBHOOK_ANSWERS.get(entry["kind"]) or json_answer({})
 
-    def sms_verify_code(self, session: Session) -> Json:
+    def sms_verify_code(self, session: Session, body: bytes) -> Json:
         """POST /sms/verify_code : the code comes back."""
-        return self.gateway.verify_code(session, self.params())
+        return self.gateway.verify_code(session, json_params(body, bottle.request.content_type))
 
-    def certificate_sign(self, session: Session) -> Json:
+    def certificate_sign(self, session: Session, body: bytes) -> Json:
         """POST /certificate/sign : a certificate for the client's key, or another proof."""
-        return self.gateway.sign_certificate(session, self.params())
+        params = json_params(body, bottle.request.content_type)
+        return self.gateway.sign_certificate(session, params)
 
-    def session_state(self, session: Session) -> Json:
+    def session_state(self, session: Session, body: bytes) -> Json:
         """GET /session : where it stands, without a change."""
         return self.gateway.session_state(session)
 
-    def unregister(self, session: Session) -> None:
+    def unregister(self, session: Session, body: bytes) -> None:
         """POST /unregister : drop everything."""
-        self.gateway.unregister(session, self.params())
+        self.gateway.unregister(session, json_params(body, bottle.request.content_type))
 
     def heartbeat(self) -> Answer:
         """GET /__heartbeat__ : whether the storage takes a write, and any provider messages."""
@@ -7350,7 +7332,7 @@ def fit_threads(settings: Settings) -> Settings:
     return structs.replace(settings, threads=room)
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings) -> None:
     """Run the server until SIGTERM or Ctrl-C; requests in flight are finished first."""
     _handle_signals()
     logging.config.dictConfig(logging_of(settings))
@@ -7379,7 +7361,6 @@ def serve(settings: Settings) -> int:
             store.stop()
         holder.close()
     LOG.info("stopped")
-    return 0
 
 
 def _handle_signals() -> None:
@@ -7454,7 +7435,7 @@ def _announce(settings: Settings, data: object, sms: SmsSender, new_keys: bool, 
             os.write(sys.stderr.fileno(), ("\n".join(lines) + "\n").encode(errors="replace"))
 
 
-def generate_keypair(settings: Settings, algorithm: str) -> int:
+def generate_keypair(settings: Settings, algorithm: str) -> None:
     """Make the server's key pair and print its public half; never replaces a pair."""
     path = Path(settings.keys_dir, "browserid.pem")
     if os.path.exists(path):
@@ -7462,10 +7443,9 @@ def generate_keypair(settings: Settings, algorithm: str) -> int:
     key, _ = load_signing_key(settings, algorithm)
     print(f"made {path}", file=sys.stderr)
     print(json.dumps(public_key_json(key.public_key()), indent=2))
-    return 0
 
 
-def rotate_keys(settings: Settings, leaked: bool) -> int:
+def rotate_keys(settings: Settings, leaked: bool) -> None:
     """Make the next key for proofs. After a leak: it signs at once, and the others end."""
     master, keys = _master_secret_of(settings), load_keys(settings)[0]
     if url := settings.storage_url:  # an older copy of keys_dir must not go a way of its own
@@ -7482,7 +7462,6 @@ def rotate_keys(settings: Settings, leaked: bool) -> int:
     if leaked:  # the only key signs at once
         told = "it signs at once, and all others are removed; now"
     print(f"made {path}; {told} other machines need a copy of the whole folder", file=sys.stderr)
-    return 0
 
 
 def check_setup(settings: Settings, send: str) -> int:
@@ -7544,7 +7523,7 @@ def _is_in_use(data_dir: str) -> bool:
     return False
 
 
-def show_settings(settings: Settings, as_toml: bool) -> int:
+def show_settings(settings: Settings, as_toml: bool) -> None:
     """Print every setting with the value in force, and its origin; or as a TOML file."""
     for name, field in declared(Settings).items():
         value, shown = getattr(settings, name), settings.shown(name)
@@ -7564,14 +7543,13 @@ def show_settings(settings: Settings, as_toml: bool) -> int:
                 print(
                     f"#   {own} = {_as_toml(field.get('default', '…'))}  # {field['description']}"
                 )
-    return 0
 
 
 _as_toml: Final = partial(json.dumps, ensure_ascii=False, separators=(", ", " = "))
 """TOML writes lists and texts as JSON does, and tables with " = "."""
 
 
-def show_messages(settings: Settings) -> int:
+def show_messages(settings: Settings) -> None:
     """Print the message in every language, its size, and whether a host line fits."""
     code = "1" * settings.short_code_digits
     host = max(map(settings.line_host, ["", *settings.allowed_origins]), key=len)
@@ -7579,7 +7557,6 @@ def show_messages(settings: Settings) -> int:
         text = message_text(code, catalogue, host)
         line, n = "host line" if "\n" in text else "-", measure(text)
         print(f"{tag:8} {n.encoding} {n.units:3} {n.segments} {line:9}", text.replace("\n", " ⏎ "))
-    return 0
 
 
 def principal(settings: Settings, number: str) -> None:
@@ -7628,7 +7605,7 @@ def _master_secret_of(settings: Settings) -> bytes:
     return load_master_secret(settings)[0]
 
 
-def bill(settings: Settings) -> int:
+def bill(settings: Settings) -> None:
     """Print the most that can be spent, with the limit that bounds each line."""
     prices = _destination_prices(settings)
     places = [("everywhere", "", max(prices.values()))]
@@ -7638,7 +7615,6 @@ def bill(settings: Settings) -> int:
         lines = _worst_case(settings, price, region).values()
         amounts = "".join(f" {amount:10.2f}" for amount, _ in lines)
         print(f"{place:10} {price:8.3f}{amounts} ", ", ".join({name: 0 for _, name in lines}))
-    return 0
 
 
 def _bill_line(settings: Settings) -> str:

@@ -62,6 +62,18 @@ SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
     """if limit.row in ("dhm" if region else "hm"): | "dhm" -> 'dhmX'""": "nor has one here",
     """return pow(2, n - 1, n) == 1 | 2 -> 3""": "Fermat's test is as good with another base",
+    r"""sizes = [1 + (char > "\uffff") for char in text] | "\uffff" -> '\uffffX'""": (
+        "no single character lies between"
+    ),
+    """if type(claims.get("iat", 0)) is not int or not claims.get("iat", 0) <= now_ms < """
+    """claims["exp"]: | 0 -> 1""": "a time that is missing is past: 1 ms after 1970, too",
+    """if parts and float(parts[2] or 1) > 0: | 1 -> 2""": "both are above 0",
+    """return False | return False -> return None""": "who asks wants only its truth",
+    """at_rest_us = int(self._storage.get(StorageId(counter.key)) or 0) | 0 -> 1""": (
+        "a counter at rest since the first microsecond of 1970 is at rest, too"
+    ),
+    """if time.monotonic() > deadline_s: | time.monotonic() > deadline_s -> """
+    """(time.monotonic() >= deadline_s)""": "to give up at it or just after is the same",
     """_OF_ATTEMPT: Final = "hm" | "hm" -> 'hmX'""": "no row of LIMITS has the letter X",
 }
 """Why a change cannot be noticed, by the line before and after it."""

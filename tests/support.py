@@ -300,6 +300,14 @@ def assert_next_action(answer: Answer) -> None:
         assert told["resendIn"] >= answer.json["retryAfter"]
 
 
+class Patient(subprocess.Popen[bytes]):
+    """A process whose end is waited for so much longer as this machine is busy."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for it; gives its exit status."""
+        return super().wait(None if timeout is None else timeout * shared())
+
+
 class GatewayProcess:
     """A real ``python gateway.py`` on a free port, with its data and keys below ``folder``.
 
@@ -346,7 +354,7 @@ class GatewayProcess:
                 fcntl.ioctl(terminal or 0, termios.TIOCSCTTY, 0)
 
         with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
+            self.process = Patient(
                 [*command, "--workers", "1", *options],
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -365,7 +373,7 @@ class GatewayProcess:
     def wait_until_ready(self, timeout_s: float = 60) -> None:
         """Wait until it answers; fail with its output if it ends instead."""
         http = urllib3.PoolManager(retries=False, timeout=5)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s * shared()
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"ended with {self.process.returncode}:\n{self.output}")
@@ -408,7 +416,7 @@ class GatewayProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        _, alive = psutil.wait_procs(left, 5)
+        _, alive = psutil.wait_procs(left, 5 * shared())
         for process in alive:
             process.kill()
 

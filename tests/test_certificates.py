@@ -618,6 +618,7 @@ REFUSED_KEYS: dict[str, Callable[[], Any]] = {
     "e 3": lambda: rs(e="3"),
     "e 65535": lambda: rs(e="65535"),
     "e even": lambda: rs(e="65538"),
+    "e of 33 bits": lambda: rs(e=str(2**32 + 1)),
     "n prime, of 1024 bits": lambda: rs(n=str(prime_of(1024))),
     "n prime, of 2048 bits": lambda: rs(n=str(prime_of(2048))),
     "limbs of 29 bits": lambda: rs(n=limbs(number("RS256", "n")) | {"arr": [2**28] * 74, "t": 74}),

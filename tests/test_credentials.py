@@ -353,6 +353,37 @@ def test_a_file_that_cannot_reach_the_disk_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "group", "refused"),
+    [(0o775, "ours", False), (0o777, "ours", True), (0o755, "another", False),
+     (0o775, "another", True), (0o757, "another", True)],
+)  # fmt: skip
+def test_who_may_write_in_a_folder_of_keys(
+    mode: int, group: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To list it or to look through it is not to write."""
+    tmp_path.chmod(mode)
+    its = tmp_path.stat().st_gid
+    monkeypatch.setattr(os, "getegid", lambda: its if group == "ours" else its + 1)
+    wanted = pytest.raises(StartError, match="chmod go-w it")
+    with wanted if refused else contextlib.nullcontext():
+        gateway.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("owner", "refused"), [(0, False), (1000, False), (1, True)])
+def test_whose_a_folder_of_keys_may_be(
+    owner: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root's or ours. Here we are user 1000."""
+    found = tmp_path.stat()
+    shown = os.stat_result((*found[:4], owner, *found[5:10]))
+    monkeypatch.setattr(Path, "stat", lambda _: shown)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    wanted = pytest.raises(StartError, match="run this as its owner")
+    with wanted if refused else contextlib.nullcontext():
+        gateway.check_folder(tmp_path)
+
+
 def test_the_disk_is_asked_for_all_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -446,8 +446,8 @@ def test_a_user_with_few_rights_is_enough(tmp_path: Path) -> None:
         assert storage.commit(key, b"\x01b", b"", -1, "m", 60) is gateway.Commit.DONE
         settings = gateway.Settings(keys_dir=str(tmp_path), sends_per_hour=2)
         limits = gateway.Limits(storage, settings, bytes(32), time.time)
-        payments = gateway.Payments(limits, "session", "198.51.100.7", os.urandom)
-        payments.bind(gateway.Msisdn("+447700900123"), "GB")
+        to = gateway.Msisdn("+447700900123"), "GB", "198.51.100.7"
+        payments = gateway.Payments(limits, "session", *to, os.urandom)
         payments.use()
         payments.give_back(payments.use())
         with pytest.raises(gateway.TooManyMessages):

@@ -138,7 +138,7 @@ def test_a_default_mo_number_serves_every_network(make_client: MakeClient) -> No
     assert found == {"verificationMethods": ["sms/momt"], "verificationDetails": details}
 
 
-BAD_MCC = ["21", "2144", "abc", "21a", " 214", "214\n", "２１４", "-14", 65535, 2.14, True, ["214"]]
+BAD_MCC = ["21", "2144", "21a", " 214", "214\n", "２１４", "-14", 99, 1000, 2.14, True, ["214"]]
 BAD_MNC = ["7", "0777", "ab", " 07", "07\n", "０７", "-7", 7, True, ["07"], {"mnc": "07"}]
 BAD_MSISDN = [
     "447700900123",  # no plus
@@ -909,6 +909,16 @@ def test_resend_keeps_the_kind_last_used(
         assert session.call("/sms/resend_code", body).status == 200
         found.append(len(session.code()))
     assert found == digits
+
+
+@pytest.mark.parametrize(("short", "kind"), [(True, "digits"), (False, "hex digits")])
+def test_a_code_of_the_other_kind_hears_which_one_waits(
+    session: WsgiClient, short: bool, kind: str
+) -> None:
+    session.ask(shortVerificationCode=short)
+    answer = session.call("/sms/verify_code", {"code": "ab" * 16 if short else "123456"})
+    assert answer.errno == 107
+    assert answer.json["message"] == f"the code that is waiting is one of {kind}"
 
 
 def test_resend_keeps_the_network_last_used(mapped: WsgiClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import logging
@@ -79,6 +80,14 @@ def test_a_first_start_makes_one_key_and_keeps_it(folder: Path) -> None:
     assert len({keys.fingerprint for keys in found}) == 1
     assert names(folder) == ["proof-0.pem"]
     assert stat.S_IMODE((folder / "proof-0.pem").stat().st_mode) == 0o600
+
+
+def test_every_version_finds_the_same_fingerprint(folder: Path) -> None:
+    """It lies in the store, where the next version compares it with its own."""
+    keys = gateway.load_keys(settings_for(folder))[0]
+    (kid,) = [key.jwk["kid"] for key in keys.published(time.time())]
+    named = json.dumps({"browserid": keys.browserid_json, "kids": [kid]}, separators=(",", ":"))
+    assert keys.fingerprint.decode() == f"0 {hashlib.sha256(named.encode()).hexdigest()}"
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "another curve", "RSA", "public", "readable"])

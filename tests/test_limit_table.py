@@ -686,7 +686,7 @@ def test_the_bill(capsys: pytest.CaptureFixture[str]) -> None:
         sends_per_hour=100, spend_per_day=20.0, sms_price={"*": 0.05, "FR": 0.1, "GB": 0.02},
         unverified_per_destination={"*": "50/day", "GB": "500/day", "FR": "1/hour"},
     )  # fmt: skip
-    assert gateway.bill(settings) == 0
+    gateway.bill(settings)
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["to", "price", "hour", "first", "day", "day", "month", "bounded", "by"]
     bills = {line.split()[0]: line.split()[1:] for line in lines}

@@ -54,6 +54,13 @@ def test_sends_left_ends_at_none() -> None:
     assert told["resendIn"] > 300
 
 
+@pytest.mark.parametrize(("limits", "counted", "left"), [("record", 3, 2), ("off", 0, 5)])
+def test_nothing_counts_where_limits_are_off(limits: Any, counted: int, left: int) -> None:
+    user, settings = SENT._replace(sends=3), Settings(limits=limits, **GAPS)
+    assert gateway.session_sends(user, settings, NOW_S)[0] == counted
+    assert next_action(user, settings, NOW_S)["sendsLeft"] == left
+
+
 def test_the_whole_flow_tells_it(make_client: MakeClient) -> None:
     clock = Clock(NOW_S)
     client = make_client(clock=clock, **GAPS)

@@ -109,6 +109,7 @@ def test_sends_receipts_and_limits_are_counted(make_client: MakeClient) -> None:
         client = make_client(
             sms_providers=[api.entry()], sms_inbound=[hook], trusted_proxies=["127.0.0.1"],
             sends_per_number="2/day", unverified_per_destination={"*": "8/day"},
+            spend_per_day=20.0, sms_price={"*": 1.0, "GB": 1.0},
         )  # fmt: skip
         client.register()
         statuses = [client.ask(NUMBER).status for _ in range(3)]
@@ -132,6 +133,7 @@ def test_sends_receipts_and_limits_are_counted(make_client: MakeClient) -> None:
     share = ('limit="unverified_per_destination"', 'region="GB"')
     assert 0.24 < total(found, "budget_used", *share) <= 0.25
     assert 0.019 < total(found, "budget_used", 'limit="sends_per_hour"') <= 0.02
+    assert 0.09 < total(found, "budget_used", 'limit="spend_per_day"') <= 0.1
 
 
 def test_prometheus_understands_every_metric(make_client: MakeClient) -> None:

@@ -20,8 +20,8 @@ FAULTS = {
     "one try too many": ("04_codes", b"- user.tries - 1\n", b"- user.tries\n"),
     "a code without its message": (
         "04_codes",
-        b"self._give_back(session, reservation, refused)",
-        b'self._arm(session, reservation, code, Sent("", 0))',
+        b"self._give_back(session, before, reserved, refused)",
+        b'self._arm(session, ask, reserved, code, Sent("", 0))',
     ),
     "the wishes for a language swapped": ("05_messages", b"pair: pair[0]", b"pair: -pair[0]"),
     "certificates in seconds": (

@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 77
 
 
+@cache
 def banners() -> dict[int, tuple[int, str]]:
     """Section number to its first line and title, from the three-line banners."""
     found = {}
@@ -142,9 +144,9 @@ def test_time_and_randomness_are_injected() -> None:
     found = [
         f"{n}: {line.strip()}"
         for n, line in enumerate(LINES, 1)
-        if 4 <= section_of(n) <= 13
+        if re.search(r"time\.time\(\)|secrets\.(token|rand)\w+\(", line)
+        and 4 <= section_of(n) <= 13
         and section_of(n) not in (5, 12)
-        and re.search(r"time\.time\(\)|secrets\.(token|rand)\w+\(", line)
     ]
     assert found == []
 
@@ -171,7 +173,7 @@ def test_functions_are_short() -> None:
     assert {name: size for name, size in sizes.items() if size > 34} == {}
 
 
-CODE_LINES_MAX, FLOW_LINES_MAX = 4516, 2057
+CODE_LINES_MAX, FLOW_LINES_MAX = 4523, 2029
 """What the module has (November 2026). It may shrink; DESIGN's budgets are 2,950 and 1,250.
 
 They do not hold: limits, proofs, what people type, providers, metrics and declared requests
