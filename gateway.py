@@ -2698,6 +2698,11 @@ return ARGV[1]
 """KEYS: ``keys``. ARGV: our ``Keys.fingerprint``. Returns the one in force: that of the keys whose
 newest is the newest of all. So a rotation moves it, and a copy from before is found out."""
 
+_OTHER_KEYS: Final = (
+    "belongs to a gateway with other or newer signing keys: copy its whole keys_dir "
+    "(rsync -a --delete); or, if ours are the right ones, delete the key “keys” in the store"
+)
+
 
 Node = tuple[str, int]
 """Host and port of one server; of one on a unix socket, ("", 6379)."""
@@ -3082,11 +3087,7 @@ class Storage:
                 "this is the one, delete the key “mark” in the store"
             )
         if keys and self._run("EVAL", KEYS_SCRIPT, 1, b"keys", keys, key=b"keys") != keys:
-            raise StartError(
-                f"the store {where} belongs to a gateway with other or newer signing keys: copy "
-                "its whole keys_dir (rsync -a --delete); or, if you are sure that ours are the "
-                "right ones, delete the key “keys” in the store"
-            )
+            raise StartError(f"the store {where} {_OTHER_KEYS}")
 
     def _problems(self, info: dict[str, str]) -> list[str]:
         """What a node's ``info`` shows to be wrong; raises StartError if we cannot work so."""
@@ -7144,11 +7145,7 @@ def watch_keys(settings: Settings, url: str, keys: Keys) -> None:
             in_force = storage.get(StorageId(b"keys")) or b"-1"
             newest_s = keys.published(time.time())[0].from_s
             if in_force != keys.fingerprint and int(in_force.split()[0]) >= newest_s:
-                LOG.error(
-                    "keys_dir %s is not the one in force, its keys may have leaked: copy the whole "
-                    "folder here from where it was changed (rsync -a --delete), and restart",
-                    settings.keys_dir,
-                )
+                LOG.error("keys_dir %s: the store %s", settings.keys_dir, _OTHER_KEYS)
 
 
 def _has_master_secret(settings: Settings) -> bool:

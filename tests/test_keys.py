@@ -354,7 +354,7 @@ def test_a_machine_that_goes_on_with_a_leaked_key_says_so(
     time.sleep(1.5)  # each has looked: both are right
     assert "ERROR" not in one.output + two.output
     rotate(keys, "--leaked", "--storage-url", store.url)
-    error = f"ERROR gateway: keys_dir {other} is not the one in force"
+    error = f"ERROR gateway: keys_dir {other}: the store belongs to a gateway with"
     wait_for(lambda: error in two.output, "the ERROR")
     assert "rsync -a --delete" in two.output
     shutil.rmtree(other)
