@@ -68,6 +68,7 @@ SURVIVORS: Final[dict[str, str]] = {
     """if type(claims.get("iat", 0)) is not int or not claims.get("iat", 0) <= now_ms < """
     """claims["exp"]: | 0 -> 1""": "a time that is missing is past: 1 ms after 1970, too",
     """if parts and float(parts[2] or 1) > 0: | 1 -> 2""": "both are above 0",
+    """if not 1024 <= n.bit_length() <= 3072: | 1024 -> 1025""": "pow finds the same, more slowly",
     """return False | return False -> return None""": "who asks wants only its truth",
     """at_rest_us = int(self._storage.get(StorageId(counter.key)) or 0) | 0 -> 1""": (
         "a counter at rest since the first microsecond of 1970 is at rest, too"

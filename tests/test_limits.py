@@ -25,6 +25,15 @@ KEY = b"k" * 32
 START_S = 1_700_000_000
 
 
+@pytest.mark.parametrize(
+    ("period", "seconds"), [("second", 1), ("minute", 60), ("hour", 3600), ("day", 86_400)]
+)
+def test_a_budget_is_for_a_period(period: str, seconds: int) -> None:
+    row = next(limit for limit in gateway.LIMITS if limit.setting == "sends_per_number")
+    settings = gateway.Settings(sends_per_number=f"7/{period}")
+    assert gateway.budget(settings, row, "GB") == (7, seconds)
+
+
 class Provider:
     """A local stand-in of the Vonage SMS API: takes messages, or refuses them."""
 

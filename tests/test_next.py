@@ -61,6 +61,17 @@ def test_nothing_counts_where_limits_are_off(limits: Any, counted: int, left: in
     assert next_action(user, settings, NOW_S)["sendsLeft"] == left
 
 
+def test_an_ended_verification_leaves_nothing() -> None:
+    """Not even that it was a message of the outbox that verified."""
+    by_outbox: dict[str, Any] = {
+        "verified_s": NOW_S - 5,
+        "verified_by_outbox": True,
+        "code_digest": b"",
+    }
+    ended = gateway.end_proofs(SENT._replace(**by_outbox), NOW_S, Settings(), NOW_S)
+    assert (ended.verified_s, ended.verified_by_outbox, ended.sealed) == (0, False, b"")
+
+
 def test_the_whole_flow_tells_it(make_client: MakeClient) -> None:
     clock = Clock(NOW_S)
     client = make_client(clock=clock, **GAPS)

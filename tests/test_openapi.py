@@ -110,6 +110,11 @@ def test_a_secret_is_marked() -> None:
     assert DOCUMENT["components"]["schemas"]["CodeBody"]["properties"]["code"]["writeOnly"] is True
 
 
+def test_no_others_end_unless_it_is_asked_for() -> None:
+    body = DOCUMENT["components"]["schemas"]["UnregisterBody"]
+    assert body["properties"]["everywhere"]["default"] is False
+
+
 def test_each_field_has_its_sentence() -> None:
     for path, schema in BODIES:
         for name, field in schema["properties"].items():

@@ -729,6 +729,14 @@ def test_ours_refuse_what_is_wrong(world: World) -> None:
     assert believed == []
 
 
+def test_ours_refuse_a_binding_with_anything_critical(world: World) -> None:
+    """PyJWT knows this one, and would take it."""
+    proof = world.proofs["EC"]
+    shown = proof + binding(proof, header={"crit": ["b64"], "b64": True})
+    with pytest.raises(gateway.InvalidToken, match="no KB-JWT"):
+        ours("EC", shown, world.jwks)
+
+
 def test_ours_refuse_names_that_are_there_twice(world: World) -> None:
     """Also where our own key signed it, or the client's."""
     proof = world.proofs["EC"].rstrip("~")
