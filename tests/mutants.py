@@ -48,7 +48,6 @@ UNREAD: Final = "tries are read, and set to 0 by the next message, only where a 
 SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
-    """if limit.row in ("dhm" if region else "hm"): | "dhm" -> 'dhmX'""": "nor has one here",
     """_OF_ATTEMPT: Final = "hm" | "hm" -> 'hmX'""": "no row of LIMITS has the letter X",
 }
 """Why a change cannot be noticed, by the line before and after it."""
