@@ -3458,39 +3458,6 @@ def price_of(settings: Settings, msisdn: str, region: str) -> float:
     return prices["*"] * times[0]
 
 
-_SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
-                "month": (30 * DAY_S, 1)}  # fmt: skip
-"""The lines of a bill: seconds, and whether budgets are full at their beginning."""
-
-
-def _worst_case(settings: Settings, price: float, region: str = "") -> dict[str, tuple[float, str]]:
-    """The most that strangers can make us spend, by ``_SPANS``, and the limit that bounds it.
-
-    Args:
-        region: Spent on messages to it that nobody verifies; "": on all that is sent. (Each number
-            that is verified there on a day makes room for 0.3 of a message more.)
-    """
-    lines = {}
-    for span, (span_s, full) in _SPANS.items():
-        bounds = []
-        for limit in LIMITS:
-            if limit.row in ("dhm" if region else "hm"):
-                count, period_s = budget(settings, limit, region)
-                each = 1 if limit.row == "m" else price
-                bounds.append((each * count * (full + span_s / period_s), limit.setting))
-        lines[span] = min(bounds)
-    return lines
-
-
-def _destination_prices(settings: Settings) -> dict[str, float]:
-    """What a message to each region that is served costs, by one of its mobile numbers."""
-    return {
-        r: price_of(settings, _example_of(r), r)
-        for r in MCCS_BY_REGION
-        if "*" in settings.countries or r in settings.countries or not settings.countries
-    }
-
-
 class Counter(NamedTuple):
     """A counter in the store: its row, its key; the row's period and a message's cost, in µs.
 
@@ -4577,6 +4544,17 @@ class SmsSender:
         now, everyone = time.monotonic(), range(len(self.providers))
         return sorted(everyone, key=lambda n: (self.resting.get(n, 0) > now, tried >> n & 1))
 
+    def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
+        """Count and log the outcome of a message that a provider reports, once it is final."""
+        if outcome or not message_id:
+            result = outcome * bool(message_id) or "no id in it"
+            self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
+            level = logging.WARNING if outcome == "failed" else logging.INFO
+            LOG.log(level, "sms: %(provider)s receipt: %(outcome)s %(id)s", {
+                "event": "receipt", "provider": kind, "outcome": result,
+                "id": loggable_id(message_id),
+            })  # fmt: skip
+
     def forget(self, to: Msisdn) -> None:
         """Drop what any provider keeps here about a number."""
         if self.outbox:
@@ -5436,17 +5414,6 @@ class Gateway:
                 raise  # so that the provider delivers it again
             return f"errno {error.errno}: {error.message}"
         return ""
-
-    def receive_receipt(self, kind: str, message_id: str, outcome: str) -> None:
-        """Count and log the outcome of a message that a provider reports, once it is final."""
-        if outcome or not message_id:
-            result = outcome * bool(message_id) or "no id in it"
-            self.counts.add(f"receipts_total kind={kind} outcome={outcome}")
-            level = logging.WARNING if outcome == "failed" else logging.INFO
-            LOG.log(level, "sms: %(provider)s receipt: %(outcome)s %(id)s", {
-                "event": "receipt", "provider": kind, "outcome": result,
-                "id": loggable_id(message_id),
-            })  # fmt: skip
 
     def verify_code(self, session: Session, params: Json) -> Json:
         """Check the code that came back; sign a proof too, if one is asked for."""
@@ -6589,7 +6556,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
     def sms_receipt(self, secret: str = "") -> Answer:
         """GET or POST /sms/receipt/ : a provider tells what became of a message."""
         entry, call = self.webhook(secret)
-        self.gateway.receive_receipt(entry["kind"], *parse_receipt(call.params, entry))
+        self.gateway.sms.receive_receipt(entry["kind"], *parse_receipt(call.params, entry))
         return WEBHOOK_ANSWERS.get(entry["kind"]) or json_answer({})
 
     def sms_verify_code(self, session: Session, body: bytes) -> Json:
@@ -7603,6 +7570,39 @@ def _master_secret_of(settings: Settings) -> bytes:
     if not _has_master_secret(settings):
         raise StartError(f"keys_dir {settings.keys_dir} has no master.secret: --config FILE?")
     return load_master_secret(settings)[0]
+
+
+_SPANS: Final = {"hour": (HOUR_S, 1), "first day": (DAY_S, 1), "day": (DAY_S, 0),
+                "month": (30 * DAY_S, 1)}  # fmt: skip
+"""The lines of a bill: seconds, and whether budgets are full at their beginning."""
+
+
+def _worst_case(settings: Settings, price: float, region: str = "") -> dict[str, tuple[float, str]]:
+    """The most that strangers can make us spend, by ``_SPANS``, and the limit that bounds it.
+
+    Args:
+        region: Spent on messages to it that nobody verifies; "": on all that is sent. (Each number
+            that is verified there on a day makes room for 0.3 of a message more.)
+    """
+    lines = {}
+    for span, (span_s, full) in _SPANS.items():
+        bounds = []
+        for limit in LIMITS:
+            if limit.row in ("dhm" if region else "hm"):
+                count, period_s = budget(settings, limit, region)
+                each = 1 if limit.row == "m" else price
+                bounds.append((each * count * (full + span_s / period_s), limit.setting))
+        lines[span] = min(bounds)
+    return lines
+
+
+def _destination_prices(settings: Settings) -> dict[str, float]:
+    """What a message to each region that is served costs, by one of its mobile numbers."""
+    return {
+        r: price_of(settings, _example_of(r), r)
+        for r in MCCS_BY_REGION
+        if "*" in settings.countries or r in settings.countries or not settings.countries
+    }
 
 
 def bill(settings: Settings) -> None:
