@@ -353,6 +353,15 @@ def test_a_file_that_cannot_reach_the_disk_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_strict_umask_takes_no_right_of_ours(tmp_path: Path) -> None:
+    before = os.umask(0o277)
+    try:
+        gateway.write_private_file(tmp_path / "secret", b"one")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(
     ("mode", "group", "refused"),
     [(0o775, "ours", False), (0o777, "ours", True), (0o755, "another", False),

@@ -62,14 +62,11 @@ def test_nothing_counts_where_limits_are_off(limits: Any, counted: int, left: in
 
 
 def test_an_ended_verification_leaves_nothing() -> None:
-    """Not even that it was a message of the outbox that verified."""
-    by_outbox: dict[str, Any] = {
-        "verified_s": NOW_S - 5,
-        "verified_by_outbox": True,
-        "code_digest": b"",
-    }
-    ended = gateway.end_proofs(SENT._replace(**by_outbox), NOW_S, Settings(), NOW_S)
-    assert (ended.verified_s, ended.verified_by_outbox, ended.sealed) == (0, False, b"")
+    """Not even that the outbox had the message, or the ticket of a worker that died."""
+    left = SENT._replace(asked_s=NOW_S - 60, code_digest=b"", sealed=b"")
+    user = left._replace(sealed=b"s" * 24, older_digest=b"o" * 8, sending=True, ticket=7)
+    user = user._replace(verified_s=NOW_S - 50, verified_by_outbox=True)
+    assert gateway.end_proofs(user, NOW_S, Settings(), NOW_S) == left
 
 
 def test_the_whole_flow_tells_it(make_client: MakeClient) -> None:
