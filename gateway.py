@@ -1512,8 +1512,8 @@ def as_signed(key: HawkKey, header: HawkHeader, request: HawkRequest) -> HawkReq
     and is ever escaped, nor a ``?`` that no query follows. The usual spelling is tried first.
     """
     base, mark, query = request.path.partition("?")
-    escaped = [base.replace("_", code) + mark + query for code in ("%5F", "%5f")]
-    for path in dict.fromkeys((request.path, request.path + "?" * (not query), *escaped)):
+    paths = [base.replace("_", code) + mark + query for code in ("_", "%5F", "%5f")]
+    for path in dict.fromkeys(paths + [path + "?" * (not query) for path in paths]):
         spelled = request._replace(path=path)
         if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
             return spelled

@@ -1666,6 +1666,7 @@ def test_a_name_twice_is_no_json(client: WsgiClient, text: str) -> None:
         ("/sms/resend%5Fcode", "POST", "/sms/resend_code", 410),
         ("/v1/msisdn/sms/resend%5fcode", "POST", "/v1/msisdn/sms/resend_code", 410),
         ("/session?", "GET", "/session", 200),
+        ("/sms/resend%5fcode?", "POST", "/sms/resend_code", 410),
         ("/sms/resend%5Fcode?a=%2F", "POST", "/sms/resend_code?a=%2F", 410),
         ("/session", "GET", "/session?a", 401),
         ("/session?a", "GET", "/session", 401),
