@@ -126,7 +126,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from http.client import responses
@@ -4766,7 +4766,7 @@ class Session:
         header: Of Hawk. Of an SMS it has a nonce only.
         nonce_ttl_s: How long the nonce is remembered; 0 = there is none.
         request, hawk_key: What was signed, and what signs the answer.
-        user, record: As the store had them when it was last asked.
+        user, record: As the store had them when it was last read or changed.
         nonce_used: Whether its nonce is used up, as it must be before anything is answered.
         outcome_unknown: The store did not answer. What it was asked may have been done, and is
             not asked again.
@@ -4930,20 +4930,18 @@ def session_sends(user: User, settings: Settings, now_s: int) -> tuple[int, int,
     passed_s, gaps_s = now_s - user.asked_s, settings.resend_gaps_s
     if not user.sends or passed_s >= HOUR_S or settings.limits == "off":
         return 0, 0, ""
-    # The record has one byte for it. It gets there only where limits are not enforced.
-    count = min(user.sends, 254)
     if user.sends >= settings.sends_per_session:
         # If our clock was ahead, the last message is in the future: do not wait longer for that.
         wait_s = min(HOUR_S - passed_s, HOUR_S)
-        return count, wait_s, "sends_per_session: it has asked for all the codes it may"
+        return user.sends, wait_s, "sends_per_session: it has asked for all the codes it may"
     gap_s = gaps_s[min(user.sends, len(gaps_s)) - 1]
     # There is no gap after a message that did not leave: then no number is bound any more, or
     # the worker that was sending it died.
     early = -settings.hawk_skew_s <= passed_s < gap_s  # another gateway's clock may be ahead
     if early and user.sealed and not user.sending:
         wait_s = min(gap_s - passed_s, gap_s)
-        return count, wait_s, "resend_gaps_s: this session asked for a message just now"
-    return count, 0, ""
+        return user.sends, wait_s, "resend_gaps_s: this session asked for a message just now"
+    return user.sends, 0, ""
 
 
 def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -> User | None:
@@ -4976,8 +4974,9 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
     sends, wait_s, refusal = session_sends(user, settings, now_s)
     if refusal and settings.limits == "enforce":
         raise TooManyCodes(refusal, wait_s)
+    sends = min(sends, 254) + 1  # one byte; it matters only where limits are not enforced
     return user._replace(
-        sealed=ask.sealed, sends=sends + 1, asked_s=now_s,
+        sealed=ask.sealed, sends=sends, asked_s=now_s,
         asked_long=ask.long, by_phone=ask.by_phone, again=ask.again, sending=True, ticket=ticket,
     )  # fmt: skip
 
@@ -5201,7 +5200,7 @@ class Gateway:
         """Read a session's record. A Hawk key that is not masked yet (version 1) is masked.
 
         Raises:
-            UnknownSession: There is none, and so nothing that its nonce protects.
+            UnknownSession: There is none, or it is too old: its nonce protects nothing more.
         """
         record = self.storage.get(session.storage_id)
         user = User.unpack(record) if record else User(b"")
@@ -5680,7 +5679,9 @@ class Gateway:
         """Undo a reservation by the rule ``give_back``; ``later`` as for ``owe``."""
         if reserved:
             settled = partial(give_back, before=before, refused=refused)
-            owe(partial(self._settle, session, reserved, settled), later)
+            # What another thread learns must not change how this request is answered.
+            owner = replace(session) if later else session
+            owe(partial(self._settle, owner, reserved, settled), later)
 
     def _arm(self, session: Session, ask: Ask, reserved: User, code: str, sent: Sent) -> None:
         """Write the digest of a code whose message has left, or may have, by the rule ``arm``.
@@ -5722,7 +5723,8 @@ class Gateway:
                 user = settled(session.user)
                 result = self.storage.commit(session.storage_id, session.record, user.pack())
                 if result is Commit.DONE:
-                    session.user, session.outcome_unknown = user, False
+                    session.user, session.record = user, user.pack()
+                    session.outcome_unknown = False
                     return user
             try:
                 self._read(session)
@@ -6569,7 +6571,7 @@ class GatewayApp(bottle.Bottle):  # type: ignore[misc]
         return self.gateway.sign_certificate(session, params)
 
     def session_state(self, session: Session, body: bytes) -> Json:
-        """GET /session : where it stands, without a change."""
+        """GET /session : where it stands."""
         return self.gateway.session_state(session)
 
     def unregister(self, session: Session, body: bytes) -> None:
@@ -7104,7 +7106,8 @@ def watch_keys(settings: Settings, url: str, keys: Keys) -> None:
     After ``rotate-keys`` on another machine a copy of the old folder signs with a key that may have
     leaked. Only a person can bring the new folder here.
     """
-    storage = Storage(url)
+    # Keys of its own: those of an application look at the files only now and then, too.
+    storage, keys = Storage(url), Keys(settings, keys.files)
     while True:
         time.sleep(settings.jwks_overlap_s / 10)
         with contextlib.suppress(Unavailable):
@@ -7121,8 +7124,11 @@ def _has_master_secret(settings: Settings) -> bool:
     return True
 
 
-def _expect_keys_of_store(settings: Settings) -> bool:
+def _expect_keys_of_store(settings: Settings, patient: bool = True) -> bool:
     """Whether there is a master secret; if not, nobody else may have written the store.
+
+    Args:
+        patient: As for ``check_store``.
 
     Raises:
         StartError: Another gateway has. Keys that we make here would only be in the way of its own.
@@ -7131,7 +7137,7 @@ def _expect_keys_of_store(settings: Settings) -> bool:
         return True
     if settings.storage_url:
         storage = open_storage(settings, settings.storage_url, time.time, secrets.token_bytes)
-        storage.check()
+        storage.check(patient=patient)
         if storage.get(StorageId(b"mark")):
             raise StartError(
                 "the store was written with another master secret, and keys_dir "
@@ -7424,7 +7430,7 @@ def rotate_keys(settings: Settings, leaked: bool) -> None:
     for old_s in known.keys() - needed:
         _proof_path(settings, old_s).unlink(missing_ok=True)
     if url:
-        check_store(settings, url, master, load_keys(settings)[0].fingerprint, patient=False)
+        check_store(settings, url, master, load_keys(settings)[0].fingerprint)
     told = f"it signs in {from_s - now_s} s; by then"
     if leaked:  # the only key signs at once
         told = "it signs at once, and all others are removed; now"
@@ -7445,7 +7451,7 @@ def check_setup(settings: Settings, send: str) -> int:
     for ask in asked:  # whatever is refused, the others are asked, too
         try:
             print(ask())
-        except (StartError, SmsFailed) as error:
+        except (StartError, SmsFailed, Unavailable) as error:
             print(f"gateway.py: {error}", file=sys.stderr)
             status = 1
     return status
@@ -7453,8 +7459,8 @@ def check_setup(settings: Settings, send: str) -> int:
 
 def _check_store_of(settings: Settings) -> str:
     """Check keys, and the store, as far as there are some; in words."""
-    has_keys, master, fingerprint = _expect_keys_of_store(settings), b"", b""
-    if has_keys:
+    master, fingerprint = b"", b""
+    if _expect_keys_of_store(settings, patient=False):
         master, fingerprint = load_master_secret(settings)[0], load_keys(settings)[0].fingerprint
     else:
         print("keys: there are none; the first start makes them")

@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -436,3 +437,26 @@ def test_everywhere_asks_a_store_that_is_away_only_once(
     assert (answer.status, answer.errno) == (503, 201)
     assert len(asked) == 1
     assert one.call("/unregister", {"everywhere": True}).status == 204
+
+
+def test_whoever_gives_back_does_not_change_how_the_request_is_answered(
+    make: Callable[..., From], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RESERVE is done, but its answer is lost, and the thread that gives it back is very fast."""
+    one = make().at(HERE)
+    storage = one.gateway.storage
+    commit, lost = storage.commit, [True]
+
+    def losing(*args: Any, **more: Any) -> gateway.Commit:
+        done = commit(*args, **more)
+        if lost:
+            lost.clear()
+            raise gateway.Unavailable("timed out")
+        return done
+
+    monkeypatch.setattr(storage, "commit", losing)
+    at_once = SimpleNamespace(submit=lambda do, *args: do(*args))
+    monkeypatch.setattr(gateway, "_OWED", at_once)
+    answer = one.ask()
+    assert (answer.status, answer.errno) == (503, 201)
+    assert one.ask().status == 200

@@ -369,6 +369,24 @@ def test_a_machine_that_goes_on_with_a_leaked_key_says_so(
     wait_for(lambda: f"finds none in {other}" in two.output, "another ERROR")
 
 
+def test_a_rotation_in_the_same_folder_is_no_error(
+    folder: Path, store: gateway.EmbeddedStore, storage: gateway.Storage,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Under another WSGI server the application looks at the same object of keys, and has just."""
+    settings = settings_for(folder, storage_url=store.url)
+    keys = gateway.load_keys(settings)[0]
+    check(storage, folder)
+    keys.published(time.time())
+    rotate(folder, "--storage-url", store.url)
+    assert gateway.load_keys(settings)[0].fingerprint != keys.fingerprint
+    minutes = iter([None])
+    monkeypatch.setattr(time, "sleep", lambda _: next(minutes))
+    with pytest.raises(StopIteration):
+        gateway.watch_keys(settings, store.url, keys)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 # -- What the store knows --------------------------------------------------------------
 
 

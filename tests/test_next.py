@@ -54,6 +54,11 @@ def test_sends_left_ends_at_none() -> None:
     assert told["resendIn"] > 300
 
 
+def test_sends_left_ends_at_none_where_most_are_allowed() -> None:
+    told = next_action(SENT._replace(sends=255), Settings(**GAPS, sends_per_session=255), NOW_S)
+    assert told["sendsLeft"] == 0
+
+
 @pytest.mark.parametrize(("limits", "counted", "left"), [("record", 3, 2), ("off", 0, 5)])
 def test_nothing_counts_where_limits_are_off(limits: Any, counted: int, left: int) -> None:
     user, settings = SENT._replace(sends=3), Settings(limits=limits, **GAPS)
