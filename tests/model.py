@@ -258,8 +258,9 @@ class World:
     def may_sign(self, s: Session) -> bool:
         """Verified, and not ended by another session of the number since [§4, /unregister].
 
-        Chosen: a session learns that it was ended when it asks for a proof. Then it is no longer
-        verified, and bound to no number, unless it is just being verified again.
+        Chosen: a session learns that it was ended when it asks for a proof, or where it stands.
+        Then it is no longer verified, and bound to no number, unless it is just being verified
+        again.
         """
         if s.verified_s is None or s.verified_s > self.ended_s.get(s.number, -1):
             return s.verified_s is not None
@@ -440,4 +441,7 @@ class World:
 
     def state(self, s: Session) -> Expected:
         """GET /session."""
-        return UNKNOWN if self.is_gone(s) else Expected(200)
+        if self.is_gone(s):
+            return UNKNOWN
+        self.may_sign(s)
+        return Expected(200)

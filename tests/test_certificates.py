@@ -1246,7 +1246,7 @@ def test_unfit_key_files_stop_the_start(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
 def test_key_file_that_others_can_read(tmp_path: Path, mode: int) -> None:
     path = put_key(tmp_path, private_pem(key_of("RS256")), mode)
-    with pytest.raises(gateway.StartError, match="chmod 600"):
+    with pytest.raises(gateway.StartError, match="ours, with mode 600"):
         gateway.load_signing_key(settings_for(tmp_path))
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
