@@ -56,7 +56,14 @@ def run_wrk(port: int, requests: list[bytes], connections: int, edge: Edge) -> R
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         path = Path(folder, "requests")
         path.write_bytes(b"".join(b"%d\n%b" % (len(r), r) for r in requests))
-        command = [WRK or "wrk", "-t1", f"-c{connections}", f"-d{PATIENCE_S}s", "--timeout", "10s"]
+        command = [
+            WRK or "wrk",
+            "-t1",
+            f"-c{connections}",
+            f"-d{PATIENCE_S}s",
+            "--timeout",
+            f"{PATIENCE_S}s",
+        ]
         command += ["-s", str(HERE / "replay.lua"), f"http://127.0.0.1:{port}", "--", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout
