@@ -1512,8 +1512,8 @@ def as_signed(key: HawkKey, header: HawkHeader, request: HawkRequest) -> HawkReq
     and is ever escaped, nor a ``?`` that no query follows. The usual spelling is tried first.
     """
     base, mark, query = request.path.partition("?")
-    paths = [base.replace("_", code) + mark + query for code in ("_", "%5F", "%5f")]
-    for path in dict.fromkeys(paths + [path + "?" * (not query) for path in paths]):
+    rests, codes = (mark + query, mark + query or "?"), ("_", "%5F", "%5f")
+    for path in dict.fromkeys([base.replace("_", c) + rest for rest in rests for c in codes]):
         spelled = request._replace(path=path)
         if hmac.compare_digest(hawk_mac("header", key, header, spelled), header.mac):
             return spelled
@@ -5721,10 +5721,10 @@ class Gateway:
         for _ in range(2 * COMMIT_TRIES):
             if is_reserved(session.user, reserved):
                 user = settled(session.user)
-                result = self.storage.commit(session.storage_id, session.record, user.pack())
+                new = user.pack()
+                result = self.storage.commit(session.storage_id, session.record, new)
                 if result is Commit.DONE:
-                    session.user, session.record = user, user.pack()
-                    session.outcome_unknown = False
+                    session.user, session.record, session.outcome_unknown = user, new, False
                     return user
             try:
                 self._read(session)

@@ -40,8 +40,8 @@ collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 # folder below pytest's. It is given one unit after the other, in the order of collection.
 
 CORES = os.cpu_count() or 1
-WORKERS = min(3 * CORES, 8)
-"""Three for each core: more than half of the time of these tests is waiting."""
+WORKERS = min(2 * CORES, 8)
+"""Two for each core: half of the time of these tests is waiting. With three, some are too late."""
 SPREAD = {
     f"tests/test_{name}.py"
     for name in (

@@ -101,6 +101,7 @@ def test_500_sends_at_once_to_a_slow_provider(start_gateway: Start, vonage: Prov
     assert max(a.took_s for a in rest_) < 3 * shared()  # 0.9 to 1.2 s where it was measured
 
 
+@pytest.mark.alone
 def test_sends_leave_files_for_each_other(start_gateway: Start, vonage: Provider) -> None:
     """Where few may be open: each needs four; who comes when none are left waits."""
     gate = start_gateway(
