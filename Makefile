@@ -50,7 +50,7 @@ lab: .venv/done  ## open the lessons in JupyterLab, in my/: a copy of all, yours
 test check: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)$(if $(ARGS),, || { test $$? = 1 && $(BIN)/python tests/again.py; })
 
 check: lint  ## before each commit, in a minute: lint, and the tests that are not slow
 	$(BIN)/python -m pytest -q -o addopts= -p no:nbval -p no:valkey -p no:schemathesis -n auto -m "not slow" tests $(ARGS)

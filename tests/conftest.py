@@ -311,6 +311,26 @@ def site_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def queued_log() -> Iterator[Callable[[int], gateway.QueuedLog]]:
+    """A log of its own: ``queued_log(file)``.
+
+    Its thread may still write after the test. So it gets a descriptor that is closed only once the
+    thread has ended: another file could have the number by then, and would get the lines.
+    """
+    made: list[gateway.QueuedLog] = []
+
+    def make(file: int) -> gateway.QueuedLog:
+        made.append(gateway.QueuedLog(os.dup(file)))
+        return made[-1]
+
+    yield make
+    for log in made:
+        log.flush()
+        if not log._writer.is_alive():
+            os.close(log._file)
+
+
+@pytest.fixture
 def make_lab() -> Iterator[Callable[..., lab.Lab]]:
     """A gateway in this process behind a real socket, as the notebooks use it."""
     made: list[lab.Lab] = []
@@ -324,7 +344,10 @@ def make_lab() -> Iterator[Callable[..., lab.Lab]]:
         one.close()
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the stores that this machine has not got, in one line."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the stores that this machine has not got, in one line; keep what failed for again.py."""
+    failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.getreports(kind)]
+    if hasattr(config, "cache"):
+        config.cache.set("failed", failed)
     if missing := servers.left_out():
         terminalreporter.write_line(missing)

@@ -28,6 +28,7 @@ import gateway
 
 Start = Callable[..., GatewayProcess]
 MakeClient = Callable[..., WsgiClient]
+MakeLog = Callable[[int], gateway.QueuedLog]
 SAMPLE = re.compile(r"gateway_(\w+)(?:\{(.*)\})? (\S+)")
 
 
@@ -270,15 +271,16 @@ def pace_us() -> float:
 
 @pytest.mark.alone
 def test_metrics_and_log_cost_little(
-    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, queued_log: MakeLog
 ) -> None:
     """At most 40 µs of CPU a request: the median of 20 interleaved rounds, on against off.
 
     A machine that is slower or busier than where 40 was set is known by a piece of work that took
     7 µs there; it is timed between the rounds.
     """
-    client, sink = make_client(), os.open(os.devnull, os.O_WRONLY)
-    handler = gateway.QueuedLog(sink)
+    client = make_client()
+    with open(os.devnull, "wb") as sink:
+        handler = queued_log(sink.fileno())
     handler.setFormatter(gateway.LogLines("json"))
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/__lbheartbeat__", "wsgi.url_scheme": "http"}
     app: Any = client.app
@@ -301,8 +303,6 @@ def test_metrics_and_log_cost_little(
             paces.append(pace_us())
     finally:
         gateway.LOG.removeHandler(handler)
-        handler.flush()
-        os.close(sink)
     cost_us = statistics.median(rounds)
     slowness = max(1, statistics.median(paces) / 7)
     print(f"metrics and log: {cost_us:.1f} µs of CPU a request; slowness {slowness:.2f}")
@@ -331,13 +331,13 @@ def test_an_answer_has_the_request_id(make_client: MakeClient, given: str, kept:
 
 
 @pytest.fixture
-def lines() -> Iterator[Callable[..., list[str]]]:
+def lines(queued_log: MakeLog) -> Iterator[Callable[..., list[str]]]:
     """Give the lines of a real log; each call begins another one, in the form that is named."""
     reader, writer = os.pipe()
     handlers: list[gateway.QueuedLog] = []
 
     def begin(form: str) -> Callable[[], list[str]]:
-        handlers.append(gateway.QueuedLog(writer))
+        handlers.append(queued_log(writer))
         handlers[-1].setFormatter(gateway.LogLines(form))
         gateway.LOG.addHandler(handlers[-1])
 

@@ -40,6 +40,7 @@ import gateway
 
 T = TypeVar("T")
 Start = Callable[..., GatewayProcess]
+MakeLog = Callable[[int], gateway.QueuedLog]
 
 
 # -- Helpers ------------------------------------------------------------------
@@ -628,12 +629,12 @@ def read_until(file: int, end: bytes) -> bytes:
 
 
 def test_a_log_that_nobody_reads_holds_up_nobody(
-    narrow_pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    narrow_pipe: tuple[int, int], queued_log: MakeLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line for each request that failed, while the store was away: seconds, and all hung."""
     reader, writer = narrow_pipe
     monkeypatch.setattr(gateway, "LOG_LINES_MAX", 100)
-    handler = gateway.QueuedLog(writer)
+    handler = queued_log(writer)
     monkeypatch.setattr(gateway.LOG, "handlers", [handler])
     started = time.monotonic()
     for n in range(1000):
@@ -646,19 +647,23 @@ def test_a_log_that_nobody_reads_holds_up_nobody(
     assert read_until(reader, b"again\n") == b"again\n"
 
 
-def test_a_pipe_that_was_set_not_to_block_loses_nothing(narrow_pipe: tuple[int, int]) -> None:
+def test_a_pipe_that_was_set_not_to_block_loses_nothing(
+    narrow_pipe: tuple[int, int], queued_log: MakeLog
+) -> None:
     reader, writer = narrow_pipe
     os.set_blocking(writer, False)
-    handler = gateway.QueuedLog(writer)
+    handler = queued_log(writer)
     for n in range(1000):
         handler.handle(log_line("line %s", n))
     time.sleep(0.1)  # it is full
     assert len(read_until(reader, b"line 999\n").splitlines()) == 1000
 
 
-def test_a_log_whose_reader_is_gone_goes_on(narrow_pipe: tuple[int, int]) -> None:
+def test_a_log_whose_reader_is_gone_goes_on(
+    narrow_pipe: tuple[int, int], queued_log: MakeLog
+) -> None:
     reader, writer = narrow_pipe
-    handler = gateway.QueuedLog(writer)
+    handler = queued_log(writer)
     os.close(reader)
     for text in ("nobody", "is there"):
         handler.handle(log_line(text))
@@ -668,22 +673,26 @@ def test_a_log_whose_reader_is_gone_goes_on(narrow_pipe: tuple[int, int]) -> Non
     handler.flush()
 
 
-def test_a_line_that_waits_holds_on_to_nothing(narrow_pipe: tuple[int, int]) -> None:
+def test_a_line_that_waits_holds_on_to_nothing(
+    narrow_pipe: tuple[int, int], queued_log: MakeLog
+) -> None:
     """A record holds its arguments, and the locals of all that stood on the stack."""
 
     class Request:
         pass
 
     request = Request()
-    gone, handler = weakref.ref(request), gateway.QueuedLog(narrow_pipe[1])
+    gone, handler = weakref.ref(request), queued_log(narrow_pipe[1])
     for _ in range(5):
         handler.handle(log_line("%s" + "x" * 2000, request))
     del request
     assert gone() is None
 
 
-def test_the_end_does_not_wait_for_a_log_that_nobody_reads(narrow_pipe: tuple[int, int]) -> None:
-    handler = gateway.QueuedLog(narrow_pipe[1])
+def test_the_end_does_not_wait_for_a_log_that_nobody_reads(
+    narrow_pipe: tuple[int, int], queued_log: MakeLog
+) -> None:
+    handler = queued_log(narrow_pipe[1])
     handler.handle(log_line("x" * 9000))
     started = time.monotonic()
     handler.flush()
