@@ -173,17 +173,17 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put them in order.
 
-    First come those that run alone: later each would wait until every worker has done its test.
-    Then the longest, all that starts processes and waits for them, and what only computes: that
-    fills the time in which the last of the others end.
+    First come the longest, then all that starts processes and waits for them, then what only
+    computes: that fills the time in which the last of the others end. At the end come those that
+    run alone: each waits for the tests of all workers, which are short by then.
     """
 
     def place(item: pytest.Item) -> tuple[int, int]:
         if item.get_closest_marker("alone"):
-            return 0, 0
+            return 3, 0
         if (unit := unit_of(item.nodeid)) in LONGEST:
-            return 1, LONGEST.index(unit)
-        return (2 if item.path.suffix == ".ipynb" or item.get_closest_marker("slow") else 3), 0
+            return 0, LONGEST.index(unit)
+        return (1 if item.path.suffix == ".ipynb" or item.get_closest_marker("slow") else 2), 0
 
     for item in items:
         starts = "start_gateway" in getattr(item, "fixturenames", ())

@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from urllib.parse import quote_from_bytes
 import lab
 import pytest
 import redis
-from support import GatewayProcess, free_port
+from support import GatewayProcess, free_port, poll
 
 MISSING = "Kannel is not installed: apt-get install -y --no-install-recommends kannel kannel-extras"
 SMPP = lab.ROOT / ".parts" / "smpp" / "node_modules" / "smpp"
@@ -39,10 +38,8 @@ def free_ports(n: int) -> list[int]:
 
 def wait_for(what: Callable[[], object], timeout_s: float = 60) -> object:
     """Poll until ``what`` gives something."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+    found = poll(what, timeout_s)
+    assert found, "waited in vain"
     return found
 
 

@@ -60,15 +60,17 @@ def left_out() -> str:
 
 def wait_for(true: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
     """Poll until ``true()`` gives something; it may raise while it is not there yet."""
-    deadline = time.monotonic() + timeout_s * support.shared()
     error: Exception | None = None
-    while time.monotonic() < deadline:
+
+    def ask() -> Any:
+        nonlocal error
         try:
-            if found := true():
-                return found
+            return true()
         except (redis.RedisError, OSError) as one:
             error = one
-        time.sleep(0.01)
+
+    if found := support.poll(ask, timeout_s):
+        return found
     raise AssertionError(f"{what} did not happen within {timeout_s} s ({error})")
 
 

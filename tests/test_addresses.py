@@ -138,6 +138,7 @@ def spell(draw: Any, address: str) -> str:
     return str(draw(st.sampled_from([address + port, f"[{mapped}]{port}", mapped])))
 
 
+@pytest.mark.slow
 @given(st.data(), strangers, written, st.lists(trusted, min_size=1, max_size=3))
 def test_no_client_chooses_its_address(
     data: Any, client: Any, lines: list[str], chain: list[str]
@@ -267,6 +268,7 @@ def ask(port: int, *headers: tuple[str, str]) -> str:
     raise AssertionError("it does not answer")
 
 
+@pytest.mark.slow
 def test_granian_hands_over_all_headers_of_the_name(granian: int) -> None:
     """HAProxy adds a header of its own after the client's; it must be the last of the value."""
     name = "X-Forwarded-For"

@@ -24,6 +24,7 @@ def test_wrong():
 def test_right():
     pass
 """
+INI = "[pytest]\naddopts = -p no:nbval -p no:schemathesis -p no:valkey -p no:cov"
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +37,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_what_passes_alone_is_named_and_what_fails_again_is_a_failure(tmp_path: Path) -> None:
     """With the project's own conftest.py, which writes down what failed."""
     (tmp_path / "test_file.py").write_text(FILE)
-    (tmp_path / "pytest.ini").write_text("[pytest]")
+    (tmp_path / "pytest.ini").write_text(INI)
     first = ["-m", "pytest", "-p", "conftest", "-p", "xdist", "test_file.py"]
     assert "2 failed, 1 passed" in run(tmp_path, *first).stdout
     failed = json.loads((tmp_path / again.FAILED).read_text())

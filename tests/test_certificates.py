@@ -1099,6 +1099,7 @@ def is_value_or_refusal(call: Callable[[], Any]) -> None:
         pass
 
 
+@pytest.mark.slow
 @given(
     claims=JSON | st.fixed_dictionaries({"exp": JSON | st.just(2**50), "iat": JSON, "aud": JSON}),
     header=JSON
@@ -1317,6 +1318,7 @@ def test_keys_of_others_are_taken(tmp_path: Path, pem: Callable[[], bytes]) -> N
     assert opened(token).header["alg"] in ("RS256", "DS256")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["RS", "DS"])
 def test_generate_keypair(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], algorithm: str

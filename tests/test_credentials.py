@@ -160,6 +160,7 @@ def test_storage_id_is_keyed() -> None:
     assert ours.id_for(hawk_id) not in (raw[:16], hashlib.sha256(raw).digest()[:16])
 
 
+@pytest.mark.slow
 def test_record_and_nonce_share_a_slot_for_100_000_ids() -> None:
     """Redis Cluster hashes what stands in the first braces; raw bytes may hold braces too."""
     keys, tested = Secrets.derive(b"m" * 32), 0

@@ -19,7 +19,7 @@ from typing import Any
 import lab
 import psutil
 import pytest
-from support import NUMBER, ROOT, GatewayProcess, free_port, shared
+from support import NUMBER, ROOT, GatewayProcess, free_port, poll, shared
 from test_sms import SmsApi, refused
 
 import gateway
@@ -96,12 +96,7 @@ def claims_in(out: str) -> gateway.Json:
 
 def gone(demo: Demo, timeout_s: float = 5) -> bool:
     """Tell whether nothing is left of a demo, in time."""
-    deadline = time.monotonic() + timeout_s
-    while demo.left():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return poll(lambda: not demo.left(), timeout_s)
 
 
 def test_against_nothing_it_starts_a_gateway_and_leaves_nothing(

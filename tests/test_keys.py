@@ -186,6 +186,7 @@ def test_a_rotation_tells_when_the_key_signs(
     assert [keys.signer(now_s)] == keys.published(now_s)
 
 
+@pytest.mark.slow
 def test_rotations_at_the_same_moment(folder: Path, make_client: Make) -> None:
     """Several people have the same thought: each key has its time, and nothing is lost."""
     clock = Clock(int(time.time()))
@@ -248,6 +249,7 @@ def test_a_clock_that_was_set_back_is_no_trouble(folder: Path, make_client: Make
     assert shown == key.jwk["kid"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_rotation_leaves_usable_keys(folder: Path) -> None:
     """kill -9 at many moments: the keys load, no half file counts, and the next one works."""
     settings = settings_for(folder)

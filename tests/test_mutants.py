@@ -14,13 +14,20 @@ import mutants
 import pytest
 from test_shape import LINES, ROOT, SOURCE, section_of
 
-EVERY = mutants.mutants()
-SAMPLE = random.Random(0).sample(EVERY, 10)
+
+@pytest.fixture(scope="module")
+def every() -> list[mutants.Mutant]:
+    """All of them: a second of work, which whoever only collects the tests is spared."""
+    return mutants.mutants()
 
 
-@pytest.mark.parametrize("n", range(len(SAMPLE)))
-def test_a_mutant_is_a_module_that_differs_in_one_place(n: int) -> None:
-    one, text = SAMPLE[n], SAMPLE[n].text
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(10))
+def test_a_mutant_is_a_module_that_differs_in_one_place(
+    n: int, every: list[mutants.Mutant]
+) -> None:
+    one = random.Random(0).sample(every, 10)[n]
+    text = one.text
     assert text != SOURCE
     assert ast.parse(text)
     before, after = SOURCE.splitlines(), text.splitlines()
@@ -29,19 +36,19 @@ def test_a_mutant_is_a_module_that_differs_in_one_place(n: int) -> None:
     assert before[one.last :] == after[same:]
 
 
-def test_they_are_of_the_protocol() -> None:
-    found = {section_of(one.first) for one in EVERY}
+def test_they_are_of_the_protocol(every: list[mutants.Mutant]) -> None:
+    found = {section_of(one.first) for one in every}
     assert found == {*mutants.SECTIONS, 13}
-    assert len(EVERY) > 900
+    assert len(every) > 900
 
 
-def test_a_reason_is_about_a_mutant_that_is_there() -> None:
+def test_a_reason_is_about_a_mutant_that_is_there(every: list[mutants.Mutant]) -> None:
     """When its line has changed, it must be thought about again."""
-    assert mutants.SURVIVORS.keys() <= {one.name for one in EVERY}
+    assert mutants.SURVIVORS.keys() <= {one.name for one in every}
 
 
-def test_what_runs_at_import_is_touched_by_who_names_it() -> None:
-    one = next(one for one in EVERY if one.name.startswith("LIMITED_BY") or "Final" in one.name)
+def test_what_runs_at_import_is_touched_by_who_names_it(every: list[mutants.Mutant]) -> None:
+    one = next(one for one in every if one.name.startswith("LIMITED_BY") or "Final" in one.name)
     users = {LINES[n - 1].strip() for n in mutants._users({one.first})}
     drawn = {"seconds": {"tests/test_x.py::test_y": 1}, "lines": {key: [0] for key in users}}
     assert mutants.Map(drawn).tests_of(one) == ["tests/test_x.py::test_y"]

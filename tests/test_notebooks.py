@@ -198,6 +198,7 @@ def test_numbers_have_no_gaps() -> None:
     assert [int(name[:2]) for name in LESSONS] == [*range(len(LESSONS))]
 
 
+@pytest.mark.slow
 def test_every_public_name_appears() -> None:
     assert missing_from_the_notebooks(public_names()) == []
 
@@ -254,6 +255,7 @@ def test_a_table_of_html_puts_numbers_to_the_right() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_ink_of_the_text_and_says_what_it_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -345,6 +347,7 @@ def run(code: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
     """As nbval and JupyterLab kill kernels whose lab nobody closed; in a folder of any depth."""
     (deep := tmp_path / DEEP).mkdir(parents=True)
@@ -360,6 +363,7 @@ def test_a_killed_lab_leaves_nothing_behind(tmp_path: Path) -> None:
         wait_for(lambda: not store.parent.exists() or None, "its end", 20)  # noqa: B023
 
 
+@pytest.mark.slow
 def test_a_lesson_that_ends_leaves_nothing_and_does_not_hang(tmp_path: Path) -> None:
     process = run("import lab; lab.Lab().client().register()", environ={"TMPDIR": str(tmp_path)})
     with process:
@@ -367,6 +371,7 @@ def test_a_lesson_that_ends_leaves_nothing_and_does_not_hang(tmp_path: Path) -> 
     wait_for(lambda: not list(tmp_path.iterdir()) or None, "its end", 20)
 
 
+@pytest.mark.slow
 def test_a_lesson_repeats_whatever_the_reader_has_set(tmp_path: Path) -> None:
     """Backend and style of matplotlib, a deep TMPDIR: its pictures and tables stay as they are."""
     (deep := tmp_path / DEEP).mkdir(parents=True)
@@ -382,6 +387,7 @@ def test_a_lesson_repeats_whatever_the_reader_has_set(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_lab_is_found_from_any_folder(tmp_path: Path) -> None:
     """By the line that ``make install`` puts into .venv: where we work, else where it lies."""
     line = (FOLDER / "lessons.pth").read_text().replace("@ROOT@", str(ROOT))

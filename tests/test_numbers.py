@@ -203,6 +203,7 @@ def dressed(draw: st.DrawFn, text: str, more: str = "") -> str:
 NUMBERS = ["+447700900123", "+12025550123", "+390612345678", "+2290197001234", "+6834002"]
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.data(), st.sampled_from(NUMBERS), st.sampled_from(["", "tel:"]))
 def test_what_is_not_seen_changes_no_number(data: st.DataObject, number: str, scheme: str) -> None:
@@ -210,6 +211,7 @@ def test_what_is_not_seen_changes_no_number(data: st.DataObject, number: str, sc
     assert gateway.parse_msisdn(typed) == number
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.data(), st.text("0123456789abcdef", min_size=6, max_size=32))
 def test_what_is_not_seen_changes_no_code(data: st.DataObject, code: str) -> None:
@@ -304,6 +306,7 @@ left_behind = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=400)
 @given(left_behind)
 def test_whatever_a_form_matches_is_rewritten_once(number: tuple[str, str]) -> None:
@@ -486,6 +489,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @given(json_values, json_values)
 def test_any_json_is_a_network(mcc: object, mnc: object) -> None:
@@ -620,6 +624,7 @@ def test_sender_is_the_most_exact_one(table: Mapping[str, str], network: Network
         assert found == table.get(network.mcc, "default")
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     st.from_regex(

@@ -269,6 +269,7 @@ def pace_us() -> float:
     return (time.process_time() - started) / 400 * 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_metrics_and_log_cost_little(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, queued_log: MakeLog
@@ -552,6 +553,7 @@ def test_check_of_what_was_never_started_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [False, True])
 def test_check_of_a_gateway_that_does_not_run_warns_of_all_that_it_can_know(
     tmp_path: Any, keys_dir: str, made: bool

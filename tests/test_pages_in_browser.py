@@ -19,7 +19,8 @@ browser.require()
 
 PAPER_PX = 718
 """A4 without Chromium's own margins of 1 cm, at 96 pixels per inch."""
-VIEWS = [(1280, "screen"), (390, "screen"), (PAPER_PX, "print")]
+VIEWS = {"desk and paper": [(1280, "screen"), (PAPER_PX, "print")], "phone": [(390, "screen")]}
+"""Width and medium. What a page looks like on paper needs no loading again; a phone does."""
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +35,19 @@ def is_in(folder: Path, url: str) -> bool:
     return url.startswith(folder.as_uri() + "/") and Path(path).is_file()
 
 
-@pytest.mark.parametrize(("width", "media"), VIEWS)
-def test_every_page_is_whole_and_silent(
-    chromium: Any, site_folder: Path, width: int, media: str
-) -> None:
+@pytest.mark.parametrize("where", VIEWS)
+def test_every_page_is_whole_and_silent(chromium: Any, site_folder: Path, where: str) -> None:
     amiss, files = [], sorted(site_folder.rglob("*.html"))
-    with browser.tab(chromium, width) as (page, requests):
+    with browser.tab(chromium, VIEWS[where][0][0]) as (page, requests):
         for file in files:
             page.goto(file.as_uri())
-            for scheme in ("light", "dark"):  # it follows the system at any time
-                page.emulate_media(media=media, color_scheme=scheme)
-                seen = browser.look(page, width, media, colors=scheme == "dark")
-                amiss += [f"{file.name}, {scheme}: {what}" for what in seen]
+            for width, media in VIEWS[where]:
+                if page.viewport_size["width"] != width:
+                    page.set_viewport_size({"width": width, "height": 900})
+                for scheme in ("light", "dark"):  # it follows the system at any time
+                    page.emulate_media(media=media, color_scheme=scheme)
+                    seen = browser.look(page, width, media, colors=scheme == "dark")
+                    amiss += [f"{file.name}, {media}, {scheme}: {what}" for what in seen]
     assert amiss == []
     assert {url for url in requests if not is_in(site_folder, url)} == set()
     assert {file.as_uri() for file in files} <= set(requests)

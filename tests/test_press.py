@@ -99,6 +99,7 @@ def test_a_name_that_a_stranger_chooses_never_reaches_the_file_system(
         assert client.get(path).status == 404
 
 
+@pytest.mark.slow
 def test_the_page_is_there_for_whoever_knows_the_token(
     client: WsgiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ EXAMPLES = {
 """Messages, and host, code and embedded host; most are the specification's own examples."""
 
 
+@pytest.mark.slow
 @needs_node
 def test_the_phone_parses_an_origin_bound_code_as_wicg_does() -> None:
     found = node("given.map((text) => parseOriginBound(text))", list(EXAMPLES))

@@ -402,12 +402,14 @@ def test_refused_jwks(name: str) -> None:
         assert "publicKey must be" in caught.value.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x a surrogate", "private EC", "RSA, n prime", "small order 1"])
 def test_refused_jwks_over_http(client: WsgiClient, name: str) -> None:
     answer = client.verified().call("/certificate/sign", {"publicKey": REFUSED_JWKS[name]()})
     assert (answer.status, answer.errno) == (400, 106 if "surrogate" in name else 107)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2048, 3072, 4096])
 def test_rsa_keys_of_these_sizes_are_taken(bits: int) -> None:
     key = rsa_jwk(bits)
@@ -806,6 +808,7 @@ def changes(text: str, seed: int, count: int) -> Iterator[str]:
                 yield text[:n] + other + text[n + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [*FORMS, "certificate"])
 def test_every_changed_character_is_noticed(world: World, form: str) -> None:
     """50 proofs of each form, some of their characters each; PROOF_CHANGES=2000 tries all."""
@@ -990,6 +993,7 @@ def run_node(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Any]:
     return run
 
 
+@pytest.mark.slow
 @needs_node
 def test_javascript_libraries_agree(world: World, run_node: Callable[[Any], Any]) -> None:
     """jose by the thirty lines of the lesson, and @sd-jwt/core."""
@@ -1010,6 +1014,7 @@ def test_javascript_libraries_agree(world: World, run_node: Callable[[Any], Any]
     assert believed == {}
 
 
+@pytest.mark.slow
 @needs_node
 def test_what_javascript_libraries_present_is_believed(
     client: WsgiClient, run_node: Callable[[Any], Any]

@@ -376,6 +376,7 @@ def test_the_commands_for_a_number(start_gateway: Start) -> None:
     assert NUMBER not in process.output.replace(f"SMS to {NUMBER}", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["forget", "block", "unblock"])
 def test_these_commands_need_a_store_and_say_so_at_once(
     tmp_path: Path, keys_dir: str, words: str
@@ -447,6 +448,7 @@ def test_wrong_use_of_these_commands(
     assert not (tmp_path / "keys").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_refuse_a_store_of_another_secret(
     tmp_path: Path, store: gateway.EmbeddedStore, storage: gateway.Storage,
     capsys: pytest.CaptureFixture[str],

@@ -33,7 +33,7 @@ import pytest
 import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
-from support import NUMBER, ROOT, GatewayProcess, free_port, shared
+from support import NUMBER, ROOT, GatewayProcess, free_port, poll, shared
 from test_sms import SmsApi, after
 
 import gateway
@@ -48,12 +48,7 @@ MakeLog = Callable[[int], gateway.QueuedLog]
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
     """Tell whether a condition comes true in time."""
-    deadline = time.monotonic() + timeout_s * shared()
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
+    return poll(condition, timeout_s)
 
 
 def living(folder: Path) -> dict[int, str]:

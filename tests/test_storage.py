@@ -1400,6 +1400,7 @@ def test_two_on_one_folder(
     assert (own_store.folder / "lock").read_text() == str(os.getpid())
 
 
+@pytest.mark.slow
 def test_server_that_outlives_its_gateway_keeps_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,7 @@ junk = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @QUICK
 @given(msisdn=junk, mcc=junk, mnc=junk, language=st.text(max_size=50), origin=st.text(max_size=50))
 def test_any_request_is_answered(

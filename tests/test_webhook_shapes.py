@@ -396,6 +396,7 @@ _TYPES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(KINDS), where=st.sampled_from(["momt", "receipt"]), body=_BODIES,
     content_type=_TYPES, query=_FORMS, signature=st.text("0123456789abcdef é", max_size=64),
