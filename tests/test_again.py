@@ -34,6 +34,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_what_passes_alone_is_named_and_what_fails_again_is_a_failure(tmp_path: Path) -> None:
     """With the project's own conftest.py, which writes down what failed."""
     (tmp_path / "test_file.py").write_text(FILE)

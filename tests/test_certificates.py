@@ -692,6 +692,7 @@ def test_refused_keys_over_http(client: WsgiClient, path: str, name: str) -> Non
     assert '"n": "<decimal>"' in answer.json["message"]
 
 
+@pytest.mark.slow
 def test_a_prime_is_looked_for_once(client: WsgiClient) -> None:
     """It takes 4 ms; the clients of 2014 share p and q, and everybody comes again with a key."""
     check = gateway._is_prime

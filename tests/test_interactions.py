@@ -310,6 +310,7 @@ def test_a_slow_provider_that_others_stand_in_for_is_not_paid(
         assert levels(one) == dict.fromkeys("anpqd", 0.0) | {"f": 1.0, "h": 1.0}
 
 
+@pytest.mark.slow
 def test_what_a_session_may_while_its_message_waits_for_its_turn(
     make: Callable[..., From], stand_in: Provider
 ) -> None:

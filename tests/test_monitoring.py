@@ -71,6 +71,7 @@ def values(families: dict[str, Metric]) -> dict[str, dict[str, set[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_what_rules_name_is_in_a_scrape(families: dict[str, Metric]) -> None:
     scraped = values(families)
     named = re.findall(rf"({NAME})(?:\{{([^}}]*)\}})?", RULES)
@@ -88,6 +89,7 @@ def test_what_rules_name_is_in_a_scrape(families: dict[str, Metric]) -> None:
         assert set(filter(None, by)) <= labels
 
 
+@pytest.mark.slow
 def test_the_table_names_every_metric_with_its_labels(families: dict[str, Metric]) -> None:
     rows = re.findall(r"(?m)^\| `(gateway_\w+)` \| ([^|]*)\|", PAGE.read_text("utf-8"))
     stated = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}

@@ -631,6 +631,7 @@ def kept(
         embedded.stop()
 
 
+@pytest.mark.slow
 def test_a_day_after_unregister_no_byte_of_the_record_is_left(
     kept: tuple[gateway.EmbeddedStore, gateway.Storage, WsgiClient],
 ) -> None:
@@ -657,6 +658,7 @@ def test_a_day_after_unregister_no_byte_of_the_record_is_left(
     assert stays.call("/sms/resend_code").status == 200
 
 
+@pytest.mark.slow
 def test_a_rewrite_is_due_by_the_age_of_the_file(tmp_path: Path) -> None:
     """A gateway that is started anew each night never runs for a day."""
     embedded = gateway.EmbeddedStore(str(tmp_path))

@@ -1307,6 +1307,7 @@ def test_stall_between_reading_and_writing(
     assert again.status == 200 or again.errno == 105
 
 
+@pytest.mark.slow
 def test_hung_server_over_http(
     own_store: gateway.EmbeddedStore, keys_dir: str, tmp_path: Path
 ) -> None:

@@ -218,6 +218,7 @@ def twilio_replay(client: WsgiClient, form: dict[str, str], signature: str) -> i
     return client.raw("POST", "/sms/momt/?provider=twilio", urlencode(form).encode(), env).status
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_id", [True, False])
 def test_a_signed_call_is_answered_once(make_client: MakeClient, with_id: bool) -> None:
     """Without an id of the message the signature is what is remembered, for a day."""
