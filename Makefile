@@ -4,7 +4,7 @@ BIN := .venv/bin
 DOCS := docs
 BUILD := .venv/pages
 
-.PHONY: help install amazon lock runserver lab test check lint notebooks docs bench attack fuzz soak slow mutants trace update-l10n
+.PHONY: help install amazon lock runserver lab test look check lint notebooks docs bench attack fuzz soak slow mutants trace update-l10n
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,11 +46,17 @@ lab: .venv/done  ## open the lessons in JupyterLab, in my/: a copy of all, yours
 	@test ! gateway.py -nt my/gateway.py || echo "my/ is older than this gateway.py: to begin anew, move your work out of it and delete it"
 	cd my && exec "$(abspath $(BIN))/jupyter" lab --LabApp.default_url=/lab/tree/notebooks/00_the_whole_flow.ipynb $(ARGS)
 
+# Up to three tests that failed beside others are run alone.
+AGAIN = || { test $$? = 1 && $(BIN)/python tests/again.py; }
+
 # Each worker would compile each file, and each start of a process: more than a minute of a core.
-test check: export PYTHONDONTWRITEBYTECODE =
+test look check: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
-	$(BIN)/python -m pytest $(ARGS)$(if $(ARGS),, || { test $$? = 1 && $(BIN)/python tests/again.py; })
+	$(BIN)/python -m pytest $(ARGS)$(if $(ARGS),,$(AGAIN))
+
+look: .venv/done  ## look at the pages in Chromium, press what can be pressed, open JupyterLab (two minutes)
+	$(BIN)/python -m pytest -n 2 tests/test_pages_in_browser.py tests/test_press_in_browser.py tests/test_jupyterlab.py$(AGAIN)
 
 check: lint  ## before each commit, in a minute: lint, and the tests that are not slow
 	$(BIN)/python -m pytest -q -o addopts= -p no:nbval -p no:valkey -p no:schemathesis -n auto -m "not slow" tests $(ARGS)

@@ -40,8 +40,8 @@ collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 # folder below pytest's. It is given one unit after the other, in the order of collection.
 
 CORES = os.cpu_count() or 1
-WORKERS = min(2 * CORES, 8)
-"""Two for each core: half of the time of these tests is waiting. With three, some are too late."""
+WORKERS = min(2 * CORES + 1, 8)
+"""More than two for each core: half of the time of these tests is waiting."""
 SPREAD = {
     f"tests/test_{name}.py"
     for name in (
@@ -54,22 +54,20 @@ SPREAD = {
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
 SLOW = {
     *("abuse", "attack", "bench", "bursts", "demo", "docs", "failover", "faults", "flows"),
-    *("install", "interop", "jupyterlab", "kannel", "life", "limit_table", "pace"),
-    *("pages_in_browser", "planted_faults", "prices", "providers", "serving", "signatures"),
-    *("smpp", "split", "store_pool", "stores", "tls"),
+    *("install", "interop", "kannel", "life", "limit_table", "pace", "planted_faults", "prices"),
+    *("providers", "serving", "signatures", "smpp", "split", "store_pool", "stores", "tls"),
 }
 """Files that start what takes long: ``make check`` leaves them out, like tests marked slow."""
-UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
-"""Files that share what a worker should not make twice."""
+LOOKS = {"jupyterlab", "pages_in_browser", "press_in_browser"}
+"""Files that only ``make look`` runs: a browser wants two minutes of both cores."""
 
 LONGEST = (
-    "the pages",
-    *("tests/test_machine.py", "tests/test_press_in_browser.py", "tests/test_planted_faults.py"),
+    *("tests/test_machine.py", "tests/test_planted_faults.py", "tests/test_docs.py"),
     "tests/test_bench.py::test_every_endpoint_answers_as_it_should",
     "tests/test_serving.py::test_kills_at_any_moment",
     "tests/test_schemathesis.py::test_no_5xx_and_nothing_undocumented",
-    *("tests/test_abuse.py", "tests/test_jupyterlab.py", "tests/test_interop.py"),
-    *("tests/test_install.py", "tests/test_kannel.py", "tests/test_life.py"),
+    *("tests/test_abuse.py", "tests/test_interop.py", "tests/test_install.py"),
+    *("tests/test_kannel.py", "tests/test_life.py"),
     "tests/test_flows.py::test_random_lives_are_as_the_contract_says",
     "tests/test_prices.py::test_kill_leaves_a_message_without_a_code_at_worst",
 )
@@ -79,7 +77,7 @@ LONGEST = (
 def unit_of(nodeid: str) -> str:
     """What a worker is given at once: a file; of those in ``SPREAD``, a test, all parameters."""
     file = nodeid.partition("::")[0]
-    return nodeid.partition("[")[0] if file in SPREAD else UNITS.get(file, file)
+    return nodeid.partition("[")[0] if file in SPREAD else file
 
 
 class Units(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
@@ -124,9 +122,15 @@ def is_quick(config: pytest.Config) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """To read all files costs each worker 14 s, a third of it those of which no test would run."""
-    slow = collection_path.stem.removeprefix("test_") in SLOW
-    return True if slow and is_quick(config) else None
+    """Leave out what needs a browser, if it is not named; and for ``make check`` slow files.
+
+    To read all files takes each worker 6 s, a third of it those of which no test would run.
+    """
+    name = collection_path.stem.removeprefix("test_")
+    if name in LOOKS:
+        named = {Path(argument.partition("::")[0]).name for argument in config.args}
+        return None if collection_path.name in named else True
+    return True if name in SLOW and is_quick(config) else None
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Units:

@@ -34,7 +34,7 @@ import gateway
 
 Start = Callable[..., GatewayProcess]
 VICTIM = "+447700900666"
-ATTACK_S = 5.0
+ATTACK_S = 3.0
 CONNECTIONS = 16
 MESSAGES_TAKEN = {"0": True, "504": True}  # by what a stand-in answered; unknown may be taken
 
