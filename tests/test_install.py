@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -305,7 +306,7 @@ def test_the_lines_for_an_image_name_what_is_there_and_all_that_is_needed() -> N
     copied = re.findall(r"(?m)^COPY (\S+) /opt/gateway", lines)
     assert all((ROOT / path).exists() for path in copied)
     [shell] = re.findall(r"(?m)^RUN (sed .*?) \\$", lines)
-    shell = shell.replace("/opt/gateway/", f"{ROOT}/")
+    shell = shell.replace("/opt/gateway/", f"{shlex.quote(str(ROOT))}/")
     first = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout
     header = (ROOT / "gateway.py").read_text("utf-8").partition("# ///\n")[0]
     needed = re.findall(r'(?m)^#     "([^"]+)",$', header)
