@@ -55,8 +55,10 @@ test look check: export PYTHONDONTWRITEBYTECODE =
 test: .venv/done  ## run all tests, notebooks included (ARGS=tests/test_codes.py: one file, in one process)
 	$(BIN)/python -m pytest $(ARGS)$(if $(ARGS),,$(AGAIN))
 
-look: .venv/done  ## look at the pages in Chromium, press what can be pressed, open JupyterLab (two minutes)
-	$(BIN)/python -m pytest -n 2 tests/test_pages_in_browser.py tests/test_press_in_browser.py tests/test_jupyterlab.py$(AGAIN)
+LOOK := $(patsubst %,tests/test_%.py,docs pages_in_browser press_in_browser jupyterlab)
+
+look: .venv/done  ## build the pages, look at them in Chromium, press what can be pressed (two minutes)
+	$(BIN)/python -m pytest -n 2 $(LOOK)$(AGAIN)
 
 check: lint  ## before each commit, in a minute: lint, and the tests that are not slow
 	$(BIN)/python -m pytest -q -o addopts= -p no:nbval -p no:valkey -p no:schemathesis -n auto -m "not slow" tests $(ARGS)

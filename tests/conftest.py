@@ -40,8 +40,8 @@ collect_ignore = [] if servers.WANTED["dynalite"][0] else ["test_split.py"]
 # folder below pytest's. It is given one unit after the other, in the order of collection.
 
 CORES = os.cpu_count() or 1
-WORKERS = min(2 * CORES + 1, 8)
-"""More than two for each core: half of the time of these tests is waiting."""
+WORKERS = min(3 * CORES, 8)
+"""Three for each core: half of the time of these tests is waiting."""
 SPREAD = {
     f"tests/test_{name}.py"
     for name in (
@@ -53,16 +53,18 @@ SPREAD = {
 }
 """Long files whose tests share nothing that is dear to start: each test is a unit of its own."""
 SLOW = {
-    *("abuse", "attack", "bench", "bursts", "demo", "docs", "failover", "faults", "flows"),
+    *("abuse", "attack", "bench", "bursts", "demo", "failover", "faults", "flows"),
     *("install", "interop", "kannel", "life", "limit_table", "pace", "planted_faults", "prices"),
     *("providers", "serving", "signatures", "smpp", "split", "store_pool", "stores", "tls"),
 }
 """Files that start what takes long: ``make check`` leaves them out, like tests marked slow."""
-LOOKS = {"jupyterlab", "pages_in_browser", "press_in_browser"}
-"""Files that only ``make look`` runs: a browser wants two minutes of both cores."""
+LOOKS = {"docs", "jupyterlab", "pages_in_browser", "press_in_browser"}
+"""Files that only ``make look`` runs: pages and browser want two minutes of both cores."""
+UNITS = dict.fromkeys(("tests/test_docs.py", "tests/test_pages_in_browser.py"), "the pages")
+"""Files that share what a worker should not make twice."""
 
 LONGEST = (
-    *("tests/test_machine.py", "tests/test_planted_faults.py", "tests/test_docs.py"),
+    *("tests/test_machine.py", "tests/test_planted_faults.py"),
     "tests/test_bench.py::test_every_endpoint_answers_as_it_should",
     "tests/test_serving.py::test_kills_at_any_moment",
     "tests/test_schemathesis.py::test_no_5xx_and_nothing_undocumented",
@@ -77,7 +79,7 @@ LONGEST = (
 def unit_of(nodeid: str) -> str:
     """What a worker is given at once: a file; of those in ``SPREAD``, a test, all parameters."""
     file = nodeid.partition("::")[0]
-    return nodeid.partition("[")[0] if file in SPREAD else file
+    return nodeid.partition("[")[0] if file in SPREAD else UNITS.get(file, file)
 
 
 class Units(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
@@ -272,6 +274,7 @@ def client(app: gateway.GatewayApp, storage: gateway.Storage) -> WsgiClient:
     assert app.gateway.sms.outbox
     for path in app.gateway.sms.outbox.folder.glob("*"):
         path.write_bytes(b"")  # it stays open
+    app.gateway._checked_s = -gateway.HEARTBEAT_S  # what the test before was told is not kept
     return WsgiClient(app)
 
 

@@ -102,6 +102,15 @@ def poll(true: Callable[[], T], timeout_s: float) -> T:
     return answer
 
 
+def halt(pid: int) -> None:
+    """SIGSTOP; back once the process has stopped: one of its threads has to run for that.
+
+    On a busy machine others go on meanwhile, for tenths of a second, and may answer, or end it.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    poll(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, 10)
+
+
 class Clock:
     """A clock that moves only when it is told to."""
 

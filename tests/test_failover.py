@@ -19,7 +19,7 @@ import provider
 import pytest
 import redis
 from servers import Cluster, SentinelGroup, wait_for
-from support import GatewayProcess, shared
+from support import GatewayProcess, halt, shared
 
 import gateway
 
@@ -260,7 +260,7 @@ def test_the_node_of_the_counters_is_away(
         by_known = sorted(known, key=known.__getitem__)
         numbers = [*by_known[:2], *by_known[-10:]]
         people = People(running, sms, 12, numbers)
-        node.process.send_signal(how)
+        halt(node.process.pid) if how is signal.SIGSTOP else node.kill()
         assert set(people.send()) == {503}
         seen = [timed(lambda: c.call("GET", "/session")).status for c in people.waiting.values()]  # noqa: B023
         assert {200} <= set(seen) <= {200, 503}  # with luck nobody is on that node

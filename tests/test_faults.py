@@ -18,7 +18,7 @@ import pytest
 import servers
 from redis.crc import key_slot
 from servers import Server, wait_for
-from support import HOUR, OPEN, ROOT, WsgiClient, give_back, names_taken, shared, take
+from support import HOUR, OPEN, ROOT, WsgiClient, give_back, halt, names_taken, shared, take
 
 import gateway
 
@@ -65,7 +65,7 @@ class Store(Server):
 Act = Callable[[Store], Any]
 FAULTS: dict[str, tuple[Act, Act]] = {
     "hung": (
-        lambda store: store.process.send_signal(signal.SIGSTOP),
+        lambda store: halt(store.process.pid),
         lambda store: store.process.send_signal(signal.SIGCONT),
     ),
     "gone": (lambda store: store.kill(), lambda store: store.start()),
@@ -232,7 +232,7 @@ def test_where_the_replica_does_not_confirm_nobody_is_told_yes(tmp_path: Path) -
 
         wait_for(replicates, "a replica")
         assert storage.commit(key, b"\x01a", b"\x01b", 1000) is gateway.Commit.DONE
-        replica.process.send_signal(signal.SIGSTOP)
+        halt(replica.process.pid)
         started = time.monotonic()
         with pytest.raises(gateway.Unavailable, match="second copy"):
             storage.commit(key, b"\x01b", b"\x01c", 1000)
@@ -253,7 +253,7 @@ def test_no_write_is_repeated_after_it_timed_out(tmp_path: Path) -> None:
     with contextlib.closing(Server(tmp_path / "s")) as server:
         storage = gateway.Storage(server.url)
         assert take(storage, 1.7e9, 9, b"a") == 0
-        server.process.send_signal(signal.SIGSTOP)
+        halt(server.process.pid)
         with pytest.raises(gateway.Unavailable):
             take(storage, 1.7e9, 9, b"b")
         server.process.send_signal(signal.SIGCONT)

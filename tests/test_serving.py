@@ -33,7 +33,7 @@ import pytest
 import redis
 import urllib3
 from cryptography.hazmat.primitives import serialization
-from support import NUMBER, ROOT, GatewayProcess, free_port, poll, shared
+from support import NUMBER, ROOT, GatewayProcess, free_port, halt, poll, shared
 from test_sms import SmsApi, after
 
 import gateway
@@ -475,7 +475,7 @@ def test_a_worker_that_hangs_keeps_nobody_else_from_ending(start_gateway: Start)
     workers = workers_of(process)
     # Forked last, it has most of them; the kernel's numbers begin anew at some time.
     hung = max(workers, key=lambda worker: (worker.create_time(), worker.pid))
-    hung.suspend()
+    halt(hung.pid)
     try:
         process.kill()
         assert eventually(lambda: set(living(process.folder)) == {hung.pid}, 2)
@@ -1049,7 +1049,7 @@ def test_a_store_that_hangs_does_not_keep_the_gateway_from_stopping(
     assert store._process
     server = store._process.pid
     monkeypatch.setattr(gateway, "STORE_START_S", 0.5)  # its patience
-    os.kill(server, signal.SIGSTOP)  # as on a disk that hangs
+    halt(server)  # as on a disk that hangs
     stopping = threading.Thread(target=store.stop)
     stopping.start()
     stopping.join(5)
@@ -1065,7 +1065,7 @@ def test_a_store_that_hangs_costs_a_503_within_a_second(start_gateway: Start) ->
     process = start_gateway()
     client = verified(process)
     store = store_of(process)
-    store.suspend()
+    halt(store.pid)
     try:
         for call in (client.unregister, process.client().register, lambda: client.sign(KEY)):
             started = time.monotonic()

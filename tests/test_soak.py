@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def test_the_soak_finds_what_contradicts_its_model(
     options: list[str], fault: str, tmp_path: Path
 ) -> None:
-    done = soak.run(tmp_path, 8, 8, clients=20, options=options, only="nothing")
+    done = soak.run(tmp_path, 5, 5, clients=20, options=options, only="nothing")
     assert done.done.total() > 5
     assert done.verified or fault
     if fault:

@@ -17,7 +17,7 @@ import pytest
 import servers
 from botocore.exceptions import ClientError
 from servers import assert_refused, wait_for
-from support import AT_ONCE, NUMBER, ROOT, WIDE, WsgiClient, shared
+from support import AT_ONCE, NUMBER, ROOT, WIDE, WsgiClient, halt, shared
 from test_storage import OldSession, version_1
 from test_stores import KEY, NEW, OLD, new_id, together
 
@@ -262,7 +262,7 @@ def test_dynamodb_fails(
     key = waiting_user(moved)
     assert moved.call("/sms/verify_code", {"code": CODE}).status == 200
     break_it: dict[str, Callable[[], Any]] = {
-        "hung": lambda: dynalite.process.send_signal(signal.SIGSTOP),
+        "hung": lambda: halt(dynalite.process.pid),
         "gone": dynalite.close,
         "no table": lambda: drop_table(split.table),
     }

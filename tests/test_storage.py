@@ -43,6 +43,7 @@ from support import (
     WsgiClient,
     counted,
     give_back,
+    halt,
     names_taken,
     shared,
     take,
@@ -1205,7 +1206,7 @@ def test_hung_server(own_store: gateway.EmbeddedStore) -> None:
     storage = gateway.Storage(own_store.url)
     storage.create(ID, b"old", 100)
     storage._run("SET", "other", b"another")
-    os.kill(pid_of(own_store), signal.SIGSTOP)
+    halt(pid_of(own_store))
     with ThreadPoolExecutor(6) as pool:
         in_threads = pool.map(is_unavailable_soon, [calls_of(storage)[0], *calls_of(storage)[3:]])
         assert is_unavailable_soon(lambda: storage.get(ID))
@@ -1238,7 +1239,7 @@ def test_write_that_timed_out_is_not_repeated(
     watcher._run("CONFIG", "RESETSTAT")
     if known:
         storage.get(ID)
-    os.kill(pid_of(own_store), signal.SIGSTOP)
+    halt(pid_of(own_store))
     with ThreadPoolExecutor(2) as pool:
         count = pool.submit(is_unavailable_soon, lambda: take(storage, 1.7e9, 9, b"second"))
         assert is_unavailable_soon(lambda: storage.commit(ID, b"old", b"new", -1, "n", 9))
@@ -1275,7 +1276,7 @@ def test_stall_between_reading_and_writing(
     def clock() -> float:
         if stalls.is_set():  # the request has read its record, and not written yet
             stalls.clear()
-            os.kill(pid, signal.SIGSTOP)
+            halt(pid)
             timers.append(threading.Timer(stall_s or 60, os.kill, (pid, signal.SIGCONT)))
             timers[0].start()
         return time.time()
@@ -1315,7 +1316,7 @@ def test_hung_server_over_http(
     settings = gateway.Settings(keys_dir=keys_dir, data_dir=str(tmp_path), **OPEN)
     client = WsgiClient(gateway.create_app(settings, own_store.url))
     client.verified()
-    os.kill(pid_of(own_store), signal.SIGSTOP)
+    halt(pid_of(own_store))
     key = {"publicKey": {"algorithm": "RS", "n": "1", "e": "1"}}
     started = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
@@ -1416,7 +1417,7 @@ def test_server_that_outlives_its_gateway_keeps_the_folder(
         server = psutil.Process(int(other.stdout.readline()))
         try:
             gateway.Storage(f"unix://{tmp_path}/store.sock").create(ID, b"old", 100)
-            server.suspend()
+            halt(server.pid)
             other.kill()
             other.wait()
             with pytest.raises(gateway.StartError, match=rf"\b{other.pid}\b"):

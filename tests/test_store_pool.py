@@ -21,7 +21,7 @@ import pytest
 import redis
 import urllib3
 from servers import Relay, Server, free_port, wait_for
-from support import ROOT, GatewayProcess, shared
+from support import ROOT, GatewayProcess, halt, shared
 
 import gateway
 
@@ -97,7 +97,7 @@ def test_who_finds_all_connections_in_use_is_answered_in_time(tmp_path: Path) ->
     with contextlib.closing(Server(tmp_path / "s")) as server:
         storage = gateway.Storage(server.url + "?max_connections=2")
         assert storage.get(gateway.StorageId(b"1" * 16)) is None
-        server.process.send_signal(signal.SIGSTOP)
+        halt(server.process.pid)
 
         def seconds(_: int) -> float:
             started = time.monotonic()
@@ -329,7 +329,7 @@ def test_time_limits_hold_under_gevent(tmp_path: Path) -> None:
         try:
             wait_for(answers, "the start of gunicorn: " + (tmp_path / "log").read_text())
             assert register(url, 60, 20) == {200: 60}
-            server.process.send_signal(signal.SIGSTOP)
+            halt(server.process.pid)
             started = time.monotonic()
             assert register(url, 40, 40) == {503: 40}
             assert time.monotonic() - started < 1.5 * shared()
