@@ -49,7 +49,11 @@ SLOW_S: Final = 5
 QUICK: Final = ("-q", "-o", "addopts=", "-m", "not alone", "-p", "no:cacheprovider")
 IN_PROCESS: Final = {
     f"test_{name}"
-    for name in ("flows", "life", "limit_table", "pace", "prices", "providers", "signatures")
+    for name in (
+        *("certificates", "credentials", "flows", "interactions", "life", "limit_table", "numbers"),
+        *("pace", "prices", "proofs", "providers", "signatures", "typed", "webhook_shapes"),
+        "webhooks",
+    )
 }
 """Files that take long, but run the protocol in this process, where coverage.py sees it."""
 OF_TEXT: Final = {"test_docs", "test_mutants", "test_notebooks", "test_shape"}
