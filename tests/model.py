@@ -370,10 +370,13 @@ class World:
         """The provider settled a message: "taken", "unknown", "refused" or "failed"."""
         sending = self.sending.pop(id(s))
         if outcome not in ("taken", "unknown"):
-            if sending.cost in s.round:  # else a right code has given it back meanwhile
+            counts = self.rules.paid and self.rules.limits != "off"
+            if sending.cost in s.round:
                 s.round.remove(sending.cost)
-                if self.rules.paid and self.rules.limits != "off":
+                if counts:
                     self.limits.undo(sending.cost, outcome == "refused")
+            elif counts:  # a right code has given the rest back meanwhile; this cost no money
+                self.limits.bucket("sends_per_hour").give_back()
             before = sending.before
             s.number, s.kind, s.asked = before.number, before.kind, before.asked
             if outcome == "failed":

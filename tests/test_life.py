@@ -833,3 +833,21 @@ def test_double_click_on_the_last_message_of_a_budget(
         assert len(stand_in.received) == 1
         assert client.another().register().status == 200
         assert client.call("/sms/mt/verify", {"msisdn": NUMBERS[0]}).errno == 114
+
+
+def test_what_fails_after_a_right_code_gives_its_hour_back(
+    store: gateway.EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of the message before pays the round back; the hour counts what may have left."""
+    monkeypatch.setattr(Life, "store", store, raising=False)
+    monkeypatch.setattr(Life, "places", {}, raising=False)
+    life = Life()
+    life.start(rules="tight")
+    with life.place.folder:
+        life.crowd(n=1, number=NUMBERS[1], same=False)
+        life.tick(passed_s=61, rotates=False)
+        life.begin(long=True, n=0, number=NUMBERS[1], resend=True)
+        life.go_the_whole_way(long=False, n=0, proof="missing")
+        life.finish(outcome="failed")
+        life.crowd(n=4, number=NUMBERS[0], same=True)  # up to the last that the hour has room for
+        life.teardown()
