@@ -3951,7 +3951,7 @@ class HttpSms(SmsProvider):
         for name in ("success", "refused", "id"):
             try:
                 re.compile(self.entry.get(name, ""))
-            except re.error as error:
+            except (re.error, RecursionError) as error:  # the latter: a hundred groups, nested
                 raise self.bad(f"needs a regular expression as {name}: {error}") from None
         if self.content_type not in ESCAPES:
             raise self.bad(f"can have a body of one of the types {', '.join(ESCAPES)}")
