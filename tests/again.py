@@ -1,6 +1,6 @@
 """``make test`` after failures: runs those tests once more, one by one, with nothing beside them.
 
-Half of the tests wait for real processes, and four of them share two cores. One in some ten
+Half of the tests wait for real processes, and six of them share two cores. One in some ten
 thousand is too late there and passes alone. So a few failures are tried again, both results are
 shown, and what passed only now is named: that is a fault of the test, or a race in the gateway, to
 be looked for. More than a few are no accident, and stay failures at once.

@@ -108,7 +108,7 @@ def halt(pid: int) -> None:
     On a busy machine others go on meanwhile, for tenths of a second, and may answer, or end it.
     """
     os.kill(pid, signal.SIGSTOP)
-    poll(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, 10)
+    assert poll(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, 10)
 
 
 class Clock:

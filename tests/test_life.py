@@ -849,5 +849,7 @@ def test_what_fails_after_a_right_code_gives_its_hour_back(
         life.begin(long=True, n=0, number=NUMBERS[1], resend=True)
         life.go_the_whole_way(long=False, n=0, proof="missing")
         life.finish(outcome="failed")
-        life.crowd(n=4, number=NUMBERS[0], same=True)  # up to the last that the hour has room for
+        before = len(life.desk.sent)
+        life.crowd(n=4, number=NUMBERS[0], same=True)
+        assert len(life.desk.sent) - before == 3  # the hour has room for the last of them, too
         life.teardown()
