@@ -1878,10 +1878,11 @@ def client_key(value: object, thorough: bool = True) -> Json:
 
     Raises:
         InvalidParameter: Another form, or no plausible key of an allowed size.
+        Unavailable: Other keys are being checked.
     """
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=_once)
     if isinstance(value, dict) and "kty" in value:
         return canonical_jwk(value, thorough)
     return canonical_key(value, thorough)
@@ -1932,16 +1933,43 @@ def _is_rsa(thorough: bool, n: int, e: int, *, bits: Container[int] = (1024, 204
     return plausible and math.gcd(n, SMALL_FACTORS) == 1 and not (thorough and _is_prime(n))
 
 
+_CHECKING: Final = threading.Lock()
+_CHECK_WAIT_S: Final = 1.0
+"""How long a key waits for its turn to be checked."""
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """One key is checked at a time in a process, because arithmetic holds the GIL.
+
+    Otherwise somebody with one verified number could send keys over many connections, and every
+    request of others would wait for all of them.
+
+    Raises:
+        Unavailable: Its turn does not come.
+    """
+    if not _CHECKING.acquire(timeout=_CHECK_WAIT_S):
+        raise Unavailable("too many keys are being checked at once; try again", 1)
+    try:
+        yield
+    finally:
+        _CHECKING.release()
+
+
 @lru_cache(4096)  # a client has its key signed again and again; those of 2014 share p and q
+@_in_turn()
 def _is_prime(n: int) -> bool:
-    """Fermat's test, by OpenSSL where that can: ``pow`` takes five times as long, with the GIL.
+    """Fermat's test, by OpenSSL where that can: ``pow`` takes five times as long.
 
     m to the power of n - 1 is 1 if n is prime. So an RSA key of the modulus n and the exponent
     n - 2 then finds that 1/m is the signature of m, which here is a padded empty message. (Below
     1024 bits it takes no such key, beyond 3072 no such exponent.)
     """
     if not 1024 <= n.bit_length() <= 3072:
-        return pow(2, n - 1, n) == 1
+        power = 1  # of 2, in pieces of 12 bits: between two of them others get the GIL
+        for place in reversed(range(0, n.bit_length(), 12)):
+            power = (pow(power, 1 << 12, n) << ((n - 1) >> place) % (1 << 12)) % n
+        return power == 1
     size = -(-n.bit_length() // 8)
     padded = int.from_bytes(b"\0\1" + b"\xff" * (size - 3) + b"\0", "big")
     with contextlib.suppress(InvalidSignature, ValueError):  # ValueError: m and n share a factor
@@ -1956,7 +1984,14 @@ def _is_dsa(thorough: bool, y: int, p: int, q: int, g: int) -> bool:
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
     if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
         return False
-    return not thorough or (all(pow(x, q, p) == 1 for x in (g, y)) and all(map(_is_prime, (p, q))))
+    return not thorough or (all(_in_group(x, q, p) for x in (g, y)) and all(map(_is_prime, (p, q))))
+
+
+@lru_cache(4096)
+@_in_turn()
+def _in_group(x: int, q: int, p: int) -> bool:
+    """Whether x is of the order q, or 1, modulo p."""
+    return pow(x, q, p) == 1
 
 
 def canonical_jwk(value: Json, thorough: bool = True) -> Json:
@@ -5793,7 +5828,8 @@ _UNKNOWN: Final = "this session is unknown: /register opens one"
 def _duration_s(params: Json) -> int | None:
     value = params.get("duration")
     if isinstance(value, str):
-        return int(value) if len(value.lstrip("0")) < 4000 else sys.maxsize
+        digits = value.lstrip("0")  # Python reads 4300 digits, zeros included
+        return int(digits or 0) if len(digits) < 4000 else sys.maxsize
     return value
 
 

@@ -267,6 +267,8 @@ def test_verification_time_moves_with_a_new_verification(
         (3600, 3600),
         (3601, 3600),  # cut to the longest, not refused
         (10**17, 3600),
+        ("9" * 5000, 3600),
+        ("0" * 5000 + "5", 5),  # Python reads no more than 4300 digits
         (None, 3600),  # null and "" count as missing
         ("", 3600),
     ],
@@ -284,6 +286,7 @@ def test_duration(make_client: Callable[..., WsgiClient], duration: Any, life_s:
         0,
         -1,
         "0",
+        "0" * 5000,
         "-5",
         "1.0",
         " 5",
@@ -566,6 +569,7 @@ REFUSED_KEYS: dict[str, Callable[[], Any]] = {
     "JSON string of no object": lambda: "[]",
     "JSON string of a JSON string": lambda: json.dumps(json.dumps(public("RS256"))),
     "broken JSON string": lambda: json.dumps(public("RS256"))[:-1],
+    "JSON string with a name twice": lambda: json.dumps(public("RS256"))[:-1] + ', "e": "65537"}',
     "JSON string with something behind": lambda: json.dumps(public("RS256")) + "x",
     "deep JSON string": lambda: "[" * 9000,
     "surrogate": lambda: "\ud800",
@@ -722,6 +726,40 @@ def test_what_is_known_of_primes_is_bounded() -> None:
     found = check.cache_info()
     assert found.currsize <= (found.maxsize or 0) <= 4096
     assert found.misses == 5000
+
+
+def test_keys_are_checked_one_at_a_time(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has verified one number could have all others wait for keys, over many connections."""
+    client.verified()
+    assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
+    assert client.ask().status == 200
+    gateway._in_group.cache_clear()
+    monkeypatch.setattr(gateway, "_CHECK_WAIT_S", 0.01)
+    with gateway._in_turn():
+        known = client.call("/certificate/sign", {"publicKey": public("RS128")})
+        another = client.call("/certificate/sign", {"publicKey": public("DS256")})
+        code = {"code": client.code(), "publicKey": public("DS256")}
+        last = client.call("/sms/verify_code", code)
+    assert known.status == 200
+    for answer in (another, last):
+        assert (answer.status, answer.errno, answer.headers["retry-after"]) == (503, 201, "1")
+    assert client.call("/sms/verify_code", code).errno == 111  # it was right: nothing is lost
+    assert client.call("/certificate/sign", {"publicKey": public("DS256")}).status == 200
+
+
+def test_others_go_on_while_a_large_key_is_checked() -> None:
+    """It takes 150 ms and more; a single ``pow`` would hold the GIL for all of it."""
+    gateway._is_prime.cache_clear()
+    turns = 0
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(gateway._is_prime, int("".join(MODP_4096.split()), 16))
+        while not checked.done():
+            time.sleep(0.001)
+            turns += 1
+    assert checked.result()
+    assert turns > 5
 
 
 @pytest.mark.parametrize(("path", "errno"), [("/certificate/sign", 104), ("/sms/verify_code", 111)])
