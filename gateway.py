@@ -594,7 +594,7 @@ _ByNetwork = Annotated[
     dict[Annotated[str, Meta(pattern=r"\A[0-9]{3}([0-9]{2,3})?\Z")], _Sender],
     _about("the same by MCC or MCC+MNC", title=f'{{"<MCC or MCC+MNC>": "<{_SENDERS}>"}}'),
 ]
-_Regions = Annotated[list[str], Meta(title='ISO 3166 regions, ["GB", "IE"], or ["*"] for all')]
+_Regions = Annotated[list[str], Meta(title='ISO 3166 regions, ["GB", "IE"] (GB: the UK), or ["*"]')]
 _HOST_LINE: Final = r"(?ai)\A(auto|off|([\w-]+\.)+[a-z][\w-]*)\Z"
 _HostLine = Annotated[str, Meta(pattern=_HOST_LINE, title="auto, off, or a host name")]
 _Origin = Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]*://[^/\s]+)\Z")]
@@ -726,7 +726,9 @@ def _check_entry(name: str, place: str, entry: Json) -> None:
         fields, field = declared(declaration), str(error).rpartition("`$.")[2].strip("`[.]")
         if field in fields:
             raise _refused(f"{place}.{field}", shown[field], allowed(fields[field])) from None
-        raise _refused(place, shown, f"{', '.join(fields)}. {error}") from None
+        unknown = str(error).partition("unknown field `")[2].strip("`")
+        hint = f": a setting, to be written above [[{name}]]" * (unknown in declared(Settings))
+        raise _refused(place, shown, f"{', '.join(fields)}. {error}{hint}") from None
 
 
 def _refused(place: str, value: Any, right: str) -> SettingsError:
@@ -3829,6 +3831,8 @@ class SmsProvider:
         Raises:
             SmsFailed: The login was refused, or nobody answered.
         """
+        if not self.paid:
+            return f"sms: {self.kind}: needs no login"
         return f"sms: {self.kind}: its login cannot be tried without a message: check --send NUMBER"
 
 
@@ -4412,8 +4416,12 @@ _PACE_GROWTH: Final = 5.0
 """How many more it is asked to take after t seconds in which it did not say so: t + t² times."""
 _PACE_LOOK_S: Final = 0.1
 """How often a message that waits looks whether its turn comes sooner; if that is far off, less."""
-_PACE_PAUSE_MAX_S: Final = 60.0
-"""How long a provider is left alone at its wish (Retry-After), at most."""
+_PACE_PAUSE_MAX_S: Final = 10.0
+"""How long a provider is left alone at its wish (Retry-After), at most.
+
+Less than SEND_BUDGET_S: strangers can name two numbers for which it says so, and then the messages
+of others are late, but sent.
+"""
 _THREADS_SPARE: Final = 64
 """How many threads of each worker are never in sends, if it has twice as many; else half."""
 
@@ -4953,6 +4961,11 @@ def code_waits(user: User, settings: Settings, now_s: int) -> bool:
     return bool(user.code_digest) and 0 < user.code_expires_s - now_s <= longest_s
 
 
+def code_sent_s(user: User, settings: Settings) -> int:
+    """When the last code was sent, in seconds since the epoch."""
+    return user.code_expires_s - settings.code_ttl_s
+
+
 def session_sends(user: User, settings: Settings, now_s: int) -> tuple[int, int, str]:
     """What the session's own limits say about another message.
 
@@ -4998,7 +5011,7 @@ def reserve(user: User, ask: Ask, ticket: int, settings: Settings, now_s: int) -
     if user.sealed not in (b"", ask.sealed):  # a number is always sealed to the same bytes
         raise InvalidParameter("msisdn is another number than this session's: register anew")
     sending = is_being_sent(user, now_s)
-    age_s = now_s - user.code_expires_s + settings.code_ttl_s
+    age_s = now_s - code_sent_s(user, settings)
     young = -settings.hawk_skew_s <= age_s < settings.resend_gaps_s[0] and not user.sending
     young = young and settings.limits != "off"
     same = (user.asked_long, user.by_phone) == (ask.long, ask.by_phone) and user.again >= ask.again
@@ -5097,14 +5110,16 @@ def return_code(
 
 
 def end_proofs(user: User, ended_s: int, settings: Settings, now_s: int) -> User:
-    """Undo a verification, if the proofs of its number were ended later than it.
+    """Undo what came before the end of the proofs of its number: a verification, a code.
 
-    The number goes too, unless it is just being verified again.
+    Who had the phone then may have read that code. The number goes too, unless it is verified
+    since, or is just being verified again.
     """
-    if user.verified_s > ended_s:
-        return user
-    user = user._replace(verified_s=0, verified_by_outbox=False)
-    if is_being_sent(user, now_s) or code_waits(user, settings, now_s):
+    if user.verified_s <= ended_s:
+        user = user._replace(verified_s=0, verified_by_outbox=False)
+    if code_sent_s(user, settings) <= ended_s:
+        user = user._replace(code_digest=b"", older_digest=b"", tries=0)
+    if user.verified_s or is_being_sent(user, now_s) or code_waits(user, settings, now_s):
         return user
     return user._replace(sealed=b"", sending=False, ticket=0, code_digest=b"", older_digest=b"")
 
@@ -5460,6 +5475,9 @@ class Gateway:
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
+        number = self._number(session, session.user)
+        verified_s = int(self.clock())  # at the latest: what is ended from now on is ended later
+        self._expect_not_ended(session, number, by_code=True)
         asked = self._proof_asked(params, thorough=False)
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
@@ -5467,12 +5485,11 @@ class Gateway:
         # the code is right: only the commit counts the try, and knows whether the nonce is fresh.
         def decide(user: User) -> tuple[User, str | GatewayError]:
             self._expect_code(user)
-            long, now_s = len(code) == lengths[1], int(self.clock())
-            judged, refusal = return_code(user, digest, long, settings, now_s)
+            long = len(code) == lengths[1]
+            judged, refusal = return_code(user, digest, long, settings, verified_s)
             return judged, refusal or _round(session, user)
 
         verified_round = self.step(session, decide)
-        number = self._number(session, session.user)
         if self.sms.paid and number not in settings.test_numbers:
             self.limits.pay_back(verified_round, number)
         answer: Json = {"msisdn": number}
@@ -5504,7 +5521,8 @@ class Gateway:
     def unregister(self, session: Session, params: Json) -> None:
         """Drop everything about the user; messages in the outbox too, if the number is theirs.
 
-        With ``everywhere`` all sessions end that have verified the same number until now.
+        With ``everywhere`` all sessions end that have verified the same number until now, and all
+        codes that were sent to it.
         """
         # VALIDATE
         check_body(params, UnregisterBody)
@@ -5527,13 +5545,15 @@ class Gateway:
 
     def session_state(self, session: Session) -> Json:
         """Tell where a session stands; only its nonce is used up, and proofs end that must."""
-        with contextlib.suppress(NotVerified):  # then it is committed that the proofs have ended
-            if session.user.verified_s:
-                self._expect_not_ended(session, self._number(session, session.user))
+        with contextlib.suppress(NotVerified, Expired):  # then it is committed what has ended
+            by_code = not session.user.verified_s
+            if not by_code or code_waits(session.user, self.settings, int(self.clock())):
+                number = self._number(session, session.user)
+                self._expect_not_ended(session, number, by_code)
             self.step(session, lambda user: (user, None))
         next_step = self.next_action(session)
-        number = {"msisdn": self._number(session, session.user)} if next_step["verified"] else {}
-        return {**number, "next": next_step}
+        shown = {"msisdn": self._number(session, session.user)} if next_step["verified"] else {}
+        return {**shown, "next": next_step}
 
     def next_action(self, session: Session) -> Json:
         """What the client may do next, as far as this request knows (see the function)."""
@@ -5562,12 +5582,19 @@ class Gateway:
         if not user.verified_s or (user.verified_by_outbox and not self.shows_codes):
             raise NotVerified("the number is not verified yet: /sms/verify comes first")
 
-    def _expect_not_ended(self, session: Session, number: Msisdn) -> None:
-        key = self.secrets.key_for("ended", number)
+    def _expect_not_ended(self, session: Session, number: Msisdn, by_code: bool = False) -> None:
+        """Check that no other session ended the proofs of the number since the verification.
+
+        Args:
+            by_code: Since the code that waits was sent.
+        """
+        key, user = self.secrets.key_for("ended", number), session.user
         ended = self._ask(session, partial(self.storage.get, key)) or b"0"
         ended_s, _, by = ended.partition(b" ")
-        if session.user.verified_s <= int(ended_s) and by != session.storage_id:
-            refusal = NotVerified("somebody ended all proofs of this number: verify it again")
+        begun_s = code_sent_s(user, self.settings) if by_code else user.verified_s
+        if begun_s <= int(ended_s) and by != session.storage_id:
+            what = "somebody ended all proofs of this number: verify it again"
+            refusal = Expired(what) if by_code else NotVerified(what)
             facts = (int(ended_s), self.settings, int(self.clock()))
             self.step(session, lambda user: (end_proofs(user, *facts), refusal))
 
@@ -7704,14 +7731,17 @@ _COMMANDS: Final[Mapping[str, tuple[Any, ...]]] = {
     "bill": (bill,), "check": (check_setup, "send"),
 }  # fmt: skip
 """The function of each command, and the options that it takes."""
+_OWN_OPTIONS: Final = sorted({name for _, *names in _COMMANDS.values() for name in names})
 
 
 def _parser(command: str = "") -> argparse.ArgumentParser:
     """The parser of all commands; its help is that of one ``command``, or of all."""
     about = [f"  {name:17} {does.__doc__}" for name, (does, *_) in _COMMANDS.items()]
     about = ["Prove control of a phone number. No command: serve.", "", *about]
+    takes, number = _COMMANDS.get(command, ()), " [NUMBER]" * (not command)
+    number = " NUMBER" if "number" in takes else number
     parser = argparse.ArgumentParser(
-        "gateway.py", usage=f"gateway.py {command or '[COMMAND]'} [NUMBER] [--SETTING ...]",
+        "gateway.py", usage=f"gateway.py {command or '[COMMAND]'}{number} [--SETTING ...]",
         description=_COMMANDS[command][0].__doc__ if command else "\n".join(about),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False,
     )  # fmt: skip
@@ -7727,8 +7757,7 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     parser.add_argument("--leaked", action="store_true", help="rotate-keys: end all keys of before")
     parser.add_argument("--toml", action="store_true", help="settings as a file to start from")
     for action in parser._actions if command else ():
-        others = {name for _, *names in _COMMANDS.values() for name in names}
-        if action.dest in others.difference(_COMMANDS[command]):
+        if action.dest in {"command", *_OWN_OPTIONS}.difference(takes):
             action.help = argparse.SUPPRESS
     group = parser.add_argument_group("settings")
     for name, field in declared(Settings).items():
@@ -7753,9 +7782,12 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(options, os.environ, given["config"])
         command, *names = _COMMANDS[given["command"] or "serve"]
-        if bool(given["number"]) != ("number" in names):
-            needs = "takes no number" if given["number"] else "needs a NUMBER: +447700900123"
-            parser.error(f"{given['command']} {needs}")
+        for name in _OWN_OPTIONS:
+            if name not in names and given[name] != parser.get_default(name):
+                option = "--" * (name != "number") + name
+                parser.error(f"{given['command'] or 'serve'} takes no {option}; --help lists all")
+        if "number" in names and not given["number"]:
+            parser.error(f"{given['command']} needs a NUMBER: +447700900123")
         status = int(command(settings, *(given[name] for name in names)) or 0)
         print(end="", flush=True)
         return status

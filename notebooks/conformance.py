@@ -157,7 +157,9 @@ class Server:
         """The newest code that was sent to a number."""
         if not self.token:
             print(f"The code that {number} got: ", end="", file=sys.stderr, flush=True)
-            return sys.stdin.readline().strip()
+            if typed := sys.stdin.readline().strip():
+                return typed
+            raise NotTried("no code was typed")
         texts = self.messages(number)
         expect(texts, f"no message to {number} in the outbox")
         return texts[-1]["text"].split("\n")[0].split(" ")[-1]

@@ -65,8 +65,9 @@ ODD_TEXTS: Final = [
     ";", "=", "&", "%", "%00", "%ff", "%ed%a0%80", "+", "~", ".", "..", "/", "//", "?", "#", ":",
     "@", "\0", "\x07", "\t", "\r\n", "\n", "\x7f", "\x80", "\xa0", "\xad", "\xff", "é", "İ", "ß",
     "ﬁ", "²", "٣", "１", "𝟘", "＋", "−", "\u202e", "\u200b", "\ufe0f", "\ufeff", "\ud800",
-    "\udc80", "\udfff", "\U0010ffff", "e\u0301" * 30, "9" * 20, "9" * 400, "9" * 5000, "0" * 400, "0" * 5000,
-    "a" * 300, "a" * 9000, "[" * 3000, '{"a":' * 3000, "~" * 500, "." * 500, ",".join("a" * 900),
+    "\udc80", "\udfff", "\U0010ffff", "e\u0301" * 30, "9" * 20, "9" * 400, "9" * 5000, "0" * 400,
+    "0" * 5000, "a" * 300, "a" * 9000, "[" * 3000, '{"a":' * 3000, "~" * 500, "." * 500,
+    ",".join("a" * 900),
     "::1%eth0", "[::1]:99999", "1.2.3.4:5", "::ffff:1.2.3.4", "fe80::1%25", "01.02.03.04",
     ";q=0.5", ";q=1.", ";q=nan", "de_DE.UTF-8", "zh-Hant-TW-x-private", "*", "Hawk ", 'id="',
     "tel:", "+44 7700 900123", "+5215555550123", "+8881234567890", "00", "http://[", "https://a:b",
@@ -193,6 +194,9 @@ class Site:
 
     def renew(self) -> None:
         """A new session, verified, and one that a phone may ask for."""
+        storage = self.app.gateway.storage
+        ended = self.app.gateway.secrets.key_for("ended", gateway.Msisdn(NUMBER))
+        storage.commit(ended, storage.get(ended) or b"", b"")  # in this second, which never ends
         self.phone.register()
         self.client.register()
         assert self.client.ask(NUMBER).status == 200
@@ -883,9 +887,12 @@ class Run:
         kind = fault.partition(":")[0]
         if any(kind in known and parser.name in known for known in self.failed):
             return
-        for smaller in smaller_ones(value):
-            if self.try_one(parser, smaller, True).partition(":")[0] == kind:
-                value = smaller
+
+        def fails(one: Any) -> bool:
+            return self.try_one(parser, one, True).partition(":")[0] == kind
+
+        while (smaller := next(filter(fails, smaller_ones(value)), None)) is not None:
+            value = smaller
         self.failed.append(f"{parser.name}: {json.dumps(value)[:600]}: {fault}")
         known = json.loads(CORPUS.read_text("utf-8"))
         if [parser.name, value] not in known:
@@ -894,7 +901,7 @@ class Run:
 
 
 def smaller_ones(value: Any) -> Iterator[Any]:
-    """Simpler inputs, each less the piece that the one before had less; a few hundred at most."""
+    """Simpler inputs, each without one piece, large pieces first; a few hundred at most."""
     if isinstance(value, dict):
         yield from ({n: v for n, v in value.items() if n != name} for name in list(value)[:50])
     elif isinstance(value, str):

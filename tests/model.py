@@ -265,9 +265,20 @@ class World:
         if s.verified_s is None or s.verified_s > self.ended_s.get(s.number, -1):
             return s.verified_s is not None
         s.verified_s = None
-        if not self.waiting(s) and not self.is_sending(s):
-            s.number, s.code = "", None
+        self.end_code(s)
         return False
+
+    def end_code(self, s: Session) -> bool:
+        """Whether its code was sent before the proofs of its number were ended.
+
+        Chosen: then it is dead, because who had the phone until then may have read it.
+        """
+        old = s.code is not None and s.code.sent_s <= self.ended_s.get(s.number, -1)
+        if old:
+            s.code, s.before = None, ""
+        if s.verified_s is None and not self.waiting(s) and not self.is_sending(s):
+            s.number, s.code = "", None
+        return old
 
     def is_sending(self, s: Session) -> bool:
         """Whether a message of it is with the provider [§4]."""
@@ -403,6 +414,9 @@ class World:
             return INVALID
         if not (waiting := self.waiting(s)):
             return refusal(503, 201, 1) if self.is_sending(s) else EXPIRED
+        if self.end_code(s):
+            s.verified_s = None
+            return EXPIRED
         if proof == "bad":
             return INVALID
         if code == waiting.text:
@@ -446,5 +460,6 @@ class World:
         """GET /session."""
         if self.is_gone(s):
             return UNKNOWN
-        self.may_sign(s)
+        if not self.may_sign(s) and self.waiting(s):
+            self.end_code(s)
         return Expected(200)

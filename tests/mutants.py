@@ -64,7 +64,6 @@ UNREAD: Final = "tries are read, and set to 0 by the next message, only where a 
 SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
-    """return pow(2, n - 1, n) == 1 | 2 -> 3""": "Fermat's test is as good with another base",
     r"""sizes = [1 + (char > "\uffff") for char in text] | "\uffff" -> '\uffffX'""": (
         "no single character lies between"
     ),

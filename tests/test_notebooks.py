@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lab
 import pytest
 from servers import wait_for
+from test_shape import LINES, banners, definitions
 from urllib3 import HTTPHeaderDict
 
 import gateway
@@ -160,17 +162,17 @@ def test_its_links_lead_somewhere(name: str) -> None:
 @each
 def test_what_it_says_of_the_code_is_there(name: str) -> None:
     """Rows like ``| … | §6 `hawk_mac`, §13 `Gateway.step` |`` name things of that section."""
-    starts = [
-        line.removeprefix("# ").partition(".")[0]
-        for line in SOURCE.splitlines()
-        if re.match(r"# \d+\. ", line)
-    ]
-    parts = re.split(r"^# =+\n# \d+\. .*\n# =+\n", SOURCE, flags=re.M)
-    by_section = dict(zip(starts, parts[1:], strict=True))
+    defined = definitions()
+    starts = sorted((start, number) for number, (start, _) in banners().items())
+    by_section = {
+        number: "\n".join(LINES[start:end])
+        for (start, number), (end, _) in pairwise([*starts, (len(LINES), 0)])
+    }
     text = next(t for t in cells(name, "markdown") if "## Where in the code" in t)
     for section, names in re.findall(r"§(\d+) ([^§|]+)", text):
         for thing in re.findall(r"`([^`]+)`", names):
-            assert thing.rpartition(".")[2] in by_section[section], f"§{section} {thing}"
+            assert thing.rpartition(".")[2] in by_section[int(section)], f"§{section} {thing}"
+            assert defined.get(thing, int(section)) == int(section), f"§{section} {thing}"
 
 
 # -- All of them --------------------------------------------------------------

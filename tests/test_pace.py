@@ -176,3 +176,27 @@ def test_slower_for_one_number_holds_up_nobody_else(two: list[Provider]) -> None
         begun_s = time.monotonic()
         assert sender.send("Gateway", OTHER, "text").kind == "nexmo"
         assert time.monotonic() - begun_s < 1 * shared()
+
+
+@pytest.mark.slow
+def test_slower_for_two_numbers_makes_others_late_and_no_more(
+    two: list[Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strangers can name two such numbers again and again."""
+    assert gateway._PACE_PAUSE_MAX_S < gateway.SEND_BUDGET_S - 1
+    monkeypatch.setattr(gateway, "_PACE_PAUSE_MAX_S", 1.0)
+    monkeypatch.setattr(gateway, "SEND_BUDGET_S", 3.0 * shared())
+    one, third = two[0], "+447700900789"
+
+    def answer(handler: Any) -> None:
+        (taken if one.received[-1].form["to"] == third.lstrip("+") else slower(60))(handler)
+
+    one.answer = answer
+    sender = sender_of(one)
+    for _ in range(2):
+        for to in (TO, OTHER):
+            with pytest.raises(gateway.SmsThrottled):
+                sender.send("Gateway", to, "text")
+        begun_s = time.monotonic()
+        assert sender.send("Gateway", gateway.Msisdn(third), "text").kind == "nexmo"
+        assert 0.5 < time.monotonic() - begun_s < 3 * shared()
