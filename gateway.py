@@ -1873,14 +1873,13 @@ def client_key(value: object, thorough: bool = True) -> Json:
 
     Args:
         thorough: Check everything. Otherwise a key is checked only by its form and sizes, because
-            the rest may take 30 ms (a DS key), or 150 ms (an RSA key of 4096 bits).
+            the rest may take 30 ms (a DS key), or 250 ms (an RSA key of 4096 bits): ``KeyChecks``.
 
     Returns:
         The key as a proof states it, from ``canonical_jwk`` or ``canonical_key``.
 
     Raises:
         InvalidParameter: Another form, or no plausible key of an allowed size.
-        Unavailable: Other keys are being checked.
     """
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -1935,31 +1934,7 @@ def _is_rsa(thorough: bool, n: int, e: int, *, bits: Container[int] = (1024, 204
     return plausible and math.gcd(n, SMALL_FACTORS) == 1 and not (thorough and _is_prime(n))
 
 
-_CHECKING: Final = threading.Lock()
-_CHECK_WAIT_S: Final = 1.0
-"""How long a key waits for its turn to be checked."""
-
-
-@contextlib.contextmanager
-def _in_turn() -> Iterator[None]:
-    """One key is checked at a time in a process, because arithmetic holds the GIL.
-
-    Otherwise somebody with one verified number could send keys over many connections, and every
-    request of others would wait for all of them.
-
-    Raises:
-        Unavailable: Its turn does not come.
-    """
-    if not _CHECKING.acquire(timeout=_CHECK_WAIT_S):
-        raise Unavailable("too many keys are being checked at once; try again", 1)
-    try:
-        yield
-    finally:
-        _CHECKING.release()
-
-
-@lru_cache(4096)  # a client has its key signed again and again; those of 2014 share p and q
-@_in_turn()
+@lru_cache(4096)  # the clients of 2014 share p and q
 def _is_prime(n: int) -> bool:
     """Fermat's test, by OpenSSL where that can: ``pow`` takes five times as long.
 
@@ -1968,8 +1943,9 @@ def _is_prime(n: int) -> bool:
     1024 bits it takes no such key, beyond 3072 no such exponent.)
     """
     if not 1024 <= n.bit_length() <= 3072:
-        power = 1  # of 2, in pieces of 12 bits: between two of them others get the GIL
+        power = 1  # of 2, in pieces of 12 bits
         for place in reversed(range(0, n.bit_length(), 12)):
+            time.sleep(0)  # so that others get the GIL, and need not wait 5 ms for it
             power = (pow(power, 1 << 12, n) << ((n - 1) >> place) % (1 << 12)) % n
         return power == 1
     size = -(-n.bit_length() // 8)
@@ -1986,14 +1962,54 @@ def _is_dsa(thorough: bool, y: int, p: int, q: int, g: int) -> bool:
     right_size = (p.bit_length(), q.bit_length()) in ((1024, 160), (2048, 256))
     if not right_size or (p - 1) % q or not (1 < g < p and 1 < y < p):
         return False
-    return not thorough or (all(_in_group(x, q, p) for x in (g, y)) and all(map(_is_prime, (p, q))))
+    return not thorough or (all(pow(x, q, p) == 1 for x in (g, y)) and all(map(_is_prime, (p, q))))
 
 
-@lru_cache(4096)
-@_in_turn()
-def _in_group(x: int, q: int, p: int) -> bool:
-    """Whether x is of the order q, or 1, modulo p."""
-    return pow(x, q, p) == 1
+class KeyChecks:
+    """Checks keys of clients thoroughly: each once, one at a time, and one of each number.
+
+    It is arithmetic, up to 250 ms of it, and holds the GIL. So in a process one key is checked at
+    a time. A number has one in the line: who has one phone makes others wait for one key, however
+    many it sends, and over however many connections.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._lock = threading.Lock(), threading.Lock()
+        self._sound: set[bytes] = set()
+        self._waiting: set[Msisdn] = set()
+
+    def check(self, key: Json, number: Msisdn) -> None:
+        """Check a key as it comes from ``client_key``, for somebody who has verified a number.
+
+        Raises:
+            InvalidParameter: It is no real key.
+            Unavailable: Another key of this number is being checked, or too many are.
+        """
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
+        if key.get("kty") in ("EC", "OKP") or name in self._sound:  # of a curve nothing is left
+            return
+        with self._lock:
+            if number in self._waiting:
+                raise Unavailable("another key of this number is being checked; try again", 1)
+            self._waiting.add(number)
+        try:
+            if not self._turn.acquire(timeout=_KEY_WAIT_S):
+                raise Unavailable("too many keys are being checked at once; try again", 1)
+            try:
+                client_key(key)
+            finally:
+                self._turn.release()
+        finally:
+            self._waiting.discard(number)
+        if len(self._sound) >= _KEYS_KNOWN:
+            self._sound.clear()
+        self._sound.add(name)
+
+
+_KEY_WAIT_S: Final = 5.0
+"""How long a key waits for its turn."""
+_KEYS_KNOWN: Final = 4096
+"""So many keys are known to be sound; a client has its key signed again and again."""
 
 
 def canonical_jwk(value: Json, thorough: bool = True) -> Json:
@@ -4343,7 +4359,7 @@ class Pace:
         self._rate, self._pause_s = _PACE_MIN, 0.0  # when it last said "slower"
         self._from_s = -math.inf  # the end of that pause
         self._next_s = self._promised_s = 0.0
-        self._slow_for = ""  # the first number that it said "slower" for
+        self._slow_for: dict[Msisdn, float] = {}  # what it last said "slower" for, and when
 
     def send(self, send: Callable[[float], T], end_s: float, to: Msisdn) -> T:
         """Call ``send`` when it is this message's turn, again as often as it is throttled.
@@ -4366,7 +4382,7 @@ class Pace:
                 result = send(time.monotonic())
                 with self._lock:
                     self._taken.append(time.monotonic())
-                    self._slow_for = "" if self._slow_for == to else self._slow_for
+                    self._slow_for.pop(to, None)
                 return result
             except SmsThrottled as error:
                 if not self._slow_down(error.retry_after_s, to):
@@ -4398,16 +4414,22 @@ class Pace:
             return max(0.0, at_s - now_s)
 
     def _slow_down(self, retry_after_s: float, to: Msisdn) -> bool:
-        """Slow all messages down; not (False), if only one number was told "slower" so far."""
+        """Slow all messages down, and hold them all up, if that is new evidence.
+
+        It is not (False) if it was said for this number before, or so far for no other.
+        """
         with self._lock:
-            self._slow_for = self._slow_for or to
-            if self._slow_for == to:
+            now_s, known = time.monotonic(), to in self._slow_for
+            if not known:
+                lately_s = now_s - _PACE_SLOW_FOR_S
+                self._slow_for = {n: at_s for n, at_s in self._slow_for.items() if at_s > lately_s}
+            self._slow_for[to] = now_s
+            if len(self._slow_for) == 1:
                 return False
-            now_s = time.monotonic()
             self._rate = max(_PACE_MIN, sum(taken_s > now_s - 1 for taken_s in self._taken))
-            pause_s = min(retry_after_s, _PACE_PAUSE_MAX_S)
+            pause_s = 0.0 if known else min(retry_after_s, _PACE_PAUSE_MAX_S)
             self._from_s, self._pause_s = max(self._from_s, now_s + pause_s), min(pause_s, 1.0)
-            return True
+            return not known
 
 
 _PACE_MIN: Final = 2.0
@@ -4419,9 +4441,11 @@ _PACE_LOOK_S: Final = 0.1
 _PACE_PAUSE_MAX_S: Final = 10.0
 """How long a provider is left alone at its wish (Retry-After), at most.
 
-Less than SEND_BUDGET_S: strangers can name two numbers for which it says so, and then the messages
-of others are late, but sent.
+Less than SEND_BUDGET_S: strangers can name numbers for which it says so. Each such number holds the
+others up once, and these wait, and are sent.
 """
+_PACE_SLOW_FOR_S: Final = 600.0
+"""How long a number is remembered for which it said "slower" and took nothing since."""
 _THREADS_SPARE: Final = 64
 """How many threads of each worker are never in sends, if it has twice as many; else half."""
 
@@ -4962,7 +4986,7 @@ def code_waits(user: User, settings: Settings, now_s: int) -> bool:
 
 
 def code_sent_s(user: User, settings: Settings) -> int:
-    """When the last code was sent, in seconds since the epoch."""
+    """When the last code was asked for and so sent, in seconds since the epoch."""
     return user.code_expires_s - settings.code_ttl_s
 
 
@@ -5040,13 +5064,14 @@ def is_reserved(user: User, reserved: User) -> bool:
 def arm(user: User, ask: Ask, digest: bytes, sent: Sent, settings: Settings, now_s: int) -> User:
     """ARM: the message is on its way, so its code may be returned, and the older one may not.
 
-    If an older code still waits, its wrong tries stay counted.
+    It lives from when it was asked for: a phone may have it before its provider answers us. If an
+    older code still waits, its wrong tries stay counted.
     """
     waits = code_waits(user, settings, now_s)
     return user._replace(
         sending=False, ticket=0, long=ask.long, network=ask.network,
         by_outbox=sent.kind == "outbox", tried=sent.tried, code_by_phone=ask.by_phone,
-        code_digest=digest, code_expires_s=now_s + settings.code_ttl_s,
+        code_digest=digest, code_expires_s=user.asked_s + settings.code_ttl_s,
         older_digest=user.code_digest if waits else b"", tries=user.tries if waits else 0,
     )  # fmt: skip
 
@@ -5112,16 +5137,18 @@ def return_code(
 def end_proofs(user: User, ended_s: int, settings: Settings, now_s: int) -> User:
     """Undo what came before the end of the proofs of its number: a verification, a code.
 
-    Who had the phone then may have read that code. The number goes too, unless it is verified
-    since, or is just being verified again.
+    Who had the phone then may have read that code. The number of a verification goes too, unless
+    it is just being verified again.
     """
+    was_verified = user.verified_s
     if user.verified_s <= ended_s:
         user = user._replace(verified_s=0, verified_by_outbox=False)
     if code_sent_s(user, settings) <= ended_s:
         user = user._replace(code_digest=b"", older_digest=b"", tries=0)
     if user.verified_s or is_being_sent(user, now_s) or code_waits(user, settings, now_s):
         return user
-    return user._replace(sealed=b"", sending=False, ticket=0, code_digest=b"", older_digest=b"")
+    user = user._replace(sending=False, ticket=0, code_digest=b"", older_digest=b"")
+    return user._replace(sealed=b"") if was_verified else user
 
 
 def next_action(user: User, settings: Settings, now_s: int) -> Json:
@@ -5213,7 +5240,7 @@ class Gateway:
         self.clock, self.random_bytes, self.counts = clock, random_bytes, sms.counts
         self.secrets = Secrets.derive(master)
         self.limits = Limits(storage, settings, self.secrets.limits, clock)
-        self.catalogues = load_catalogues()
+        self.catalogues, self.key_checks = load_catalogues(), KeyChecks()
         self.shows_codes = bool(sms.outbox or settings.test_numbers)
         self._heartbeat, self._writable, self._checked_s = threading.Lock(), False, -HEARTBEAT_S
 
@@ -5475,16 +5502,18 @@ class Gateway:
             shape = f"{lengths[0]} digits, or of {lengths[1]} hex digits"
             raise InvalidParameter(f"code must be a string of {shape}")
         self._expect_code(session.user)
-        number = self._number(session, session.user)
+        sealed, number = session.user.sealed, self._number(session, session.user)
         verified_s = int(self.clock())  # at the latest: what is ended from now on is ended later
         self._expect_not_ended(session, number, by_code=True)
-        asked = self._proof_asked(params, thorough=False)
+        asked = self._proof_asked(params)
         digest = code_digest(self.secrets.code, session.storage_id, code)
 
         # ACT, RECORD. Before the commit nothing, not even the time it takes, may depend on whether
         # the code is right: only the commit counts the try, and knows whether the nonce is fresh.
         def decide(user: User) -> tuple[User, str | GatewayError]:
             self._expect_code(user)
+            if user.sealed != sealed:
+                raise Unavailable("this session has another number now; try again", 1)
             long = len(code) == lengths[1]
             judged, refusal = return_code(user, digest, long, settings, verified_s)
             return judged, refusal or _round(session, user)
@@ -5494,8 +5523,8 @@ class Gateway:
             self.limits.pay_back(verified_round, number)
         answer: Json = {"msisdn": number}
         # ANSWER
-        if asked.client_key:
-            client_key(asked.client_key)  # if it is no key, the number is verified all the same
+        if asked.client_key:  # if it is no real one, the number is verified all the same
+            self.key_checks.check(asked.client_key, number)
         if asked.client_key or asked.audience:
             answer |= self._proof(session, number, asked)
         return answer
@@ -5507,12 +5536,14 @@ class Gateway:
             self._expect_verified(user)
             return user, None
 
-        # VALIDATE: a key last, because a stranger's may take 30 ms to check
+        # VALIDATE: a key last, because a stranger's may take 250 ms to check
         require(params, JwtBody if params.get("format") == "jwt" else SignBody)
         decide(session.user)
         number = self._number(session, session.user)
         self._expect_not_ended(session, number)
         asked = self._proof_asked(params)
+        if asked.client_key:
+            self.key_checks.check(asked.client_key, number)
         # RECORD: only the nonce. The commit also shows that the session is still there.
         self.step(session, decide)
         # ANSWER
@@ -5810,8 +5841,8 @@ class Gateway:
         tag = negotiate_language(language, self.catalogues)
         return code, MessageText(message_text(code, self.catalogues[tag], host), code, tag)
 
-    def _proof_asked(self, params: Json, thorough: bool = True) -> ProofAsked:
-        """Read what proof a request asks for; the key comes last, because it may take 30 ms."""
+    def _proof_asked(self, params: Json) -> ProofAsked:
+        """Read what proof a request asks for; of its key only the form and the sizes."""
         form = params.get("format")
         check_body(params, JwtBody if form == "jwt" else ProofBody)
         audience = origin_of(params["audience"]) if form else ""
@@ -5820,7 +5851,7 @@ class Gateway:
         nonce = params.get("nonce", "") if form else ""
         duration_s, key = _duration_s(params), None
         if "publicKey" in params:
-            key = client_key(params["publicKey"], thorough)
+            key = client_key(params["publicKey"], thorough=False)
             if self.keys.is_ours(key):
                 raise InvalidParameter("publicKey is a key of the gateway's: send one of your own")
         is_jwk = key is not None and "kty" in key

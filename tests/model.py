@@ -262,23 +262,25 @@ class World:
         Then it is no longer verified, and bound to no number, unless it is just being verified
         again.
         """
-        if s.verified_s is None or s.verified_s > self.ended_s.get(s.number, -1):
-            return s.verified_s is not None
-        s.verified_s = None
-        self.end_code(s)
-        return False
+        if s.verified_s is not None:
+            self.end(s)
+        return s.verified_s is not None
 
-    def end_code(self, s: Session) -> bool:
-        """Whether its code was sent before the proofs of its number were ended.
+    def end(self, s: Session) -> bool:
+        """Forget what came before the proofs of its number were ended; whether there was any.
 
-        Chosen: then it is dead, because who had the phone until then may have read it.
+        Chosen: a code, too, because who had the phone until then may have read it.
         """
-        old = s.code is not None and s.code.sent_s <= self.ended_s.get(s.number, -1)
-        if old:
+        ended_s = self.ended_s.get(s.number, -1)
+        verified = s.verified_s is not None and s.verified_s <= ended_s
+        code = s.code is not None and s.code.sent_s <= ended_s
+        if verified:
+            s.verified_s = None
+        if code:
             s.code, s.before = None, ""
-        if s.verified_s is None and not self.waiting(s) and not self.is_sending(s):
+        if verified and not self.waiting(s) and not self.is_sending(s):
             s.number, s.code = "", None
-        return old
+        return verified or code
 
     def is_sending(self, s: Session) -> bool:
         """Whether a message of it is with the provider [§4]."""
@@ -398,7 +400,8 @@ class World:
         tries = old.tries if old else self.rules.code_tries
         s.before = old.text if old else ""
         # Chosen: "sms/momt" only if the phone asked for this very message.
-        s.code = Code(text, self.now_s, tries, "sms/momt" if s.asked == "text" else "sms/mt")
+        # Chosen: it lives from when it was asked for; a phone may have it before we are answered.
+        s.code = Code(text, s.asked_s, tries, "sms/momt" if s.asked == "text" else "sms/mt")
         return Expected(200)
 
     def verify(self, s: Session, code: str, proof: str = "") -> Expected:
@@ -414,8 +417,8 @@ class World:
             return INVALID
         if not (waiting := self.waiting(s)):
             return refusal(503, 201, 1) if self.is_sending(s) else EXPIRED
-        if self.end_code(s):
-            s.verified_s = None
+        if waiting.sent_s <= self.ended_s.get(s.number, -1):
+            self.end(s)
             return EXPIRED
         if proof == "bad":
             return INVALID
@@ -460,6 +463,6 @@ class World:
         """GET /session."""
         if self.is_gone(s):
             return UNKNOWN
-        if not self.may_sign(s) and self.waiting(s):
-            self.end_code(s)
+        if self.waiting(s) or s.verified_s is not None:
+            self.end(s)
         return Expected(200)

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, padding,
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from servers import wait_for
 from support import NUMBER, WsgiClient, shared
 
 import gateway
@@ -701,11 +702,12 @@ def test_a_prime_is_looked_for_once(client: WsgiClient) -> None:
     """It takes 4 ms; the clients of 2014 share p and q, and everybody comes again with a key."""
     check = gateway._is_prime
     check.cache_clear()
+    client.gateway.key_checks._sound.clear()
     client.verified()
     for which in ("DS256", "DS256 another", "DS256", "DS256 third"):
         assert client.call("/certificate/sign", {"publicKey": public(which)}).status == 200
     found = check.cache_info()
-    assert (found.misses, found.currsize, found.hits) == (2, 2, 6)
+    assert (found.misses, found.currsize, found.hits) == (2, 2, 4)  # and one key was known
     p, g = number("DS256", "p"), number("DS256", "g")
     for n in range(2, 5):  # everybody can make another generator of the same group
         key = {**public("DS256"), "g": f"{pow(g, n, p):x}"}
@@ -733,11 +735,11 @@ def test_keys_are_checked_one_at_a_time(
 ) -> None:
     """Who has verified one number could have all others wait for keys, over many connections."""
     client.verified()
+    client.gateway.key_checks._sound.clear()
     assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
     assert client.ask().status == 200
-    gateway._in_group.cache_clear()
-    monkeypatch.setattr(gateway, "_CHECK_WAIT_S", 0.01)
-    with gateway._in_turn():
+    monkeypatch.setattr(gateway, "_KEY_WAIT_S", 0.01)
+    with client.gateway.key_checks._turn:
         known = client.call("/certificate/sign", {"publicKey": public("RS128")})
         another = client.call("/certificate/sign", {"publicKey": public("DS256")})
         code = {"code": client.code(), "publicKey": public("DS256")}
@@ -747,6 +749,42 @@ def test_keys_are_checked_one_at_a_time(
         assert (answer.status, answer.errno, answer.headers["retry-after"]) == (503, 201, "1")
     assert client.call("/sms/verify_code", code).errno == 111  # it was right: nothing is lost
     assert client.call("/certificate/sign", {"publicKey": public("DS256")}).status == 200
+
+
+def test_a_number_has_one_key_in_the_line(client: WsgiClient) -> None:
+    """Over however many connections it sends keys, others wait for one of them."""
+    client.verified()
+    another = client.another().verified("+447700900124")
+    busy = client.another().verified()
+    checks, key = client.gateway.key_checks, {"publicKey": public("DS256")}
+    checks._sound.clear()
+    with checks._turn, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(busy.call, "/certificate/sign", key)
+        wait_for(lambda: checks._waiting, "the first key to wait")
+        answer = client.call("/certificate/sign", {"publicKey": public("RS128")})
+        assert (answer.status, answer.errno, answer.headers["retry-after"]) == (503, 201, "1")
+        assert "another key of this number" in answer.json["message"]
+        other = pool.submit(another.call, "/certificate/sign", {"publicKey": public("DS128")})
+        wait_for(lambda: len(checks._waiting) == 2, "another key to wait")
+        checks._turn.release()
+        assert [one.result().status for one in (first, other)] == [200, 200]
+        checks._turn.acquire()
+    assert checks._waiting == set()
+    assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
+
+
+def test_keys_that_are_known_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is no key is not known, whoever sends it."""
+    monkeypatch.setattr(gateway, "_KEYS_KNOWN", 2)
+    checks = gateway.KeyChecks()
+    for n, name in enumerate(("RS128", "RS256", "DS128", "RS128")):
+        checks.check(gateway.client_key(public(name)), MSISDN)
+        assert len(checks._sound) == 1 + n % 2
+    bad = gateway.client_key({**public("DS128"), "y": "3"}, thorough=False)
+    for _ in range(2):
+        with pytest.raises(gateway.InvalidParameter):
+            checks.check(bad, MSISDN)
+    assert checks._waiting == set()
 
 
 def test_others_go_on_while_a_large_key_is_checked() -> None:

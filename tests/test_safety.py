@@ -205,9 +205,48 @@ def test_a_code_of_before_verifies_nothing_once_the_proofs_are_ended(
             assert client.call("/sms/verify_code", {"code": code}).errno == 111
         assert sign(client) == (400, 104)
     clock.now_s += gateway.HOUR_S
-    assert before.ask().status == 200
+    assert before.ask().status == 200  # its number is gone, as it was verified
     assert before.call("/sms/verify_code", {"code": before.code()}).status == 200
-    assert sign(before) == (200, None)
+    assert thief.call("/sms/resend_code").status == 200
+    assert thief.call("/sms/verify_code", {"code": thief.code()}).status == 200
+    assert sign(before) == sign(thief) == (200, None)
+
+
+def test_a_code_is_as_old_as_its_message() -> None:
+    """A phone may have it before its provider has answered. A second is before its own end."""
+    settings, network = gateway.Settings(), gateway.Network()
+    ask = gateway.Ask(gateway.Msisdn(NUMBER), "GB", b"s" * 24, network, long=False)
+    asked = gateway.reserve(gateway.User(bytes(32)), ask, 7, settings, 100)
+    assert asked
+    waits = gateway.arm(asked, ask, b"d" * 8, gateway.Sent("nexmo", 1), settings, 110)
+    assert gateway.code_sent_s(waits, settings) == 100
+    assert gateway.end_proofs(waits, 99, settings, 111) == waits
+    dead = waits._replace(code_digest=b"")
+    assert gateway.end_proofs(waits, 100, settings, 111) == dead
+    # Who was not verified keeps the number, so that another code may be asked for.
+    assert dead.sealed
+
+
+def test_a_code_of_another_number_is_not_judged_for_the_one_that_was_looked_at(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session may get another number between the look at what was ended, and the commit."""
+    client.register()
+    assert client.ask().status == 200
+    assert client.credentials
+    code, storage = client.code(), client.gateway.storage
+    key, commit = client.gateway.secrets.id_for(client.credentials.hawk_id), storage.commit
+
+    def late(*args: Any, **more: Any) -> Any:
+        monkeypatch.undo()
+        record = storage.get(key) or b""
+        other = gateway.User.unpack(record)._replace(sealed=b"o" * 24)
+        assert commit(key, record, other.pack()) is gateway.Commit.DONE
+        return commit(*args, **more)
+
+    monkeypatch.setattr(storage, "commit", late)
+    answer = client.call("/sms/verify_code", {"code": code})
+    assert (answer.status, answer.errno, answer.headers["retry-after"]) == (503, 201, "1")
 
 
 def test_what_is_ended_while_a_code_is_judged_is_ended(
