@@ -984,6 +984,26 @@ def test_an_unknown_option_is_named_and_not_its_value(run: Callable[..., Ended],
     assert "80" not in ended.err
 
 
+@pytest.mark.parametrize(
+    "words", ["--leaked", "settings --send +447700900123", "demo --users 5", "check +447700900123"]
+)
+def test_what_a_command_does_not_take_is_refused(run: Callable[..., Ended], words: str) -> None:
+    """A forgotten command would start a server; nobody would be told that nothing was done."""
+    ended = run(*words.split())
+    assert (ended.status, ended.out) == (2, "")
+    assert " takes no " in ended.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("command", "number"), [("check", ""), ("block", " NUMBER")])
+def test_help_of_a_command_is_about_it(
+    run: Callable[..., Ended], command: str, number: str
+) -> None:
+    told = run(command, "--help").out
+    assert told.startswith(f"usage: gateway.py {command}{number} [--SETTING ...]\n")
+    assert "rotate-keys" not in told
+    assert ("--send NUMBER" in told) == (command == "check")
+
+
 def test_help_says_what_each_command_does(run: Callable[..., Ended]) -> None:
     told = run("--help").out
     for command in gateway._COMMANDS:
@@ -991,14 +1011,15 @@ def test_help_says_what_each_command_does(run: Callable[..., Ended]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["demo", "memory"])
+@pytest.mark.parametrize("command", ["demo", "memory --users=2000000"])
 def test_ctrl_c_ends_a_command_without_a_traceback(command: str, tmp_path: Path) -> None:
     port = str(free_port())
-    argv = [sys.executable, "-u", "gateway.py", command, "--port", port, "--users", "2000000"]
+    argv = [sys.executable, "-u", "gateway.py", *command.split(), "--port", port]
     with subprocess.Popen(
         argv, cwd=lab.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         while not psutil.Process(process.pid).children():  # a gateway or a store of its own
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=20 * shared())
