@@ -1974,9 +1974,9 @@ class KeyChecks:
     """
 
     def __init__(self) -> None:
-        self._turn, self._lock = threading.Lock(), threading.Lock()
-        self._sound: set[bytes] = set()
-        self._waiting: set[Msisdn] = set()
+        self._turn = threading.Lock()
+        self._found: dict[bytes, str] = {}  # of keys that were checked: why they are refused, or ""
+        self._waiting: dict[Msisdn, bytes] = {}
 
     def check(self, key: Json, number: Msisdn) -> None:
         """Check a key as it comes from ``client_key``, for somebody who has verified a number.
@@ -1985,31 +1985,46 @@ class KeyChecks:
             InvalidParameter: It is no real key.
             Unavailable: Another key of this number is being checked, or too many are.
         """
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
-        if key.get("kty") in ("EC", "OKP") or name in self._sound:  # of a curve nothing is left
+        if key.get("kty") in ("EC", "OKP"):  # on these curves nothing is left to check
             return
-        with self._lock:
-            if number in self._waiting:
-                raise Unavailable("another key of this number is being checked; try again", 1)
-            self._waiting.add(number)
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
+        if (why := self._found.get(name)) is None:
+            why = self._look(name, key, number)
+        if why:
+            raise InvalidParameter(why)
+
+    def _look(self, name: bytes, key: Json, number: Msisdn) -> str:
+        if self._waiting.setdefault(number, name) != name:
+            raise Unavailable("another key of this number is being checked; try again", 1)
         try:
             if not self._turn.acquire(timeout=_KEY_WAIT_S):
                 raise Unavailable("too many keys are being checked at once; try again", 1)
             try:
-                client_key(key)
+                if name not in self._found:  # the same key may have come twice at once
+                    why = _why_refused(key)
+                    if len(self._found) >= _KEYS_KNOWN:
+                        self._found.clear()
+                    self._found[name] = why
+                return self._found[name]
             finally:
                 self._turn.release()
         finally:
-            self._waiting.discard(number)
-        if len(self._sound) >= _KEYS_KNOWN:
-            self._sound.clear()
-        self._sound.add(name)
+            if self._waiting.get(number) == name:
+                self._waiting.pop(number, None)
+
+
+def _why_refused(key: Json) -> str:
+    try:
+        client_key(key)
+    except InvalidParameter as error:
+        return error.message
+    return ""
 
 
 _KEY_WAIT_S: Final = 5.0
 """How long a key waits for its turn."""
 _KEYS_KNOWN: Final = 4096
-"""So many keys are known to be sound; a client has its key signed again and again."""
+"""So many keys are remembered; a client has its key signed again and again."""
 
 
 def canonical_jwk(value: Json, thorough: bool = True) -> Json:

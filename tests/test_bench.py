@@ -79,7 +79,7 @@ def test_the_python_client_goes_on_when_a_connection_breaks(
 
 
 @pytest.mark.parametrize(
-    ("path", "most"), [("/sms/verify", (111, 13, 40)), ("/sms/verify_code", (86, 10, 30))]
+    ("path", "most"), [("/sms/verify", (112, 13, 40)), ("/sms/verify_code", (91, 11, 34))]
 )
 def test_a_reader_can_follow_a_request(
     path: str, most: tuple[int, int, int], tmp_path: Path

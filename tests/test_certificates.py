@@ -702,7 +702,7 @@ def test_a_prime_is_looked_for_once(client: WsgiClient) -> None:
     """It takes 4 ms; the clients of 2014 share p and q, and everybody comes again with a key."""
     check = gateway._is_prime
     check.cache_clear()
-    client.gateway.key_checks._sound.clear()
+    client.gateway.key_checks._found.clear()
     client.verified()
     for which in ("DS256", "DS256 another", "DS256", "DS256 third"):
         assert client.call("/certificate/sign", {"publicKey": public(which)}).status == 200
@@ -735,7 +735,7 @@ def test_keys_are_checked_one_at_a_time(
 ) -> None:
     """Who has verified one number could have all others wait for keys, over many connections."""
     client.verified()
-    client.gateway.key_checks._sound.clear()
+    client.gateway.key_checks._found.clear()
     assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
     assert client.ask().status == 200
     monkeypatch.setattr(gateway, "_KEY_WAIT_S", 0.01)
@@ -757,7 +757,7 @@ def test_a_number_has_one_key_in_the_line(client: WsgiClient) -> None:
     another = client.another().verified("+447700900124")
     busy = client.another().verified()
     checks, key = client.gateway.key_checks, {"publicKey": public("DS256")}
-    checks._sound.clear()
+    checks._found.clear()
     with checks._turn, ThreadPoolExecutor(2) as pool:
         first = pool.submit(busy.call, "/certificate/sign", key)
         wait_for(lambda: checks._waiting, "the first key to wait")
@@ -769,22 +769,52 @@ def test_a_number_has_one_key_in_the_line(client: WsgiClient) -> None:
         checks._turn.release()
         assert [one.result().status for one in (first, other)] == [200, 200]
         checks._turn.acquire()
-    assert checks._waiting == set()
+    assert checks._waiting == {}
     assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
 
 
+def test_the_same_key_many_times_at_once_is_checked_once(
+    client: WsgiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is refused for the others: a page may ask twice."""
+    client.verified()
+    same = client.another().verified()
+    checks, look, looked = client.gateway.key_checks, gateway._why_refused, list[Any]()
+
+    def slowly(key: Any) -> str:
+        looked.append(key)
+        time.sleep(0.2)
+        return look(key)
+
+    checks._found.clear()
+    monkeypatch.setattr(gateway, "_why_refused", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(who.call, "/certificate/sign", {"publicKey": public("DS256")})
+            for who in (client, same) * 4
+        ]
+        assert {one.result().status for one in asked} == {200}
+    assert len(looked) == 1
+    assert checks._waiting == {}
+
+
 def test_keys_that_are_known_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that is no key is not known, whoever sends it."""
+    """One that is no key is refused again, and not looked at again."""
     monkeypatch.setattr(gateway, "_KEYS_KNOWN", 2)
     checks = gateway.KeyChecks()
     for n, name in enumerate(("RS128", "RS256", "DS128", "RS128")):
         checks.check(gateway.client_key(public(name)), MSISDN)
-        assert len(checks._sound) == 1 + n % 2
+        assert len(checks._found) == 1 + n % 2
     bad = gateway.client_key({**public("DS128"), "y": "3"}, thorough=False)
+    refused = []
     for _ in range(2):
-        with pytest.raises(gateway.InvalidParameter):
+        with pytest.raises(gateway.InvalidParameter) as caught:
             checks.check(bad, MSISDN)
-    assert checks._waiting == set()
+        refused.append(caught.value.message)
+        monkeypatch.setattr(gateway, "client_key", None)
+    assert refused[0] == refused[1]
+    assert "a real key" in refused[0]
+    assert checks._waiting == {}
 
 
 def test_others_go_on_while_a_large_key_is_checked() -> None:
