@@ -177,8 +177,8 @@ CODE_LINES_MAX, FLOW_LINES_MAX = 4593, 2064
 """What the module has (November 2026). It may shrink; DESIGN's budgets are 2,950 and 1,250.
 
 They do not hold: limits, proofs, what people type, providers, metrics and declared requests
-came in with some 1,800 lines, and what libraries could take over was some 300. Seventy came with the
-faults of 27 November: ``KeyChecks``, codes that end with the proofs, numbers that slow others down.
+came in with some 1,800 lines, and what libraries could take over was some 300. Seventy came with
+the faults of 27 November: ``KeyChecks``, codes that end with proofs, numbers that slow others down.
 """
 FLOW = {*range(1, 10), 11, 13}
 """The sections that a learner reads."""
