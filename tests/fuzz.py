@@ -962,12 +962,14 @@ def fuzz_lives(seconds: float, seed: int, steps: int, shrinks: bool) -> None:
             took_s = time.monotonic() - begun_s
             met = ", ".join(f"{errno}: {n}" for errno, n in sorted(life.met.items()))
             print(
-                f"{life.steps:,} steps in {took_s:.0f} s; errnos met: {met}; lost: {life.lost}",
+                f"{life.steps:,} steps in {took_s:.0f} s; errnos met: {met}; lost: {life.lost}; "
+                f"runs that parted: {life.parted} of {rounds}",
                 flush=True,
             )
             store.stop()
     assert life.steps >= steps
     assert life.lost <= 3 + life.steps // 500, f"the store was too slow in {life.lost} lives"
+    assert life.parted <= 2 + rounds // 20, f"{life.parted} of {rounds} runs ended early"
     assert not steps or life.met.keys() >= ERRNOS
 
 
