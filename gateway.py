@@ -76,7 +76,8 @@ Glossary:
     JWK, JWKS  a public key as JSON, and a document of several (RFC 7517)
     outbox     the provider of SMS that sends nothing: it shows each message on this machine
     attempt    one provider of SMS, asked once to send one message
-    round      the messages of a session between two right codes; a right code pays them back
+    round      the messages of a session since its last right code, or since it learned that its
+               proofs were ended; a right code pays them back
     GCRA       a limit that is kept as one number: the time at which it is unused again
 """
 
@@ -5907,7 +5908,7 @@ def _duration_s(params: Json) -> int | None:
 
 
 def _round(session: Session, user: User) -> str:
-    """Names a session's round for the limits: the messages between two right codes."""
+    """Names a session's round for the limits; it is another one once its proofs are ended."""
     return f"{session.storage_id.hex()} {user.verified_s}"
 
 

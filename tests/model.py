@@ -88,6 +88,7 @@ class Sending:
     before: Session
     kind: str
     cost: Cost
+    round: list[Cost]
 
 
 class Expected(NamedTuple):
@@ -275,7 +276,9 @@ class World:
         verified = s.verified_s is not None and s.verified_s <= ended_s
         code = s.code is not None and s.code.sent_s <= ended_s
         if verified:
-            s.verified_s = None
+            # Chosen: a round ends there, too. No code of its messages lives, and the next right
+            # code may be of another number.
+            s.verified_s, s.round = None, []
         if code:
             s.code, s.before = None, ""
         if verified and not self.waiting(s) and not self.is_sending(s):
@@ -372,7 +375,7 @@ class World:
             if refused := self.limits.refuse(cost, self.now_s):
                 return refused
             self.limits.take(cost, self.now_s)
-        self.sending[id(s)] = Sending(replace(s), kind, cost)
+        self.sending[id(s)] = Sending(replace(s), kind, cost, s.round)
         # RESERVE (DESIGN §4.3): the number is bound, and the message counted.
         s.number, s.kind, s.asked, s.sends = number, kind, how, self.sends(s) + 1
         s.asked_s = self.now_s
@@ -384,8 +387,8 @@ class World:
         sending = self.sending.pop(id(s))
         if outcome not in ("taken", "unknown"):
             counts = self.rules.paid and self.rules.limits != "off"
-            if sending.cost in s.round:
-                s.round.remove(sending.cost)
+            if sending.cost in sending.round:
+                sending.round.remove(sending.cost)
                 if counts:
                     self.limits.undo(sending.cost, outcome == "refused")
             elif counts:  # a right code has given the rest back meanwhile; this cost no money
@@ -428,7 +431,7 @@ class World:
             s.end_s = self.now_s + self.rules.verified_ttl_s
             if self.rules.paid and self.rules.limits != "off":
                 self.limits.pay_back(s.round, self.now_s)
-            s.round = []
+            s.round.clear()  # of a message that is with the provider, too
             return Expected(200, right=True)
         if code == s.before:  # Chosen: also if it is of the other kind
             return WRONG
