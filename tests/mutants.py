@@ -61,6 +61,7 @@ OF_TEXT: Final = {"test_docs", "test_mutants", "test_notebooks", "test_shape"}
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 UNREAD: Final = "tries are read, and set to 0 by the next message, only where a code waits"
+BY_NAME: Final = "msgspec makes a body from JSON, by name"
 SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
@@ -78,6 +79,12 @@ SURVIVORS: Final[dict[str, str]] = {
     """if time.monotonic() > deadline_s: | time.monotonic() > deadline_s -> """
     """(time.monotonic() >= deadline_s)""": "to give up at it or just after is the same",
     """_OF_ATTEMPT: Final = "hm" | "hm" -> 'hmX'""": "no row of LIMITS has the letter X",
+    """jwk = canonical_jwk(claims["cnf"]["jwk"], thorough=False) # the issuer has looked at it """
+    """| False -> True""": "it only takes longer",
+    """shared = limit.kind in ("fair", "shared") # a few hundred keys, of no person """
+    """| "fair" -> 'fairX'""": "a key that is not remembered is made anew, and is the same",
+    "class SignBody(ProofBody, frozen=True, kw_only=True): | True -> False": BY_NAME,
+    "class NetworkBody(RegisterBody, frozen=True, kw_only=True): | True -> False": BY_NAME,
 }
 """Why a change cannot be noticed, by the line before and after it."""
 

@@ -383,6 +383,27 @@ def test_a_message_that_is_refused_while_the_same_is_asked_for_again(
     assert [client.ask().status for _ in range(3)] == [200, 200, 429]  # the number was mistyped
 
 
+def test_a_write_is_repeated_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "SETTLE_S", 0.3)
+    monkeypatch.setattr(gateway, "SETTLE_PAUSE_S", 0.01)
+    tries: list[float] = []
+
+    def write() -> str:
+        tries.append(time.monotonic())
+        assert len(tries) < 1000, "it is never given up"
+        if len(tries) < enough:
+            raise gateway.Unavailable("gone")
+        return "done"
+
+    enough = 3
+    assert gateway.persist(write) == "done"
+    assert len(tries) == 3
+    enough = 1000
+    with pytest.raises(gateway.Unavailable):
+        gateway.persist(write)
+    assert tries[-1] - tries[3] >= 0.3
+
+
 @pytest.mark.parametrize("fails", ["TAKE", "GIVE_BACK"])
 def test_a_message_that_cannot_be_counted_changes_nothing(
     make_client: Callable[..., WsgiClient], provider: Provider, paid: dict[str, Any],

@@ -353,6 +353,11 @@ def test_language(header: str, tag: str) -> None:
     assert gateway.negotiate_language(header, gateway.load_catalogues()) == tag
 
 
+def test_tags_of_cldr_are_written_as_headers_have_them() -> None:
+    gateway._cldr.cache_clear()
+    assert gateway._cldr("likely_subtags")["zh-tw"] == "zh-hant-tw"
+
+
 def test_an_alias_of_a_language_that_is_not_there_is_no_loop() -> None:
     assert gateway.negotiate_language("zh-TW, no, sh", {"en": NullTranslations()}) == "en"
 

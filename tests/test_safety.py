@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import os
 import socket
@@ -874,6 +875,21 @@ def test_a_file_system_without_owners_and_modes_is_taken(
     (tmp_path / "keys").chmod(0o777)
     monkeypatch.setattr(gateway, "_keeps_modes", lambda folder: False)
     check(tmp_path)
+
+
+def test_a_secret_that_others_can_read_is_refused_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a read-only disk nobody can try whether it keeps modes."""
+    check(tmp_path)
+    (tmp_path / "keys" / "master.secret").chmod(0o644)
+
+    def write(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(gateway, "write_private_file", write)
+    with pytest.raises(gateway.StartError, match=r"master.secret is .* mode 600"):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize(
