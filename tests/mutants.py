@@ -61,7 +61,7 @@ OF_TEXT: Final = {"test_docs", "test_mutants", "test_notebooks", "test_shape"}
 PLUGINS: Final = ("-p", "no:nbval", "-p", "no:valkey", "-p", "no:schemathesis")
 
 UNREAD: Final = "tries are read, and set to 0 by the next message, only where a code waits"
-BY_NAME: Final = "msgspec makes a body from JSON, by name"
+BODY: Final = "msgspec makes a body from JSON, by name, and nothing changes it"
 SURVIVORS: Final[dict[str, str]] = {
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), dead | 0 -> 1""": UNREAD,
     """return user._replace(code_digest=b"", older_digest=b"", tries=0), None | 0 -> 1""": UNREAD,
@@ -83,8 +83,18 @@ SURVIVORS: Final[dict[str, str]] = {
     """| False -> True""": "it only takes longer",
     """shared = limit.kind in ("fair", "shared") # a few hundred keys, of no person """
     """| "fair" -> 'fairX'""": "a key that is not remembered is made anew, and is the same",
-    "class SignBody(ProofBody, frozen=True, kw_only=True): | True -> False": BY_NAME,
-    "class NetworkBody(RegisterBody, frozen=True, kw_only=True): | True -> False": BY_NAME,
+    "class SignBody(ProofBody, frozen=True, kw_only=True): | True -> False": BODY,
+    "class NetworkBody(RegisterBody, frozen=True, kw_only=True): | True -> False": BODY,
+    """self._unused, message, counters = self._random_bytes(8), self._message, self._counters """
+    """| 8 -> 9""": "a longer name is one, too",
+    """return {"algorithm": kind} | {n: t.lstrip("0").lower() for n, t in texts.items()} """
+    """| "0" -> '0X'""": "no number has an X",
+    """for n, percent in zip(full[::2], full[1::2], strict=True): | True -> False""": (
+        "TAKE_SCRIPT adds two at a time"
+    ),
+    """sound = jwk["crv"] == "P-256" or y not in _SMALL_ORDER | "P-256" -> 'P-256X'""": (
+        "x of a key of P-256 is none of these seven numbers"
+    ),
 }
 """Why a change cannot be noticed, by the line before and after it."""
 

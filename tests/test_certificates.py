@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jwt
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
@@ -739,11 +740,18 @@ def test_keys_are_checked_one_at_a_time(
     assert client.call("/certificate/sign", {"publicKey": public("RS128")}).status == 200
     assert client.ask().status == 200
     monkeypatch.setattr(gateway, "_KEY_WAIT_S", 0.01)
+    on_p256 = ec.generate_private_key(ec.SECP256R1())
+    edwards = ed25519.Ed25519PrivateKey.generate()
     with client.gateway.key_checks._turn:
         known = client.call("/certificate/sign", {"publicKey": public("RS128")})
         another = client.call("/certificate/sign", {"publicKey": public("DS256")})
         code = {"code": client.code(), "publicKey": public("DS256")}
         last = client.call("/sms/verify_code", code)
+        for jwk in (
+            jwt.algorithms.ECAlgorithm.to_jwk(on_p256.public_key(), as_dict=True),
+            jwt.algorithms.OKPAlgorithm.to_jwk(edwards.public_key(), as_dict=True),
+        ):
+            assert client.call("/certificate/sign", {"publicKey": jwk}).status == 200  # no wait
     assert known.status == 200
     for answer in (another, last):
         assert (answer.status, answer.errno, answer.headers["retry-after"]) == (503, 201, "1")
