@@ -276,8 +276,7 @@ class World:
         verified = s.verified_s is not None and s.verified_s <= ended_s
         code = s.code is not None and s.code.sent_s <= ended_s
         if verified:
-            # Chosen: a round ends there, too. No code of its messages lives, and the next right
-            # code may be of another number.
+            # Chosen: a round ends there, too, as the next right code may be of another number.
             s.verified_s, s.round = None, []
         if code:
             s.code, s.before = None, ""

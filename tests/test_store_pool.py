@@ -168,12 +168,12 @@ def test_what_a_proxy_forgot_is_replaced_before_it_is_used(
         contextlib.closing(Forgetful(server.port, 2)) as proxy,
     ):
         running = start_gateway("--storage-url", proxy.url)
-        assert register(running.url, 200, 32) == {200: 200}
+        assert register(running.url, 64, 16) == {200: 64}
         for _ in range(3):
             time.sleep(2.3)
             assert register(running.url, 1, 1) == {200: 1}
         time.sleep(2.3)
-        assert register(running.url, 64, 32) == {200: 64}
+        assert register(running.url, 64, 16) == {200: 64}
         assert proxy.swallowed >= 4  # it did what it is here for
 
 

@@ -77,6 +77,10 @@ def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             stack.enter_context(servers.aws_credentials())
             dynalite = stack.enter_context(contextlib.closing(servers.Dynalite(folder / "d")))
             certificates = dynalite.store("phones")
+            # On a busy machine it may stand still for longer than the gateway waits for a store.
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(
+                gateway, "STORAGE_TIMEOUT_S", 5.0
+            )
         elif name == "moto":
             moto = pytest.importorskip("moto")
             stack.enter_context(servers.aws_credentials())
