@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Final, cast
 from urllib.parse import urlencode
@@ -879,46 +879,43 @@ def test_double_click_on_the_last_message_of_a_budget(
         assert client.call("/sms/mt/verify", {"msisdn": NUMBERS[0]}).errno == 114
 
 
-def test_what_fails_after_a_right_code_gives_its_hour_back(
-    store: gateway.EmbeddedStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def life(store: gateway.EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
+    """A life that ``start`` begins, and whose steps a test takes itself."""
+    monkeypatch.setattr(Life, "store", store, raising=False)
+    monkeypatch.setattr(Life, "places", {}, raising=False)
+    one = Life()
+    yield one
+    one.teardown()
+    one.place.folder.cleanup()
+
+
+def test_what_fails_after_a_right_code_gives_its_hour_back(life: Life) -> None:
     """The code of the message before pays the round back; the hour counts what may have left."""
-    monkeypatch.setattr(Life, "store", store, raising=False)
-    monkeypatch.setattr(Life, "places", {}, raising=False)
-    life = Life()
     life.start(rules="tight")
-    with life.place.folder:
-        life.crowd(n=1, number=NUMBERS[1], same=False)
-        life.tick(passed_s=61, rotates=False)
-        life.begin(long=True, n=0, number=NUMBERS[1], resend=True)
-        life.go_the_whole_way(long=False, n=0, proof="missing")
-        life.finish(outcome="failed")
-        before = len(life.desk.sent)
-        life.crowd(n=4, number=NUMBERS[0], same=True)
-        assert len(life.desk.sent) - before == 3  # the hour has room for the last of them, too
-        life.teardown()
+    life.crowd(n=1, number=NUMBERS[1], same=False)
+    life.tick(passed_s=61, rotates=False)
+    life.begin(long=True, n=0, number=NUMBERS[1], resend=True)
+    life.go_the_whole_way(long=False, n=0, proof="missing")
+    life.finish(outcome="failed")
+    before = len(life.desk.sent)
+    life.crowd(n=4, number=NUMBERS[0], same=True)
+    assert len(life.desk.sent) - before == 3  # the hour has room for the last of them, too
 
 
-def test_what_was_asked_for_before_proofs_were_ended_is_not_paid_back(
-    store: gateway.EmbeddedStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_asked_for_before_proofs_were_ended_is_not_paid_back(life: Life) -> None:
     """Else a right code of one number would pay for messages to another one."""
-    monkeypatch.setattr(Life, "store", store, raising=False)
-    monkeypatch.setattr(Life, "places", {}, raising=False)
-    life = Life()
     life.start(rules="paid")
-    with life.place.folder:
-        life.crowd(n=2, number=NUMBERS[0], same=False)
-        for n in (1, 0):  # both sessions verify the same number
-            life.go_the_whole_way(long=False, n=n, proof="jwt")
-        life.tick(passed_s=61)
-        life.resend(n=SESSIONS_MAX + 1, short=None, outcome="taken")
-        life.unregister(everywhere=True, n=0)
-        life.go_the_whole_way(long=False, n=0, proof="jwt")  # the other number
-        assert life.world.sessions[1].number == NUMBERS[1]
-        before = len(life.desk.sent)
-        for n in range(1, 6):  # by the phone, so that no address has a part in it
-            life.register(network=False)
-            life.text(n=n, number=NUMBERS[0], parts=1, outcome="taken")
-        assert len(life.desk.sent) - before == 4  # one of the day's five is still counted
-        life.teardown()
+    life.crowd(n=2, number=NUMBERS[0], same=False)
+    for n in (1, 0):  # both sessions verify the same number
+        life.go_the_whole_way(long=False, n=n, proof="jwt")
+    life.tick(passed_s=61)
+    life.resend(n=SESSIONS_MAX + 1, short=None, outcome="taken")
+    life.unregister(everywhere=True, n=0)
+    life.go_the_whole_way(long=False, n=0, proof="jwt")  # the other number
+    assert life.world.sessions[1].number == NUMBERS[1]
+    before = len(life.desk.sent)
+    for n in range(1, 6):  # by the phone, so that no address has a part in it
+        life.register(network=False)
+        life.text(n=n, number=NUMBERS[0], parts=1, outcome="taken")
+    assert len(life.desk.sent) - before == 4  # one of the day's five is still counted
