@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ mount -t tmpfs tmpfs {folder}
 for name in etc opt var; do
     mkdir {folder}/$name {folder}/$name.work
     layers=lowerdir=/$name,upperdir={folder}/$name,workdir={folder}/$name.work
-    mount -t overlay overlay -o $layers /$name
+    mount -t overlay overlay -o "$layers" /$name
 done
 mount -t tmpfs tmpfs /run
 mkdir -p /run/lock /run/systemd/system /opt/packages /opt/python
@@ -63,10 +64,13 @@ class Machine:
     """The machine; ``folder`` must be empty."""
 
     def __init__(self, folder: Path) -> None:
-        packages = Path(pytest.__file__).parent.parent
-        script = BOOT.format(
-            folder=folder, systemd=SYSTEMD, packages=packages, python=sys.base_prefix
-        )
+        places = {
+            "folder": folder,
+            "systemd": SYSTEMD,
+            "packages": Path(pytest.__file__).parent.parent,
+            "python": sys.base_prefix,
+        }
+        script = BOOT.format(**{name: shlex.quote(str(path)) for name, path in places.items()})
         parent = os.getpid()
         flags = "--pid --fork --kill-child --mount --uts --ipc --cgroup --net --mount-proc"
         self.process = subprocess.Popen(

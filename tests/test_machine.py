@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import subprocess
 import time
@@ -22,7 +23,8 @@ MISSING = machine.missing() or ("" if NGINX else "needs nginx: apt-get install n
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
 URL = "https://id.example"
 OPERATE = ROOT / "notebooks/operate"
-PERSON = f"{ROOT}/.venv/bin/python {ROOT}/tests/person.py"
+PYTHON = shlex.quote(f"{ROOT}/.venv/bin/python")
+PERSON = f"{PYTHON} {shlex.quote(f'{ROOT}/tests/person.py')}"
 TEXTS, CERTIFICATE = "/var/texts", "/etc/letsencrypt/live/id.example/fullchain.pem"
 PRIVATE = CERTIFICATE.replace("fullchain", "privkey")
 
@@ -231,7 +233,7 @@ def test_the_store_moves_to_an_external_server_with_all_who_are_verified(
         until_it_answers(installed)
         assert sign(installed, token) == "200"
         life = "print(min(r.ttl(k) for k in r.scan_iter() if len(k) == 16))"
-        command = f"{ROOT}/.venv/bin/python -c 'import redis; r = redis.Redis(); {life}'"
+        command = f"{PYTHON} -c 'import redis; r = redis.Redis(); {life}'"
         assert 0 < int(installed.run(command)) <= 31_536_000
         installed.run(
             "sed -i '/^storage_url/d' /etc/gateway/gateway.toml; systemctl restart gateway"
